@@ -1,0 +1,158 @@
+"""HOW the choice reaches the model: `attach` and `detach`, in place, on unmodified transformers classes.
+
+attach(model, PruningPlan([Stage("divprune", keep_tokens=64)]))
+model.generate(...)                     # 64 vision tokens per image
+with mode(model, "off"): ...            # the base
+detach(model)                           # the base, bit for bit
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tpcompress.families import resolve
+from tpcompress.insertion.hooks import MODES, Controller
+from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.trace import Trace, recording
+from tpcompress.insertion.views import LAYER_VIEWS
+from tpcompress.pruners import list_pruners
+
+CONTROLLER = "_tpcompress"
+PRUNERS = "token_pruners"
+
+
+def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module:
+    """Put a plan to work on a model: hooks only, its class and parameter names stay.
+
+    Pruners become the submodule `token_pruners` of the model, as copies of the plan's: weights belong to the model,
+    the plan stays a plan.
+
+    Args:
+        model: a transformers vision-language model, or a PEFT model around one.
+        plan: the stages.
+        mode: `drop` shortens the sequence, `mask` hides dropped tokens at full length, `off` does nothing.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: unknown family, a plan already attached, a layer beyond the model's depth, a pruner whose views do
+            not exist at its layer, unknown mode.
+    """
+    base = base_of(model)
+    if hasattr(base, CONTROLLER):
+        raise ValueError("This model already carries a plan; call tpcompress.detach(model) first.")
+    parts = resolve(base)
+    for number, stage in enumerate(plan.stages):
+        depth = len(parts.layers)
+        if stage.layer >= depth:
+            raise ValueError(
+                f"Stage {number} acts at layer {stage.layer}, but the model has {depth} (0 to {depth - 1})."
+            )
+        missing = stage.rule.needs & LAYER_VIEWS
+        if stage.layer == 0 and missing:
+            fit = ", ".join(name for name, cls in list_pruners().items() if not cls().needs & LAYER_VIEWS)
+            raise ValueError(
+                f"Pruner '{stage.rule.name}' needs {' and '.join(sorted(missing))} of the layer before, which do not "
+                f"exist at layer 0; set layer >= 1, or use one of: {fit}."
+            )
+    pruners = nn.ModuleList(copy.deepcopy(stage.rule) for stage in plan.stages)
+    weight = next(parts.language_model.parameters())
+    for stage, pruner in zip(plan.stages, pruners, strict=True):
+        assert isinstance(pruner, type(stage.rule))
+        pruner.build(parts.hidden_size)
+        pruner.to(weight.device)
+    base.add_module(PRUNERS, pruners)
+    controller = Controller(parts, plan, pruners)
+    controller.set_mode(mode)
+    setattr(base, CONTROLLER, controller)
+    controller.install()
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the plan off: the base is back, bit for bit. The pruners and their weights leave the model.
+
+    Raises:
+        ValueError: no plan is attached.
+    """
+    base = base_of(model)
+    controller_of(base).uninstall()
+    delattr(base, CONTROLLER)
+    delattr(base, PRUNERS)
+    return model
+
+
+def controller_of(model: nn.Module) -> Controller:
+    """The controller of an attached model.
+
+    Raises:
+        ValueError: no plan is attached.
+    """
+    controller = getattr(base_of(model), CONTROLLER, None)
+    if controller is None:
+        raise ValueError("No plan is attached to this model; call tpcompress.attach(model, plan) first.")
+    return controller
+
+
+def plan_of(model: nn.Module) -> PruningPlan:
+    """The plan of an attached model."""
+    return controller_of(model).plan
+
+
+@contextmanager
+def mode(model: nn.Module, name: str) -> Iterator[None]:
+    """Run a block in another mode: `drop`, `mask` or `off`.
+
+    Raises:
+        ValueError: unknown mode, or no plan attached.
+    """
+    controller = controller_of(model)
+    before = controller.mode
+    controller.set_mode(name)
+    try:
+        yield
+    finally:
+        controller.set_mode(before)
+
+
+@contextmanager
+def budgets(model: nn.Module, values: Sequence[Budget]) -> Iterator[None]:
+    """Run a block with other budgets than the plan's, one per stage (curricula, any-budget evaluation)."""
+    controller = controller_of(model)
+    before = controller.budgets
+    controller.set_budgets(values)
+    try:
+        yield
+    finally:
+        controller.set_budgets(before)
+
+
+def record(model: nn.Module) -> AbstractContextManager[Trace]:
+    """Collect what the stages do: `with record(model) as trace: model.generate(...)`; then print(trace)."""
+    return recording(controller_of(model))
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, out of a PEFT wrapper if there is one.
+
+    Raises:
+        TypeError: there is none.
+    """
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = unwrap() if unwrap is not None else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"Expected a transformers model or a PEFT model around one, got {type(model).__name__}.")
+    return base
+
+
+__all__ = [
+    "MODES", "Controller", "attach", "base_of", "budgets", "controller_of", "detach", "mode", "plan_of", "record",
+]  # fmt: skip

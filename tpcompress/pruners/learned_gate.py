@@ -1,0 +1,108 @@
+"""Learned gate: a small scorer trained with the model's own loss through a variance-preserving noise gate.
+
+Ours; the estimators it was chosen from are in the training notes. Training happens at full length (mode `mask`):
+    m  = soft_topk(standardise(score) / T, k)          T falls from 0.5 to 0.1, sum(m) = k exactly
+    x' = mu + sqrt(m) (x - mu) + sqrt(1 - m) sigma eps      mu, sigma per channel over the batch
+so a token with m near 0 carries noise of the right size instead of information. Inference keeps the hard top-k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.scorer import Scorer
+from tpcompress.pruners.topk import cell_centres, cell_weights, grid_cells, keep_at, keep_topk, soft_topk, standardise
+
+CONDITIONS = ("none", "question")
+
+
+class LearnedGate(Pruner):
+    """keep = top-k of score(x_v, its 3 x 3 neighbours, mean of the image[, the question]).
+
+    `condition: none` never sees the prompt, so it can be served before any prompt is known. `condition: question`
+    lets each token attend to the prompt text: the scorer then does part of the visual search itself, and a wrong
+    question breaks it. `reserve` tokens on a fixed grid are always kept (for use without fine-tuning the backbone).
+
+    needs  nothing, or text.     gives  keep_BV, scores_BV, and in training at full length gate_BV and vision_BVD.
+    """
+
+    name = "learned_gate"
+
+    def __init__(
+        self,
+        condition: str = "none",
+        width: int = 64,
+        reserve: int = 0,
+        temperature_start: float = 0.5,
+        temperature_end: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if condition not in CONDITIONS:
+            raise ValueError(f"learned_gate has no condition '{condition}'; choose one of {', '.join(CONDITIONS)}.")
+        if width < 1 or reserve < 0 or not 0 < temperature_end <= temperature_start:
+            raise ValueError(
+                f"learned_gate needs width >= 1, reserve >= 0 and 0 < temperature_end <= temperature_start, got "
+                f"{width}, {reserve}, {temperature_end}, {temperature_start}."
+            )
+        self.condition, self.width, self.reserve = condition, width, reserve
+        self.temperature_start, self.temperature_end = temperature_start, temperature_end
+        self.progress = 0.0
+        self.scorer: Scorer | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"text"} if self.condition == "question" else ())
+
+    @property
+    def learned(self) -> bool:
+        return True
+
+    def build(self, hidden_size: int) -> None:
+        if self.scorer is None:
+            self.scorer = Scorer(hidden_size, self.width, with_text=self.condition == "question")
+        elif self.scorer.norm.normalized_shape != (hidden_size,):
+            have = self.scorer.norm.normalized_shape[0]
+            raise ValueError(
+                f"This learned_gate was built for width {have}, the model has {hidden_size}; make a new one."
+            )
+
+    def set_progress(self, progress: float) -> None:
+        self.progress = min(max(progress, 0.0), 1.0)
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        assert self.scorer is not None, "learned_gate has no weights yet: attach it to a model first"
+        scores_BV = standardise(self.scorer(tokens), tokens.valid_BV)
+        if self.reserve:
+            slots_B = num_keep_B.clamp(max=self.reserve)
+            weight_BKV = cell_weights(
+                grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, slots_B), tokens.valid_BV, slots_B
+            )
+            centre_BK = cell_centres(tokens.row_BV, tokens.col_BV, weight_BKV)
+            scores_BV = scores_BV.masked_fill(keep_at(centre_BK, slots_B, scores_BV.shape[1]), 20.0)
+        keep_BV = keep_topk(scores_BV, tokens.valid_BV, num_keep_B)
+        if not (self.training and tokens.soft):
+            return Selection(keep_BV, scores_BV)
+        temperature = self.temperature_start * (self.temperature_end / self.temperature_start) ** self.progress
+        gate_BV = soft_topk(scores_BV / temperature, tokens.valid_BV, num_keep_B)
+        return Selection(keep_BV, scores_BV, gate_BV, noise_gate(tokens.vision_BVD, gate_BV, tokens.valid_BV))
+
+
+def noise_gate(x_BVD: Tensor, gate_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """mu + sqrt(m) (x - mu) + sqrt(1 - m) sigma eps: full information at m = 1, pure noise of equal size at m = 0.
+
+    Args:
+        x_BVD: vision tokens (B, V, D).
+        gate_BV: m in [0, 1]; the gradient reaches it.
+        valid_BV: tokens that count for mu and sigma.
+    """
+    m_BV1 = gate_BV[..., None].float()
+    real = valid_BV[..., None]
+    count = valid_BV.sum().clamp(min=1)
+    with torch.no_grad():
+        mu_D = x_BVD.float().masked_fill(~real, 0.0).sum((0, 1)) / count
+        sigma_D = ((x_BVD.float() - mu_D).masked_fill(~real, 0.0).square().sum((0, 1)) / count).sqrt()
+        noise_BVD = torch.randn_like(x_BVD, dtype=torch.float32) * sigma_D
+    signal_BVD = m_BV1.clamp(min=1e-6).sqrt() * (x_BVD.float() - mu_D)
+    return (mu_D + signal_BVD + (1 - m_BV1).clamp(min=1e-6).sqrt() * noise_BVD).to(x_BVD.dtype)

@@ -1,0 +1,126 @@
+"""Exact budgets: hard and soft top-k, standardised scores, equal cells of a grid.
+
+B rows, V tokens, K retained slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+    """The `num_keep` best valid tokens of each row; ties go to the earlier token.
+
+    Args:
+        scores_BV: real numbers (B, V).
+        valid_BV: bool (B, V); padding is never kept.
+        num_keep_B: int64 (B,).
+
+    Returns:
+        bool (B, V).
+    """
+    return (rank(scores_BV, valid_BV) < on(num_keep_B, scores_BV)[:, None]) & valid_BV
+
+
+def rank(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """Place of each token in its row, 0 = best; padding comes last; ties go to the earlier token."""
+    masked_BV = scores_BV.float().masked_fill(~valid_BV, -torch.inf)
+    order_BV = masked_BV.argsort(dim=1, descending=True, stable=True)
+    places_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
+    return torch.empty_like(order_BV).scatter_(1, order_BV, places_V.expand_as(order_BV))
+
+
+def on(num_keep_B: Tensor, like: Tensor) -> Tensor:
+    """The counts on the device of `like`, without making the host wait."""
+    return num_keep_B.to(like.device, non_blocking=True)
+
+
+def standardise(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """Zero mean and unit deviation over the valid tokens of each row, in fp32."""
+    scores_BV = scores_BV.float()
+    count_B1 = valid_BV.sum(1, keepdim=True).clamp(min=1)
+    mean_B1 = scores_BV.masked_fill(~valid_BV, 0.0).sum(1, keepdim=True) / count_B1
+    centred_BV = (scores_BV - mean_B1).masked_fill(~valid_BV, 0.0)
+    return centred_BV / (centred_BV.square().sum(1, keepdim=True) / count_B1 + 1e-8).sqrt()
+
+
+def soft_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+    """Weights m = sigmoid(s + t) with t such that each row's weights sum to its count.
+
+    t is found by bisection; its dependence on s enters the gradient through the implicit function theorem:
+    dt/ds_j = -m'_j / sum_i m'_i with m' = m (1 - m), so the sum stays fixed to first order.
+
+    Args:
+        scores_BV: scores already divided by the temperature (B, V).
+        valid_BV: bool (B, V).
+        num_keep_B: int64 (B,), at most the number of valid tokens.
+
+    Returns:
+        (B, V) in [0, 1], differentiable; 0 on padding.
+    """
+    target_B1 = on(num_keep_B, scores_BV)[:, None].to(scores_BV.dtype)
+    with torch.no_grad():
+        low_B1 = -scores_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True) - 20
+        high_B1 = -scores_BV.masked_fill(~valid_BV, torch.inf).amin(1, keepdim=True) + 20
+        for _ in range(40):
+            middle_B1 = (low_B1 + high_B1) / 2
+            total_B1 = torch.sigmoid(scores_BV + middle_B1).masked_fill(~valid_BV, 0.0).sum(1, keepdim=True)
+            low_B1 = torch.where(total_B1 < target_B1, middle_B1, low_B1)
+            high_B1 = torch.where(total_B1 < target_B1, high_B1, middle_B1)
+        shift_B1 = (low_B1 + high_B1) / 2
+        weight_BV = torch.sigmoid(scores_BV + shift_B1)
+        slope_BV = (weight_BV * (1 - weight_BV)).masked_fill(~valid_BV, 0.0)
+        slope_BV = slope_BV / slope_BV.sum(1, keepdim=True).clamp(min=1e-9)
+    centre_B1 = (slope_BV * scores_BV.masked_fill(~valid_BV, 0.0)).sum(1, keepdim=True)
+    shifted_BV = scores_BV - centre_B1 + (centre_B1.detach() + shift_B1)
+    return torch.sigmoid(shifted_BV).masked_fill(~valid_BV, 0.0)
+
+
+def grid_cells(row_BV: Tensor, col_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+    """Cut each row's grid into exactly `num_keep` cells, none empty, as square as the counts allow.
+
+    A grid of h x w is cut into r horizontal bands, r near sqrt(k h / w); band j gets floor((j+1) k/r) - floor(j k/r)
+    cells of near-equal width. Tokens that do not fill a grid (an earlier stage thinned them) are cut into runs of
+    their order instead: there the grid is 1 x n.
+
+    Returns:
+        int64 (B, V): the cell of each token, 0 to `num_keep` - 1.
+    """
+    count_B1 = valid_BV.sum(1, keepdim=True)
+    rows_B1 = row_BV.masked_fill(~valid_BV, -1).amax(1, keepdim=True) + 1
+    cols_B1 = col_BV.masked_fill(~valid_BV, -1).amax(1, keepdim=True) + 1
+    full_B1 = rows_B1 * cols_B1 == count_B1
+    rows_B1, cols_B1 = torch.where(full_B1, rows_B1, 1), torch.where(full_B1, cols_B1, count_B1).clamp(min=1)
+    order_BV = valid_BV.cumsum(1) - 1
+    row_BV, col_BV = torch.where(full_B1, row_BV, 0), torch.where(full_B1, col_BV, order_BV)
+    k_B1 = on(num_keep_B, row_BV)[:, None].clamp(min=1)
+    bands_B1 = (k_B1 * rows_B1 / cols_B1).sqrt().round().long()
+    bands_B1 = bands_B1.maximum(-(-k_B1 // cols_B1)).minimum(rows_B1.minimum(k_B1)).clamp(min=1)
+    band_BV = row_BV * bands_B1 // rows_B1
+    first_BV = band_BV * k_B1 // bands_B1
+    cells_BV = (band_BV + 1) * k_B1 // bands_B1 - first_BV
+    return first_BV + col_BV * cells_BV // cols_B1
+
+
+def cell_weights(cell_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+    """Averaging weights (B, K, V): row k holds 1 / size on the tokens of cell k, K = the largest count."""
+    K = int(num_keep_B.max())
+    member_BKV = (cell_BV[:, None] == torch.arange(K, device=cell_BV.device)[None, :, None]) & valid_BV[:, None]
+    return member_BKV / member_BKV.sum(-1, keepdim=True).clamp(min=1)
+
+
+def cell_centres(row_BV: Tensor, col_BV: Tensor, weight_BKV: Tensor) -> Tensor:
+    """The token nearest to the centre of each cell, int64 (B, K); ties go to the earlier token."""
+    place_BV2 = torch.stack([row_BV, col_BV], -1).double()
+    centre_BK2 = weight_BKV.double() @ place_BV2
+    distance_BKV = (place_BV2[:, None] - centre_BK2[:, :, None]).square().sum(-1)
+    tie_V = torch.arange(row_BV.shape[1], device=row_BV.device) * 1e-9
+    return (distance_BKV + tie_V).masked_fill(weight_BKV == 0, torch.inf).argmin(-1)
+
+
+def keep_at(index_BK: Tensor, num_keep_B: Tensor, num_tokens: int) -> Tensor:
+    """bool (B, V), True at the first `num_keep` of the given tokens."""
+    used_BK = torch.arange(index_BK.shape[1], device=index_BK.device) < on(num_keep_B, index_BK)[:, None]
+    keep_BV = torch.zeros(index_BK.shape[0], num_tokens + 1, dtype=torch.bool, device=index_BK.device)
+    return keep_BV.scatter_(1, index_BK.masked_fill(~used_BK, num_tokens), True)[:, :num_tokens]

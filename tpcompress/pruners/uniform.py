@@ -1,0 +1,25 @@
+"""Uniform: retain one token in the middle of each of k equal cells of the image grid (arXiv 2502.11501, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.topk import cell_centres, cell_weights, grid_cells, keep_at
+
+
+class Uniform(Pruner):
+    """keep = the token nearest to the centre of each cell; cells as in `grid_cells`, exactly k for any k.
+
+    needs  nothing.     gives  keep_BV, scores_BV = 1 on kept tokens, else 0.
+    """
+
+    name = "uniform"
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        cell_BV = grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, num_keep_B)
+        weight_BKV = cell_weights(cell_BV, tokens.valid_BV, num_keep_B)
+        centre_BK = cell_centres(tokens.row_BV, tokens.col_BV, weight_BKV)
+        keep_BV = keep_at(centre_BK, num_keep_B, tokens.valid_BV.shape[1])
+        return Selection(keep_BV, keep_BV.to(torch.float32))
