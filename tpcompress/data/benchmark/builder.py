@@ -1,0 +1,133 @@
+"""The benchmark as rows: ``{"images": [picture], "conversations": [[question, answer], ...], "families": [...]}``.
+
+Nothing is downloaded; picture ``index`` of a split depends on (split, seed, index) alone, so splits can be of any size
+and a growing split keeps the pictures it had.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from tpcompress.data.benchmark.digits import SPLITS
+from tpcompress.data.benchmark.render import render
+from tpcompress.data.benchmark.symbolic import draw_picture
+
+_FEATURES = datasets.Features(
+    {
+        "images": datasets.List(datasets.Image()),
+        "conversations": datasets.List(
+            datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+        ),
+        "families": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+def make_row(split: str, seed: int, index: int) -> dict[str, Any]:
+    """One picture with its questions.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        seed: names a stream of pictures within the split.
+        index: position in that stream, without an upper end.
+
+    Returns:
+        a row with a PIL image, 96x96 pixels.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    rng = picture_rng(split, seed, index)
+    picture = draw_picture(rng)
+    return {
+        "images": [Image.fromarray(render(picture, rng, split))],
+        "conversations": [
+            [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
+            for question in picture.questions
+        ],
+        "families": [question.family for question in picture.questions],
+    }
+
+
+def load_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Dataset:
+    """The first ``num_images`` pictures of a split, held in memory.
+
+    Raises:
+        ValueError: if there is no such split, or ``num_images`` is not positive.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
+    _check_split(split)
+    columns: dict[str, list] = {name: [] for name in _FEATURES}
+    for row in _rows(split, seed, num_images):
+        for name, column in columns.items():
+            column.append(row[name])
+    return datasets.Dataset.from_dict(columns, features=_FEATURES, split=datasets.NamedSplit(split))
+
+
+def stream_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.IterableDataset:
+    """The same rows as :func:`load_benchmark`, drawn when they are read and never stored: for long training runs."""
+    _check_split(split)
+    arguments = {"split": split, "seed": seed, "num_images": num_images}
+    return datasets.IterableDataset.from_generator(_rows, features=_FEATURES, gen_kwargs=arguments)
+
+
+def picture_rng(split: str, seed: int, index: int) -> Random:
+    """Everything random about a picture.
+
+    The seed is text, which :class:`random.Random` hashes with SHA-512: streams of different splits and seeds never
+    meet, whatever their sizes.
+    """
+    _check_split(split)
+    return Random(f"{split}/{seed}/{index}")
+
+
+@dataclass
+class TinyVQAConfig(datasets.BuilderConfig):
+    """Sizes of the splits in pictures, and the stream they are taken from."""
+
+    train: int = 4096
+    validation: int = 512
+    test: int = 1024
+    seed: int = 0
+
+
+class TinyVQA(datasets.GeneratorBasedBuilder):
+    """The benchmark as a builder, for those who want it cached on disk: ``TinyVQA(train=100).download_and_prepare()``.
+
+    The cache is keyed by the configuration, so other sizes or seeds never read stale files.
+    """
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = TinyVQAConfig
+    config: TinyVQAConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(
+            description="Procedural visual question answering for vision-token pruning.",
+            features=_FEATURES,
+            license="CC BY 4.0 (handwritten digits: Alpaydin and Kaynak, UCI Machine Learning Repository)",
+        )
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        return [
+            datasets.SplitGenerator(split, gen_kwargs={"split": split, "num_images": getattr(self.config, split)})
+            for split in SPLITS
+        ]
+
+    def _generate_examples(self, split: str, num_images: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from enumerate(_rows(split, self.config.seed, num_images))
+
+
+def _rows(split: str, seed: int, num_images: int) -> Iterator[dict[str, Any]]:
+    for index in range(num_images):
+        yield make_row(split, seed, index)
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"No split {split!r} in the benchmark; choose one of {', '.join(SPLITS)}.")

@@ -1,0 +1,29 @@
+"""Real handwritten digits (UCI, CC BY 4.0; see ``assets/DIGITS_LICENSE.txt``), split by writer."""
+
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+_MAX_INK = 16
+
+
+@cache
+def digit_samples(split: str, digit: str) -> np.ndarray:
+    """All samples of a digit in a split.
+
+    Returns:
+        ink in [0, 1], shape (N, 8, 8), read-only.
+    """
+    with files("tpcompress").joinpath("assets/digits.npz").open("rb") as stream, np.load(stream) as packed:
+        chosen = (packed["labels"] == int(digit)) & (packed["split"] == SPLITS.index(split))
+        samples = packed["images"][chosen].astype(np.float32) / _MAX_INK
+    samples.setflags(write=False)
+    return samples
+
+
+def digit_sample(split: str, digit: str, pick: float) -> np.ndarray:
+    """The sample of a digit that ``pick`` in [0, 1) points to, shape (8, 8)."""
+    samples = digit_samples(split, digit)
+    return samples[int(pick * len(samples))]
