@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 ASSET = Path(__file__).resolve().parents[1] / "tpcompress" / "assets" / "digits.npz"
-# Samples are ordered by writer, so cutting the end off holds out writers, not only drawings.
+# Samples are ordered by writer, so cutting the end off mostly holds out writers, not only drawings.
 TRAIN, VALIDATION = 1400, 1598
 
 

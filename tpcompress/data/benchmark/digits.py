@@ -1,4 +1,4 @@
-"""Real handwritten digits (UCI, CC BY 4.0; see ``assets/DIGITS_LICENSE.txt``), split by writer."""
+"""Real handwritten digits (UCI, CC BY 4.0; see ``assets/DIGITS_LICENSE.txt``) with a fixed split."""
 
 from functools import cache
 from importlib.resources import files

@@ -189,8 +189,9 @@ def _scene(rng: Random, limit: int) -> Picture:
 
 
 def _ground_questions(rng: Random, shapes: list[Shape], limit: int) -> list[Question]:
-    pairs = [(shape.name, shape.colour) for shape in shapes]
-    unique = [shape for shape in shapes if pairs.count((shape.name, shape.colour)) == 1]
+    """Ask for shapes that are alone in their column: the two words of an answer then name one shape at any point."""
+    pairs, columns = [(shape.name, shape.colour) for shape in shapes], [shape.column for shape in shapes]
+    unique = [s for s in shapes if pairs.count((s.name, s.colour)) == 1 and columns.count(s.column) == 1]
     return [
         Question("ground", f"where is the {shape.colour} {shape.name} ?", f"<x{shape.column}> <y{shape.row}>")
         for shape in rng.sample(unique, min(limit, len(unique)))
