@@ -1,0 +1,91 @@
+"""LLaVA's JSON and JSONL files, streamed into Arrow: the file is never in memory as a whole."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+from .rows import IMAGE_COLUMNS, TURN_COLUMNS, chat_message
+
+READ_CHARS = 1 << 20  # of the file at a time
+GIVE_UP_AFTER = 100  # records without a conversation
+LAYOUT = 1  # raise when `_llava_records` changes what it yields: part of the cache key
+
+
+def read_llava_json(path: Path, cache_dir: str | None) -> datasets.Dataset:
+    """JSON or JSONL as an Arrow table.
+
+    `datasets` reads JSON itself, but infers one type per column: LLaVA's files mix numbers and strings in ``id``,
+    and strings and lists in ``image``.
+
+    Args:
+        path: File with a list of records, or with one record after another.
+        cache_dir: Where the Arrow file goes; by default the cache folder of `datasets`.
+
+    Returns:
+        A table with the columns ``id``, ``images`` (paths as written) and ``messages``.
+
+    Raises:
+        ValueError: If the file is empty, is no JSON, or has no conversations.
+    """
+    turns = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    features = {"id": datasets.Value("string"), "images": datasets.List(datasets.Value("string")), "messages": turns}
+    stamp = path.stat()  # in the cache key, so that an edited file is read anew
+    arguments = {"path": str(path.resolve()), "stamp": (stamp.st_size, stamp.st_mtime_ns), "layout": LAYOUT}
+    if not stamp.st_size:
+        raise ValueError(f"{path} is empty; give a list of records with 'conversations'.")
+    try:
+        return datasets.Dataset.from_generator(
+            _llava_records, features=datasets.Features(features), gen_kwargs=arguments, cache_dir=cache_dir
+        )
+    except DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__ or error).splitlines()[0]) from None
+
+
+def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[dict]:
+    """The records of a file in one schema. What is malformed inside a record is left for the scan to count."""
+    known = False
+    for number, record in enumerate(_json_values(path)):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: record {number} is a {type(record).__name__}; LLaVA data is a list of objects.")
+        turns: list = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
+        images: Any = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), [])
+        known = known or any(name in record for name in TURN_COLUMNS)
+        if not known and number >= GIVE_UP_AFTER:
+            break  # not this kind of file: no use in reading the rest
+        yield {
+            "id": str(record.get("id", number)),
+            "images": [str(image) for image in (images if isinstance(images, list) else [images])],
+            "messages": [chat_message(turn) for turn in turns],
+        }
+    if not known:
+        raise ValueError(f"{path}: no record has 'conversations' or 'messages'; give data in LLaVA's format.")
+
+
+def _json_values(path: str) -> Iterator[Any]:
+    """Elements of a JSON list, or values written one after another (JSONL), without holding the file."""
+    decoder = json.JSONDecoder()
+    with open(path, encoding="utf-8-sig") as file:
+        text, at, done, in_list = file.read(READ_CHARS), 0, False, False
+        while True:
+            while at < len(text) and (text[at].isspace() or text[at] == "," or (text[at] == "[" and not in_list)):
+                in_list = in_list or text[at] == "["
+                at += 1
+            if at < len(text) and not (in_list and text[at] == "]"):
+                try:
+                    value, at = decoder.raw_decode(text, at)
+                except json.JSONDecodeError as error:
+                    if done:
+                        raise ValueError(
+                            f"{path} is not valid JSON near {text[at : at + 40]!r}: {error.msg}."
+                        ) from None
+                else:
+                    yield value
+                    continue
+            elif at < len(text) or done:
+                return
+            more = file.read(READ_CHARS)
+            text, at, done = text[at:] + more, 0, not more
