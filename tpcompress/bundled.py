@@ -1,0 +1,35 @@
+"""What ships inside the package: the tiny base model and the recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def base_path(name: str) -> str:
+    """Where a base model is: the folder of a bundled one (`tiny_llava`), else the name as it is (a path or hub id)."""
+    folder = PACKAGE / "assets" / name
+    return str(folder) if "/" not in name and (folder / "config.json").is_file() else name
+
+
+def recipes_folder() -> Path:
+    """The folder of recipes: beside the package in a checkout, inside it when installed."""
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def find_config(path: str) -> str:
+    """A configuration file as given, or the bundled recipe of that name (`recipes/tiny_llava/pool_full.yaml`).
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    if Path(path).is_file():
+        return path
+    relative = Path(*[part for part in Path(path).parts if part != "recipes"])
+    bundled = recipes_folder() / relative
+    if bundled.is_file():
+        return str(bundled)
+    known = sorted(str(p.relative_to(recipes_folder())) for p in recipes_folder().rglob("*.yaml"))
+    raise FileNotFoundError(f"No configuration file at {path}; bundled recipes: {', '.join(known)}.")

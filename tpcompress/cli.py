@@ -1,0 +1,225 @@
+"""The `tpcompress` command: fit, validate, export, verify, compare, quickstart, pruners, families."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+TRACEBACK = "--traceback"
+console = Console()
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; errors that a user can mend become one line and exit code 2 (`--traceback` shows all)."""
+    args = list(sys.argv[1:] if args is None else args)
+    show_traceback = TRACEBACK in args
+    args = [a for a in args if a != TRACEBACK]
+    commands = _commands()
+    if not args or args[0] in ("-h", "--help", "help"):
+        _usage(commands)
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in commands:
+        import difflib
+
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return _fail(f"No command '{name}'. Commands: {', '.join(commands)}.{hint}")
+    _quieten()
+    try:
+        if name in ("fit", "validate"):
+            return commands[name](args)
+        return _call(name, commands[name], rest)
+    except KeyboardInterrupt:
+        return _fail("Interrupted. Run the same command again to go on (`fit` with --ckpt_path).", 130)
+    except (ValueError, FileNotFoundError, FileExistsError, ArithmeticError, NotImplementedError, TypeError) as error:
+        if show_traceback:
+            raise
+        return _fail(" ".join(str(error).split()))
+
+
+def fit(args: list[str]) -> int:
+    """Train from a recipe: `tpcompress fit --config recipes/tiny_llava/pool_full.yaml [--ckpt_path last]`."""
+    from tpcompress.training.run import run_recipe
+
+    run = run_recipe(args)
+    if run.trainer.interrupted:
+        last = Path(run.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        return _fail(f"Interrupted; go on with --ckpt_path {last}.", 130)
+    if args[0] == "fit" and run.trainer.is_global_zero:
+        folder = run.trainer.default_root_dir
+        console.print(f"Trained: {folder}. Next: tpcompress export --ckpt {folder} --out {folder}/export")
+    return 0
+
+
+def export(
+    out: str,
+    ckpt: str | None = None,
+    base: str | None = None,
+    plan: str | None = None,
+    overwrite: bool = False,
+    allow_unfinished: bool = False,
+) -> int:
+    """Write a folder that loads with its pruner: from a trained run, or from a base and a plan that need no training.
+
+    Args:
+        out: folder to write; it must not exist.
+        ckpt: checkpoint, or the folder of a run.
+        base: instead of ckpt, a base model ...
+        plan: ... and a plan or recipe file.
+        overwrite: replace an earlier export at `out`.
+        allow_unfinished: export a run that stopped before its last step.
+    """
+    from tpcompress.evaluation.produce import export_free, export_run
+
+    if (ckpt is None) == (base is None or plan is None):
+        raise ValueError("export needs either --ckpt, or --base and --plan.")
+    if ckpt is not None:
+        folder = export_run(ckpt, out, overwrite, allow_unfinished)
+    else:
+        assert base is not None
+        assert plan is not None
+        folder = export_free(base, plan, out, overwrite)
+    console.print(f"Exported to {folder}. Next: tpcompress verify {folder}")
+    return 0
+
+
+def verify(folder: str) -> int:
+    """Replay the stored probe of an exported folder in a fresh process; exit code 1 if it differs.
+
+    Args:
+        folder: an exported folder.
+    """
+    from tpcompress.export import verify_in_fresh_process
+
+    report = verify_in_fresh_process(folder)
+    console.print(escape(str(report)))
+    return 0 if report.ok else 1
+
+
+def compare(config: str, out: str | None = None) -> int:
+    """Compare dense, training-free and training-aware pruning; prints a table and writes report and figures.
+
+    Args:
+        config: a comparison file, e.g. recipes/tiny_llava/compare.yaml.
+        out: folder of the results; default: the file's own.
+    """
+    from tpcompress.evaluation.compare import run_comparison
+
+    run_comparison(config, out, console)
+    return 0
+
+
+def quickstart(out: str = "runs/quickstart") -> int:
+    """The main job on the bundled base: compare, train, export, verify, answer a question. About five minutes.
+
+    Args:
+        out: folder of the results.
+    """
+    from tpcompress.evaluation.quickstart import run_quickstart
+
+    return run_quickstart(Path(out), console)
+
+
+def pruners(name: str | None = None) -> int:
+    """The table of pruners, or one pruner's documentation and arguments.
+
+    Args:
+        name: one pruner.
+    """
+    from tpcompress.pruners import list_pruners, pruner_class
+
+    if name is not None:
+        cls = pruner_class(name)
+        console.print(f"[bold]{cls.name}[/bold]  {escape(str(inspect.signature(cls)))}\n")
+        console.print(escape(inspect.getdoc(sys.modules[cls.__module__]) or ""))
+        console.print(escape("\n" + (inspect.getdoc(cls) or "")))
+        return 0
+    table = Table("pruner", "retains", "reads", "prompt", "learns", "merges", title="Pruners")
+    for key, cls in list_pruners().items():
+        one = cls()
+        first = (inspect.getdoc(sys.modules[cls.__module__]) or "").partition("\n")[0].partition(": ")[2]
+        flags = (("yes" if flag else "-") for flag in (one.prompt_dependent, one.learned, one.merges))
+        table.add_row(key, escape(first), ", ".join(sorted(one.needs)) or "tokens", *flags)
+    console.print(table)
+    return 0
+
+
+def families() -> int:
+    """The table of model families."""
+    from tpcompress.families import list_families
+
+    table = Table("family", "model types", "language model", title="Families")
+    for name, family in list_families().items():
+        table.add_row(name, ", ".join(family.model_types), family.language_model)
+    console.print(table)
+    return 0
+
+
+# ---------------------------------------------------------------------- plumbing
+
+
+def _commands() -> dict[str, Callable[..., int]]:
+    return {
+        "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare,
+        "quickstart": quickstart, "pruners": pruners, "families": families,
+    }  # fmt: skip
+
+
+def _call(name: str, command: Callable[..., int], args: list[str]) -> int:
+    """Parse a command's arguments from its signature and docstring; its first required one may stand alone."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False, description=_summary(command))
+    parser.add_function_arguments(command, as_positional=False)
+    first = next(iter(inspect.signature(command).parameters), None)
+    if first and args and not args[0].startswith("-"):
+        args = [f"--{first}", *args]
+    try:
+        values: Any = parser.parse_args(args)
+    except ArgumentError as error:
+        raise ValueError(f"{error} See tpcompress {name} --help.") from error
+    return command(**values.as_dict())
+
+
+def _usage(commands: dict[str, Callable[..., int]]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, command in commands.items():
+        text = "Validate with a recipe, trained or not." if name == "validate" else _summary(command)
+        table.add_row(f"  [bold]{name}[/bold]", escape(text))
+    console.print(escape("usage: tpcompress COMMAND [options] [--traceback]\n"))
+    console.print(table)
+    console.print("\ntpcompress COMMAND --help shows the options of a command.")
+
+
+def _summary(command: Callable[..., int]) -> str:
+    return (inspect.getdoc(command) or "").partition("\n")[0]
+
+
+def _fail(message: str, code: int = 2) -> int:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(message)}")
+    return code
+
+
+def _quieten() -> None:
+    """Third parties' progress bars and advice off; their warnings stay in the log."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*_pytree.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
