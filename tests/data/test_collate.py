@@ -277,7 +277,6 @@ def test_processors_that_cannot_serve_are_refused(spoiled):
 
 
 def test_the_rows_of_load_chat_collate(llava_json, record, photo_folder, tmp_path, collator_of):
-    from tpcompress.data import load_chat
 
     records = [
         record(),

@@ -97,12 +97,15 @@ class GoodRows(Dataset, Generic[Sample]):
         passed_over: list[tuple[str, BadRow]] = []
         for step in range(len(self.rows)):
             candidate = (index + step) % len(self.rows)
+            row_id = str(candidate)
             try:
-                return self.encode(self.rows[candidate], candidate), passed_over
+                row = self.rows[candidate]
+                row_id = row.get("id") or row_id
+                return self.encode(row, candidate), passed_over
             except BadRow as bad:
                 if self.on_bad_row == "raise":
-                    raise bad_row_error(str(candidate), bad) from None
-                passed_over.append((str(candidate), bad))
+                    raise bad_row_error(row_id, bad) from None
+                passed_over.append((row_id, bad))
         raise ValueError(f"None of the {len(self.rows)} rows is usable; the last one: {passed_over[-1][1]}.")
 
 

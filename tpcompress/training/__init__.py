@@ -1,0 +1,1 @@
+"""Training: the LightningModule, its data modules, objectives, schedules and callbacks."""
