@@ -48,7 +48,8 @@ class ChatEncoder:
         processor: Processor with a fast tokenizer and a chat template.
 
     Raises:
-        ValueError: If the processor lacks one of these, or a token to end an answer with.
+        ValueError: If the processor lacks one of these, or a token to end an answer with, or if its model takes inputs
+            beside ids and images.
     """
 
     def __init__(self, processor: Any) -> None:  # ProcessorMixin, whose attributes differ by class
@@ -57,6 +58,10 @@ class ChatEncoder:
             raise ValueError(f"{name} has no fast tokenizer, whose offsets find the answers; load a fast one.")
         if not (processor.chat_template or processor.tokenizer.chat_template):
             raise ValueError(f"{name} has no chat template; set processor.chat_template to that of its model family.")
+        if "mm_token_type_ids" in processor.model_input_names:
+            raise ValueError(
+                f"{name} wants mm_token_type_ids (multimodal positions), which are not made yet; use LLaVA's."
+            )
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
@@ -183,9 +188,8 @@ class ChatEncoder:
         )
         labels = [IGNORED] * len(out["input_ids"])
         for index, (start, end) in enumerate(out["offset_mapping"]):
-            # A token without extent (SentencePiece's lone space) belongs to the text behind it.
-            extent = max(end, start + 1)
-            if end and any(start < last and extent > first for first, last in spans):
+            # Overlap, not containment: a token may take the last blank of the prompt along.
+            if any(start < last and end > first for first, last in spans):
                 labels[index] = out["input_ids"][index]
         return out["input_ids"], labels
 
