@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+
+import tpcompress as tp
+from tpcompress.evaluation.score import evaluate, evaluate_by_generation, prepare
+
+PLANS = {
+    "dense": None,
+    "divprune": tp.PruningPlan([tp.Stage("divprune", keep_tokens=9)]),
+    "pool": tp.PruningPlan([tp.Stage("pool", keep_tokens=9)], positions="compact"),
+    "dart": tp.PruningPlan([tp.Stage({"type": "dart", "text_pivots": 0}, layer=1, keep_ratio=0.2)]),
+    "fastv": tp.PruningPlan([tp.Stage("fastv", layer=2, keep_tokens=4)]),
+    "two stages": tp.PruningPlan([tp.Stage("uniform", keep_tokens=32), tp.Stage("fastv", layer=1, keep_tokens=5)]),
+}
+
+
+def attached(model, plan):
+    return model if plan is None else tp.attach(model, plan)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_teacher_forcing_agrees_with_generation(vqa, processor, rows, name):
+    model = attached(vqa, PLANS[name])
+    scores, slow = evaluate(model, processor, rows), evaluate_by_generation(model, processor, rows)
+    assert np.array_equal(scores.right_IF, slow.right_IF)
+    assert np.array_equal(scores.count_IF, slow.count_IF)
+    assert 0 < scores.right_IF.sum() < scores.count_IF.sum()
+    assert scores.score == slow.score
+    assert scores.ci95 == slow.ci95
+
+
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan is None or not plan.reads_prompt])
+def test_packed_scores_equal_separate_ones(vqa, processor, rows, name):
+    model = attached(vqa, PLANS[name])
+    packed = evaluate(model, processor, rows, pack=True)
+    separate = evaluate(model, processor, rows, pack=False, batch_size=7)
+    assert np.array_equal(packed.right_tokens_IF, separate.right_tokens_IF)
+    assert np.array_equal(packed.tokens_IF, separate.tokens_IF)
+    assert np.allclose(packed.loss_IF, separate.loss_IF, rtol=1e-4)
+
+
+def test_rows_and_families_are_counted_where_they_belong(vqa, processor, rows):
+    scores = evaluate(vqa, processor, rows, batch_size=5)
+    for index, row in enumerate(rows):
+        for family in set(row["families"]):
+            assert scores.count_IF[index, scores.names.index(family)] == row["families"].count(family)
+    assert sum(scores.counts.values()) == scores.count_IF.sum() == sum(len(f) for f in rows["families"])
+    assert scores.num_images == len(rows)
+    assert scores.score == pytest.approx(np.mean(list(scores.families.values())))
+
+
+def test_batch_size_changes_nothing(vqa, processor, rows):
+    model = attached(vqa, PLANS["divprune"])
+    one, many = evaluate(model, processor, rows, batch_size=1), evaluate(model, processor, rows, batch_size=64)
+    assert np.array_equal(one.right_IF, many.right_IF)
+
+
+def test_prepared_batches_give_the_same_scores_as_often_as_wanted(vqa, processor, rows):
+    ready = prepare(processor, rows, batch_size=5)
+    scores = evaluate(vqa, processor, rows)
+    for _ in range(2):
+        again = evaluate(vqa, processor, ready)
+        assert np.array_equal(again.right_IF, scores.right_IF)
+    model = attached(vqa, PLANS["fastv"])
+    with pytest.raises(ValueError, match="reads the prompt; evaluate with pack=False"):
+        evaluate(model, processor, ready)
+
+
+def test_blank_images_are_all_alike(vqa, processor, rows):
+    seen = []
+    vqa.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args or tuple(kwargs.values()))[0]), with_kwargs=True
+    )
+    blind = evaluate(vqa, processor, rows, blank=True)
+    assert all((pixels == 0).all() for pixels in seen)
+    assert len(seen)
+    assert blind.loss_IF.sum() != evaluate(vqa, processor, rows).loss_IF.sum()
+
+
+def test_modes_are_restored(vqa, processor, rows):
+    vqa.train()
+    vqa.model.vision_tower.eval()
+    before = [module.training for module in vqa.modules()]
+    evaluate(vqa, processor, rows.select(range(2)))
+    assert [module.training for module in vqa.modules()] == before
+    assert all(parameter.grad is None for parameter in vqa.parameters())
+
+
+def test_chat_counts_tokens_and_loss(vqa, processor, rows):
+    chat = [dict(row, families=["chat"] * len(row["families"])) for row in rows.select(range(4))]
+    scores, closed = evaluate(vqa, processor, chat), evaluate(vqa, processor, rows.select(range(4)))
+    assert scores.names == ("chat",)
+    assert (
+        scores.score
+        == scores.token_accuracy["chat"]
+        == pytest.approx(closed.right_tokens_IF.sum() / closed.tokens_IF.sum())
+    )
+    assert scores.exact_match["chat"] == pytest.approx(closed.right_IF.sum() / closed.count_IF.sum())
+    assert scores.exact_match["chat"] < scores.score
+    assert scores.answer_loss["chat"] == pytest.approx(closed.loss_IF.sum() / closed.tokens_IF.sum(), rel=1e-5)
+
+
+def test_broken_rows_are_left_out_and_counted(vqa, processor, rows):
+    broken = [dict(rows[0], images=["nowhere.png"]), rows[1]]
+    scores = evaluate(vqa, processor, broken)
+    assert scores.skipped == 1
+    assert scores.num_images == 1
+    with pytest.raises(ValueError, match="None of the 1 rows can be evaluated; the last one: missing image"):
+        evaluate(vqa, processor, broken[:1])
+
+
+def test_not_finite_logits_are_one_line(vqa, processor, rows):
+    vqa.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite") as caught:
+        evaluate(vqa, processor, rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_packing_needs_a_fitting_attention(vqa, processor, rows):
+    vqa.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attention 'eager' does not take their mask"):
+        evaluate(vqa, processor, rows, pack=True)
+    assert evaluate(vqa, processor, rows.select(range(2))).num_images == 2
+
+
+def test_progress_ends_full_and_leaves_nothing(vqa, processor, rows):
+    with Progress(disable=True) as progress:
+        evaluate(vqa, processor, rows, progress=progress)
+        assert not progress.tasks
