@@ -69,7 +69,7 @@ def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module
         assert isinstance(pruner, type(stage.rule))
         pruner.build(parts.hidden_size)
         pruner.to(weight.device)
-    base.add_module(PRUNERS, pruners)
+    base.add_module(PRUNERS, pruners.train(base.training))
     controller = Controller(parts, plan, pruners)
     controller.set_mode(mode)
     setattr(base, CONTROLLER, controller)

@@ -23,22 +23,26 @@ class Cut:
         layer: first layer with the shortened cache.
         width: N.
         padding_BN: True on real columns; None if all are.
+        whole: no column is a filler or hidden, so only the caller's own padding can be in `padding_BN`.
         lost_B1: tokens that the sample lost since the language model's input; compact positions are behind by it.
     """
 
     layer: int
     width: int
     padding_BN: Tensor | None
+    whole: bool
     lost_B1: Tensor
 
     @classmethod
     def of(cls, layer: int, frame: Frame, padding_BN: Tensor | None) -> Cut:
         """The cut that led to a frame."""
         lost_B1 = torch.tensor(frame.lost, device=frame.index_BN.device)[:, None]
-        return cls(layer, frame.width, padding_BN, lost_B1)
+        return cls(layer, frame.width, padding_BN, frame.present_BN is None, lost_B1)
 
-    def padding(self, new_BQ: Tensor) -> Tensor:
-        """The 2-D mask of prefill and later columns together, bool (B, N + Q)."""
+    def padding(self, new_BQ: Tensor | None) -> Tensor | None:
+        """The 2-D mask of prefill and later columns together, bool (B, N + Q); None if all are real."""
+        if new_BQ is None:
+            return None
         old_BN = new_BQ.new_ones(new_BQ.shape[0], self.width) if self.padding_BN is None else self.padding_BN
         return torch.cat([old_BN, new_BQ], 1)
 
@@ -69,7 +73,7 @@ class Call:
         rows, frame: vision tokens and sequence at hand; None in a call without images.
         last_prompt_B: original position of the last prompt token.
         prefix: what the cache carries: being written in a prefill, read in a decode step.
-        new_BQ: 2-D mask of everything after the prompt (decode).
+        new_BQ: 2-D mask of everything after the prompt (decode); None if all of it and of the prompt is real.
         custom_mask: a caller's 4-D mask over the language model's input.
         cut_inside: a stage inside the language model has acted, so later layers need shortened arguments.
         before: input of the layer before the next stage, if that stage reads keys or attention.

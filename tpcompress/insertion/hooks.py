@@ -99,14 +99,14 @@ class Controller:
         images = self.parts.family.image_tokens(self.parts.model.config, kwargs)
         if images is not None:
             self.call = self._begin_prefill(kwargs, images)
-        elif prefix is not None and prefix.cuts:
+        elif prefix is not None and prefix.cuts and not _emptied(cache, _steps(kwargs)):
             self.call = Call(prefix=prefix)
             kwargs["attention_mask"] = self._begin_decode(self.call, kwargs, prefix)
         return (), kwargs
 
     def _begin_prefill(self, kwargs: dict, images: Any) -> Call:
         cache = kwargs.get("past_key_values")
-        if cache is not None and not cache.is_compileable and cache.get_seq_length() > 0:
+        if cache is not None and int(cache.get_seq_length()) > 0:
             raise ValueError(
                 "An image in a continued conversation (or a chunked prefill) cannot be pruned: the cache already holds "
                 "tokens. Start from the full prompt with an empty cache and without prefill_chunk_size."
@@ -126,30 +126,33 @@ class Controller:
             labels_BS=self.labels,
             mask_BS=mask_BS,
             rows=locate(placeholder_BS, images, self.plan.scope),
-            frame=Frame.full(B, S, device),
+            frame=Frame.full(B, S, device, mask_BS),
             last_prompt_B=last_prompt_token(self.labels, mask_BS, B, S, device),
             prefix=Prefix(S),
         )
 
     def _begin_decode(self, call: Call, kwargs: dict, prefix: Prefix) -> Any:
         """Note the mask of the new columns; the language model's own mask loses what was dropped before it."""
-        ids = kwargs.get("input_ids")
-        given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
-        batch, steps = given.shape[:2]
-        mask, cache, cut = kwargs.get("attention_mask"), kwargs["past_key_values"], prefix.at_input()
+        mask, cut = kwargs.get("attention_mask"), prefix.at_input()
+        steps, seen = _steps(kwargs), kwargs["past_key_values"].get_seq_length()
+        held = prefix.length if cut is None else cut.width
         if isinstance(mask, Tensor) and mask.ndim == 2:
             call.new_BQ = mask[:, prefix.length :].bool()
-            held = prefix.length if cut is None else cut.width
-            # One new token per call is ordinary decoding; more of them may come from a caller who counted the cache.
-            if steps > 1 and int(cache.get_seq_length()) != held + call.new_BQ.shape[1] - steps:
-                raise ValueError(
-                    "Cannot continue here: the cache holds fewer tokens than the conversation, because vision tokens "
-                    "were dropped before the language model. Pass only new tokens, or the full prompt without the cache."
-                )
+            new = call.new_BQ.shape[1]
+            wrong = new < steps or (_on_host(seen, steps) and int(seen) != held + new - steps)
         else:
-            held = prefix.length if cut is None else cut.width
-            new = int(cache.get_seq_length()) - held + steps
-            call.new_BQ = torch.ones(batch, new, dtype=torch.bool, device=given.device)
+            positions = kwargs.get("position_ids")
+            # `generate` leaves a mask of ones out; its position ids still tell where it believes to be.
+            wrong = steps > 1 and positions is not None and int(positions[..., 0].min()) < prefix.length + seen - held
+            if any(known.padding_BN is not None for known in prefix.cuts):
+                rows, device = prefix.cuts[0].lost_B1.shape[0], prefix.cuts[0].lost_B1.device
+                call.new_BQ = torch.ones(rows, int(seen) - held + steps, dtype=torch.bool, device=device)
+        if wrong:
+            raise ValueError(
+                "Cannot continue here: mask or tokens do not fit the cache, which holds fewer tokens than the conversation "
+                "because vision tokens were dropped before the language model. Pass only new tokens with a mask of the "
+                "whole conversation, or the full prompt without the cache."
+            )
         return mask if cut is None else cut.padding(call.new_BQ)
 
     # ------------------------------------------------------------------ language model
@@ -162,7 +165,7 @@ class Controller:
         if call.frame is None:
             return (), self._decode_input(kwargs, call)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is None and positions is not None and kwargs.get("past_key_values") is None:
+        if mask is None and kwargs.get("past_key_values") is None and _packed(positions):
             raise ValueError(
                 "position_ids without an attention_mask are read as packed sequences, which a pruned sequence cannot "
                 "be; pass an attention_mask (all ones if nothing is padded, or 4-D if sequences are packed)."
@@ -248,6 +251,8 @@ class Controller:
         def mask(source: Any) -> Any:
             if call.custom_mask is not None:
                 return custom_mask(call.custom_mask, frame)
+            if source is None and frame.present_BN is None:
+                return None  # nothing was padded and nothing is now: spare the host the look at a mask of ones
             padding_BN = frame.padding(call.mask_BS)
             return layer_mask(text.config, hidden_BND, padding_BN, kwargs.get("past_key_values"), index, source)
 
@@ -257,7 +262,7 @@ class Controller:
         kwargs["position_ids"] = None
 
     def _decode_arguments(self, index: int, hidden_BND: Tensor, kwargs: dict, call: Call) -> None:
-        assert call.prefix is not None and call.new_BQ is not None
+        assert call.prefix is not None
         cut = call.prefix.at_layer(index)
         if cut is None:
             return
@@ -268,7 +273,7 @@ class Controller:
             return text.rotary_emb(hidden_BND, position_ids=kwargs["position_ids"] - cut.lost_B1)
 
         def mask(source: Any) -> Any:
-            padding_BN = None if source is None and cut.padding_BN is None else cut.padding(new_BQ)
+            padding_BN = None if source is None and cut.whole else cut.padding(new_BQ)
             return layer_mask(text.config, hidden_BND, padding_BN, kwargs["past_key_values"], index, source)
 
         if self.plan.positions == "compact":
@@ -331,6 +336,29 @@ def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments by name, in a dict of our own."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _steps(kwargs: dict) -> int:
+    """New columns of a call."""
+    ids = kwargs.get("input_ids")
+    given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+    return given.shape[1]
+
+
+def _on_host(length: Any, steps: int) -> bool:
+    """A static cache knows its length on the device only; asking makes the host wait, so not at every decode step."""
+    return isinstance(length, int) or steps > 1
+
+
+def _emptied(cache: Any, steps: int) -> bool:
+    """Whether a cache was reset since the request that it remembers."""
+    length = cache.get_seq_length()
+    return _on_host(length, steps) and int(length) == 0
+
+
+def _packed(positions: Tensor | None) -> bool:
+    """Whether transformers would read position ids as packed sequences."""
+    return positions is not None and bool((positions.diff(dim=-1) != 1).any())
 
 
 def _keep_2d(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

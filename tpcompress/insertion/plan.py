@@ -124,12 +124,15 @@ class PruningPlan:
                     f"Stage {i} acts at layer {after.layer} after stage {i - 1} at layer {before.layer}; "
                     f"layers must rise."
                 )
-            for field in ("keep_ratio", "keep_tokens"):
-                then, now = getattr(before, field), getattr(after, field)
-                if then is not None and now is not None and now > then:
+        for field in ("keep_ratio", "keep_tokens"):
+            given = [
+                (i, stage.layer, v) for i, stage in enumerate(self.stages) if (v := getattr(stage, field)) is not None
+            ]
+            for (j, _, then), (i, layer, now) in zip(given, given[1:], strict=False):
+                if now > then:
                     raise ValueError(
-                        f"Stage {i} (layer {after.layer}) keeps {now} of the vision tokens after stage {i - 1} kept "
-                        f"{then}; budgets must not grow."
+                        f"Stage {i} (layer {layer}) keeps {now} of the vision tokens after stage {j} kept {then}; "
+                        f"budgets must not grow."
                     )
 
     @property
@@ -178,6 +181,8 @@ class PruningPlan:
             stage_keys = ("pruner", "layer", "keep_ratio", "keep_tokens")
             values["stages"] = [{k: values.pop(k) for k in stage_keys if k in values}]
         _no_other_keys(values, ("stages", "positions", "scope"), "plan")
+        if not isinstance(values["stages"], list | tuple):
+            raise ValueError(f"`stages` is a list of stages, got {values['stages']!r}; put a `-` before each in YAML.")
         stages = []
         for stage in values.pop("stages"):
             if not isinstance(stage, dict) or "pruner" not in stage:

@@ -2,7 +2,7 @@
 
 B samples, S positions of the original sequence, N columns of the sequence at hand, R budget rows (one per image or
 per prompt), V vision tokens of a row (padded), D hidden size. Counts live on the host, so nothing here waits for a GPU
-except `locate` for a batch of several samples (once per prefill).
+except `locate` and `Frame.full` for a batch of several samples (once per prefill).
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Frame:
         length: S, columns of the original sequence.
         index_BN: original position of each column.
         base_BN: column of the language model's input that each column was.
-        present_BN: False on fillers (ragged batch) and on hidden tokens (mode `mask`); None if all are present.
-        lengths: present columns of each sample, the user's padding included.
+        present_BN: False on padding, fillers (ragged batch) and hidden tokens (mode `mask`); None if all are present.
+        lengths: present columns of each sample.
         shift_BN: tokens dropped before each column since the language model's input, for compact positions.
         lost: tokens dropped from each sample since the language model's input.
     """
@@ -132,10 +132,18 @@ class Frame:
     lost: list[int]
 
     @classmethod
-    def full(cls, B: int, S: int, device: torch.device) -> Frame:
-        """The untouched sequence."""
+    def full(cls, B: int, S: int, device: torch.device, mask_BS: Tensor | None = None) -> Frame:
+        """The untouched sequence.
+
+        Args:
+            B, S, device: its shape and place.
+            mask_BS: the caller's 2-D mask. In a batch of several samples its padding makes room, too: a short sample
+                without images must not keep the others long.
+        """
         index_BS = torch.arange(S, device=device).expand(B, S)
-        return cls(S, index_BS, index_BS, None, [S] * B, torch.zeros_like(index_BS), [0] * B)
+        lengths = [S] * B if B == 1 or mask_BS is None else mask_BS.bool().sum(1).cpu().numpy().tolist()
+        present_BS = None if min(lengths) == S or mask_BS is None else mask_BS.bool()
+        return cls(S, index_BS, index_BS, present_BS, lengths, torch.zeros_like(index_BS), [0] * B)
 
     @property
     def width(self) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tpcompress.insertion.attach import Controller
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageTrace:
     """What one stage did in one prefill. R budget rows, V vision tokens, B samples.
 
@@ -43,7 +43,7 @@ class StageTrace:
     selection: Selection | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """Everything recorded inside one `record` block; prefills follow each other in `stages`.
 

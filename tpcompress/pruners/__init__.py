@@ -45,7 +45,7 @@ def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
     if name in known:
         return known[name]
     if "." not in name:
-        near = difflib.get_close_matches(str(name), known, n=1)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"No pruner '{name}'. Known: {', '.join(known)}.{hint}")
     if not allow_outside:
@@ -75,9 +75,9 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
             f"A pruner is a name or a mapping with `type`, got {config!r}. Known: {', '.join(list_pruners())}."
         )
     arguments = dict(config)
-    cls = pruner_class(arguments.pop("type"), allow_outside)
+    cls = pruner_class(str(arguments.pop("type")), allow_outside)
     try:
         return cls(**arguments)
     except TypeError as error:
-        names = [n for n in cls().config() if n != "type"]
+        names = cls.argument_names()
         raise ValueError(f"Pruner '{cls.name}': {error}; it takes {', '.join(names) or 'no arguments'}.") from error

@@ -131,9 +131,21 @@ class Pruner(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(tokens, num_keep_B) -> Selection.")
 
     def config(self) -> dict[str, Any]:
-        """Its name and arguments, as they are written to config.json; `create` is the inverse."""
-        names = inspect.signature(type(self).__init__).parameters
-        return {"type": self.name} | {n: getattr(self, n) for n in names if n != "self"}
+        """Its name and arguments, as they are written to config.json; `create` is the inverse.
+
+        A pruner from outside this package goes by its dotted path, which is how `create` finds it again.
+        """
+        cls = type(self)
+        inside = cls.__module__.startswith(f"{__package__}.")
+        name = self.name if inside else f"{cls.__module__}.{cls.__qualname__}"
+        return {"type": name} | {n: getattr(self, n) for n in self.argument_names()}
+
+    @classmethod
+    def argument_names(cls) -> list[str]:
+        """What `__init__` takes by name; a pruner without one inherits nn.Module's `(*args, **kwargs)`."""
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        return [p.name for p in parameters if p.kind not in variadic]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "type")

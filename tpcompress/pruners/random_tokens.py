@@ -34,7 +34,8 @@ class Random(Pruner):
 
 def hash_uniform(seed: int, index: Tensor) -> Tensor:
     """A number in [0, 1) per index: a 32-bit multiply-and-xor-shift mix of (seed, index), equal on every device."""
-    bits = (index.long() * 0x9E3779B1 + (seed * 0x85EBCA77 + 0x27D4EB2F)) & 0xFFFFFFFF
+    mixed = (seed * 0x85EBCA77 + 0x27D4EB2F) & 0xFFFFFFFF  # in Python, where no seed is too large
+    bits = (index.long() * 0x9E3779B1 + mixed) & 0xFFFFFFFF
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
         bits = ((bits ^ (bits >> 15)) * multiplier) & 0xFFFFFFFF
-    return (bits ^ (bits >> 16)).float() / 2**32
+    return ((bits ^ (bits >> 16)) >> 8).float() / 2**24  # 24 bits: what fp32 holds without rounding up to 1

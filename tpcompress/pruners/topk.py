@@ -25,7 +25,9 @@ def keep_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor
 
 def rank(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
     """Place of each token in its row, 0 = best; padding comes last; ties go to the earlier token."""
-    masked_BV = scores_BV.float().masked_fill(~valid_BV, -torch.inf)
+    # The floor keeps a token whose score is -inf ahead of padding.
+    floor = torch.finfo(torch.float32).min
+    masked_BV = scores_BV.float().clamp(min=floor).masked_fill(~valid_BV, -torch.inf)
     order_BV = masked_BV.argsort(dim=1, descending=True, stable=True)
     places_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
     return torch.empty_like(order_BV).scatter_(1, order_BV, places_V.expand_as(order_BV))

@@ -1,0 +1,296 @@
+"""Generation: the cache holds the right tokens at every layer, whoever makes it and however it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import PLACEHOLDER, TOKENS, batch, config_id, generate, logit_gap, new_tokens, one_sample, pruner_configs
+from transformers import DynamicCache, StaticCache
+
+from tpcompress.insertion.attach import attach, detach, mode, record
+from tpcompress.insertion.plan import PruningPlan, Stage
+
+LEFT = [(5, 2, 7), (9, 2, 8)]
+RAGGED = [(5, 1, 7), (3, 2, 8), (4, 0, 9)]
+SINGLE = [(5, 1, 7)]
+
+PLANS = {
+    "stage 0": [Stage("uniform", 0, keep_ratio=0.5)],
+    "layer 2": [Stage("divprune", 2, keep_ratio=0.25)],
+    "three": [
+        Stage("pool", 0, keep_tokens=40),
+        Stage("divprune", 2, keep_tokens=17),
+        Stage("random", 4, keep_tokens=5),
+    ],
+}
+every_plan = pytest.mark.parametrize("name", PLANS)
+both_positions = pytest.mark.parametrize("positions", ["original", "compact"])
+
+
+@both_positions
+@every_plan
+@pytest.mark.parametrize("samples", [SINGLE, LEFT, RAGGED], ids=["one", "left", "ragged"])
+def test_cached_equals_recomputed(model: Any, samples: Any, name: str, positions: str) -> None:
+    inputs = batch(samples)
+    plain = generate(model, inputs)
+    attach(model, PruningPlan(PLANS[name], positions=positions))
+    cached = generate(model, inputs)
+    recomputed = generate(model, inputs, use_cache=False)
+    static = generate(model, inputs, cache_implementation="static")
+    with mode(model, "mask"):
+        masked = generate(model, inputs)
+    for other in (recomputed, static, masked):
+        assert torch.equal(cached.sequences, other.sequences)
+        assert logit_gap(cached, other) < 1e-5
+    assert logit_gap(cached, plain) > 0.05, "control: pruning must change the logits"
+
+
+@pytest.mark.parametrize("config", [c for c in pruner_configs() if not c.get("resample")], ids=config_id)
+def test_every_pruner_batch_equals_alone(model: Any, config: dict[str, Any]) -> None:
+    inputs = batch(RAGGED)
+    attach(model, PruningPlan([Stage(config, 2, keep_tokens=9)]))
+    together = generate(model, inputs)
+    static = generate(model, inputs, cache_implementation="static")
+    assert torch.equal(together.sequences, static.sequences)
+    for b in range(len(RAGGED)):
+        alone = generate(model, one_sample(inputs, b))
+        assert torch.equal(new_tokens(alone)[0], new_tokens(together)[b])
+        gap = max((x[0] - y[b]).abs().max().item() for x, y in zip(alone.logits, together.logits, strict=True))
+        assert gap < 1e-5
+
+
+def test_eager_equals_sdpa(model: Any, eager_model: Any) -> None:
+    for name, stages in PLANS.items():
+        attach(model, PruningPlan(stages))
+        attach(eager_model, PruningPlan(stages))
+        a, b = generate(model, batch(RAGGED)), generate(eager_model, batch(RAGGED))
+        assert torch.equal(a.sequences, b.sequences), name
+        assert logit_gap(a, b) < 1e-5
+        detach(model)
+        detach(eager_model)
+
+
+@both_positions
+@every_plan
+def test_beams_and_sampling_equal_recomputation(model: Any, name: str, positions: str) -> None:
+    attach(model, PruningPlan(PLANS[name], positions=positions))
+    inputs = batch(RAGGED)
+    for options in (
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2, "temperature": 1.5},
+    ):
+        runs = []
+        for cache in (True, False):
+            torch.manual_seed(11)
+            runs.append(generate(model, inputs, use_cache=cache, **options))
+        assert torch.equal(runs[0].sequences, runs[1].sequences), options
+        assert len(runs[0].sequences) == len(RAGGED) * options.get("num_return_sequences", 1)
+
+
+def test_beams_equal_each_sample_alone(model: Any) -> None:
+    inputs = batch(RAGGED)
+    attach(model, PruningPlan(PLANS["three"]))
+    together = generate(model, inputs, num_beams=3)
+    for b in range(len(RAGGED)):
+        assert torch.equal(new_tokens(generate(model, one_sample(inputs, b), num_beams=3))[0], new_tokens(together)[b])
+
+
+def test_assisted_decoding_equals_greedy(model: Any) -> None:
+    inputs = batch(SINGLE)
+    for name in ("layer 2", "three"):
+        attach(model, PruningPlan(PLANS[name]))
+        greedy = generate(model, inputs, new=8)
+        assert torch.equal(generate(model, inputs, new=8, prompt_lookup_num_tokens=3).sequences, greedy.sequences), name
+        detach(model)
+
+
+def test_lengths_of_every_layer(model: Any) -> None:
+    inputs = batch(SINGLE)
+    length = inputs["input_ids"].shape[1]
+    attach(model, PruningPlan([Stage("uniform", 1, keep_tokens=30), Stage("random", 4, keep_tokens=7)]))
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    short = length - TOKENS
+    assert [layer.keys.shape[2] for layer in cache.layers] == [length, *[short + 30] * 3, *[short + 7] * 2]
+    out = generate(model, inputs, new=4)
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [
+        n + 3 for n in [length, *[short + 30] * 3, *[short + 7] * 2]
+    ]
+    detach(model)
+    attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=30)]))
+    out = generate(model, inputs, new=4)
+    assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {short + 33}
+
+
+def test_padding_of_short_samples_is_not_cached(model: Any) -> None:
+    """A sample without images must not keep the others at full length."""
+    attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=4)]))
+    out = generate(model, batch([(5, 2, 7), (4, 0, 3)]), new=2)
+    assert out.past_key_values.layers[0].keys.shape[2] == (5 + 7 + 4 + 8) + 1
+
+
+def test_generate_hands_over_encoded_images(model: Any) -> None:
+    """Transformers encodes images before the prefill and passes features, not pixels: that path must be pruned, too."""
+    inputs, seen = batch(LEFT), []
+    attach(model, PruningPlan(PLANS["three"]))
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            (kwargs.get("mm_encoder_outputs") is not None, kwargs.get("pixel_values") is not None)
+        ),
+        with_kwargs=True,
+    )
+    with record(model) as trace:
+        generate(model, inputs, new=3)
+    hook.remove()
+    assert seen == [(True, False), (False, False), (False, False)]
+    assert len(trace.stages) == 3
+    with record(model) as direct, torch.no_grad():
+        model(**inputs)
+    for a, b in zip(trace.stages, direct.stages, strict=True):
+        assert torch.equal(a.retained_RV, b.retained_RV)
+        assert a.view is None or torch.equal(a.view.row_BV, b.view.row_BV)
+
+
+def test_inputs_embeds(model: Any) -> None:
+    inputs = batch(SINGLE)
+    attach(model, PruningPlan(PLANS["three"]))
+    expected = generate(model, inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    given = {k: v for k, v in inputs.items() if k != "input_ids"} | {"inputs_embeds": embeds}
+    out = generate(model, given)
+    assert torch.equal(new_tokens(out), new_tokens(expected))
+    assert logit_gap(out, expected) < 1e-5
+
+
+@both_positions
+@every_plan
+def test_decoding_by_hand_without_positions_and_mask(model: Any, name: str, positions: str) -> None:
+    inputs = batch(SINGLE)
+    attach(model, PruningPlan(PLANS[name], positions=positions))
+    expected = generate(model, inputs, new=4)
+    for with_mask in (True, False):
+        given = dict(inputs)
+        if not with_mask:
+            del given["attention_mask"]
+        with torch.no_grad():
+            out = model(**given, use_cache=True)
+            tokens, mask = [], inputs["attention_mask"]
+            for step in range(4):
+                logits = out.logits[:, -1].clone()
+                assert (logits - expected.logits[step]).abs().max() < 1e-5
+                logits[:, PLACEHOLDER] = -torch.inf
+                tokens.append(logits.argmax(-1))
+                mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+                more = {"attention_mask": mask} if with_mask else {}
+                out = model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values, **more)
+        assert torch.equal(torch.stack(tokens, 1), new_tokens(expected, 4))
+
+
+def test_mask_of_the_physical_cache_is_refused(model: Any) -> None:
+    """After stage 0 a caller who counts the cache would pass a mask that is too short."""
+    inputs = batch(SINGLE)
+    attach(model, PruningPlan(PLANS["stage 0"]))
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        short = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
+        with pytest.raises(ValueError, match="mask"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache, attention_mask=short)
+
+
+@both_positions
+@every_plan
+def test_conversation_continues_rightly_or_not_at_all(model: Any, name: str, positions: str) -> None:
+    inputs = batch(SINGLE)
+    for cache_options in ({}, {"past_key_values": "static"}):
+        attach(model, PruningPlan(PLANS[name], positions=positions))
+        first_options = {}
+        if cache_options:
+            first_options = {"past_key_values": StaticCache(config=model.config.get_text_config(), max_cache_len=200)}
+        first = generate(model, inputs, new=4, **first_options)
+        ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        fresh = generate(model, again | {"pixel_values": inputs["pixel_values"]}, new=4)
+        try:
+            out = generate(model, again, new=4, past_key_values=first.past_key_values)
+        except ValueError as error:
+            assert "Cannot continue here" in str(error)
+            assert name != "layer 2", "a layer inside the model does not stand in the way"
+        else:
+            assert torch.equal(out.sequences, fresh.sequences)
+            assert logit_gap(out, fresh) < 1e-5
+        detach(model)
+
+
+@every_plan
+def test_new_tokens_alone_continue(model: Any, name: str) -> None:
+    inputs = batch(SINGLE)
+    attach(model, PruningPlan(PLANS[name]))
+    more = torch.tensor([[11, 12, 13]])
+    ids = torch.cat([inputs["input_ids"], more], 1)
+    whole = batch(SINGLE) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = model(**whole).logits[:, -3:]
+        for mask in (torch.ones_like(ids), None):
+            cache = model(**inputs, use_cache=True).past_key_values
+            out = model(input_ids=more, past_key_values=cache, attention_mask=mask).logits
+            assert (out - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("static", [False, True])
+@every_plan
+def test_new_image_in_a_continued_conversation_is_refused(model: Any, name: str, static: bool) -> None:
+    inputs = batch(SINGLE)
+    config = model.config.get_text_config()
+    attach(model, PruningPlan(PLANS[name]))
+    cache = StaticCache(config=config, max_cache_len=400) if static else DynamicCache(config=config)
+    first = generate(model, inputs, new=2, past_key_values=cache)
+    later = batch([(2, 1, 3)], seed=5)
+    ids = torch.cat([first.sequences, later["input_ids"]], 1)
+    with torch.no_grad(), pytest.raises(ValueError, match="An image in a continued conversation"):
+        model(
+            input_ids=later["input_ids"], pixel_values=later["pixel_values"], attention_mask=torch.ones_like(ids),
+            past_key_values=first.past_key_values,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("static", [False, True])
+@every_plan
+def test_chunked_prefill_through_an_image_is_refused(model: Any, name: str, static: bool) -> None:
+    inputs = batch(SINGLE)
+    attach(model, PruningPlan(PLANS[name]))
+    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    with pytest.raises(ValueError, match="chunked prefill"):
+        generate(model, inputs, prefill_chunk_size=20, **options)
+
+
+@every_plan
+def test_a_cache_used_again_forgets_the_earlier_request(model: Any, name: str) -> None:
+    """A static cache is reset and used for another prompt, with other images or with none."""
+    config = model.config.get_text_config()
+    attach(model, PruningPlan(PLANS[name]))
+    for cache in (StaticCache(config=config, max_cache_len=200), DynamicCache(config=config)):
+        for samples in (SINGLE, [(9, 0, 4)], [(2, 1, 3)], [(2, 0, 0)]):
+            inputs = batch(samples, seed=3)
+            expected = generate(model, inputs)
+            cache.reset()
+            out = generate(model, inputs, past_key_values=cache)
+            assert torch.equal(out.sequences, expected.sequences)
+            assert logit_gap(out, expected) < 1e-5
+
+
+def test_requests_do_not_see_each_other(model: Any) -> None:
+    """Two prompts decoded in turns, each with its own cache."""
+    attach(model, PruningPlan(PLANS["three"], positions="compact"))
+    prompts = [batch(SINGLE), batch([(9, 2, 4)], seed=2), batch([(4, 0, 4)], seed=3)]
+    expected = [generate(model, p, new=3) for p in prompts]
+    with torch.no_grad():
+        outs = [model(**p, use_cache=True) for p in prompts]
+        for step in range(3):
+            for i, out in enumerate(outs):
+                logits = out.logits[:, -1].clone()
+                assert (logits - expected[i].logits[step]).abs().max() < 1e-5
+                logits[:, PLACEHOLDER] = -torch.inf
+                outs[i] = model(input_ids=logits.argmax(-1)[:, None], past_key_values=out.past_key_values)

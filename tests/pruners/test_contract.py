@@ -1,0 +1,242 @@
+"""What every registered pruner promises, with its defaults and its variants."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support import VARIANTS, config_id, make_pruner, make_view, pad_view, pruner_configs, view_rows
+from torch import Tensor
+
+from tpcompress.pruners import Selection, create, list_pruners
+
+GRIDS = {1: (1, 1), 2: (1, 2), 7: (1, 7), 12: (3, 4), 64: (8, 8)}
+D = 16
+
+every_pruner = pytest.mark.parametrize("config", pruner_configs(), ids=config_id)
+
+
+def features(B: int, V: int, seed: int = 0) -> Tensor:
+    """(B, V, D), row by row the same whatever B is."""
+    rows = [torch.randn(V, D, generator=torch.Generator().manual_seed(seed + 100 * b)) for b in range(B)]
+    return torch.stack(rows)
+
+
+def run(config: dict[str, Any], x_BVD: Tensor, counts: list[int], soft: bool = False) -> Selection:
+    pruner = make_pruner(config).train(soft)
+    with torch.no_grad():
+        return pruner(make_view(pruner, x_BVD, GRIDS[x_BVD.shape[1]], soft=soft), torch.tensor(counts))
+
+
+def test_variants_name_registered_pruners() -> None:
+    assert set(VARIANTS) <= set(list_pruners())
+    assert len(pruner_configs()) >= len(list_pruners()) > 0
+
+
+@every_pruner
+@pytest.mark.parametrize("V", GRIDS)
+def test_every_budget_is_exact(config: dict[str, Any], V: int) -> None:
+    counts = list(range(1, V + 1))
+    selection = run(config, features(V, V), counts)
+    assert selection.keep_BV.dtype == torch.bool
+    assert selection.keep_BV.shape == (V, V)
+    assert selection.scores_BV.shape == (V, V)
+    assert selection.keep_BV.sum(1).tolist() == counts
+
+
+@every_pruner
+def test_rows_are_independent_of_the_batch(config: dict[str, Any]) -> None:
+    for V in (7, 12):
+        counts = list(range(1, V + 1))
+        pruner, x = make_pruner(config), features(V, V)
+        view = make_view(pruner, x, GRIDS[V])
+        with torch.no_grad():
+            together = pruner(view, torch.tensor(counts))
+            for b, count in enumerate(counts):
+                alone = pruner(view_rows(view, [b]), torch.tensor([count]))
+                assert torch.equal(alone.keep_BV[0], together.keep_BV[b])
+                if pruner.merges:
+                    kept = alone.keep_BV[0]
+                    assert torch.allclose(alone.vision_BVD[0, kept], together.vision_BVD[b, kept], atol=1e-6)
+
+
+@every_pruner
+def test_padding_changes_nothing_and_is_never_kept(config: dict[str, Any]) -> None:
+    counts, (rows, cols) = [1, 4, 11, 12], GRIDS[12]
+    for soft in (False, True):
+        pruner, x = make_pruner(config).train(soft), features(4, 12)
+        if soft and getattr(pruner, "resample", False):
+            continue  # draws per token of the batch
+        view = make_view(pruner, x, (rows, cols), soft=soft)
+        with torch.no_grad():
+            plain = pruner(view, torch.tensor(counts))
+            padded = pruner(pad_view(view, 5, (rows + 2, cols + 1)), torch.tensor(counts))
+        assert torch.equal(padded.keep_BV[:, :12], plain.keep_BV)
+        assert not padded.keep_BV[:, 12:].any()
+        assert padded.keep_BV.sum(1).tolist() == counts
+        if plain.gate_BV is not None:
+            assert padded.gate_BV is not None
+            assert torch.allclose(padded.gate_BV[:, :12], plain.gate_BV, atol=1e-5)
+            assert (padded.gate_BV[:, 12:] == 0).all()
+
+
+@every_pruner
+def test_same_call_same_answer(config: dict[str, Any]) -> None:
+    first, second = (run(config, features(2, 64), [5, 9]) for _ in range(2))
+    assert torch.equal(first.keep_BV, second.keep_BV)
+    assert torch.equal(first.scores_BV, second.scores_BV)
+    torch.manual_seed(5)
+    trained = run(config, features(2, 64), [5, 9], soft=True)
+    torch.manual_seed(5)
+    again = run(config, features(2, 64), [5, 9], soft=True)
+    assert torch.equal(trained.keep_BV, again.keep_BV)
+    if trained.vision_BVD is not None:
+        assert torch.equal(trained.vision_BVD, again.vision_BVD)
+
+
+@every_pruner
+def test_ties_go_to_the_earlier_token(config: dict[str, Any]) -> None:
+    pruner = make_pruner(config)
+    x = torch.zeros(12, 12, D)
+    x[..., 0] = 1.0  # one-hot, so that every product is exact
+    view = make_view(pruner, x, GRIDS[12])
+    if view.attention_BHV is not None:
+        view = replace(view, attention_BHV=torch.full_like(view.attention_BHV, 1 / 12))
+    if view.keys_BVD is not None:
+        view = replace(view, keys_BVD=torch.ones_like(view.keys_BVD))
+    with torch.no_grad():
+        selection = pruner(view, torch.arange(1, 13))
+    for keep, score in zip(selection.keep_BV, selection.scores_BV, strict=True):
+        for value in score.unique():
+            tied = keep[score == value].long()
+            assert (tied.diff() <= 0).all(), "a later token was kept before an earlier one of the same score"
+
+
+@every_pruner
+def test_config_round_trip(config: dict[str, Any]) -> None:
+    pruner = make_pruner(config)
+    again = create(pruner.config())
+    assert type(again) is type(pruner)
+    assert again.config() == pruner.config()
+    assert config.items() <= again.config().items()
+    assert all(isinstance(v, str | int | float | bool) for v in pruner.config().values())
+    again.build(D)
+    again.load_state_dict(pruner.state_dict())
+    view = make_view(pruner, features(2, 12), GRIDS[12])
+    with torch.no_grad():
+        assert torch.equal(pruner(view, torch.tensor([3, 5])).keep_BV, again.eval()(view, torch.tensor([3, 5])).keep_BV)
+        copied = copy.deepcopy(pruner)
+        assert torch.equal(pruner(view, torch.tensor([3, 5])).keep_BV, copied(view, torch.tensor([3, 5])).keep_BV)
+
+
+def awkward(name: str) -> Tensor:
+    x = features(12, 12)
+    if name == "constant":
+        return torch.full_like(x, 0.3)
+    if name == "zero":
+        return torch.zeros_like(x)
+    if name == "duplicated":
+        return x[:, :3].repeat(1, 4, 1)
+    if name == "peaky":
+        x = x * 1e3
+        x[:, 5] *= 1e4
+        return x
+    return x * 1e-8
+
+
+@every_pruner
+@pytest.mark.parametrize("kind", ["constant", "zero", "duplicated", "peaky", "tiny"])
+def test_awkward_inputs_stay_finite_and_exact(config: dict[str, Any], kind: str) -> None:
+    pruner, counts = make_pruner(config), list(range(1, 13))
+    for soft in (False, True):
+        pruner.train(soft)
+        x = awkward(kind).requires_grad_(soft)
+        view = make_view(pruner, x, GRIDS[12], soft=soft)
+        if kind == "peaky" and view.attention_BHV is not None:
+            view = replace(
+                view, attention_BHV=torch.nn.functional.one_hot(torch.tensor(3), 12).float().expand(12, 4, 12)
+            )
+        selection = pruner(view, torch.tensor(counts))
+        assert selection.keep_BV.sum(1).tolist() == counts
+        assert selection.scores_BV.isfinite().all()
+        if selection.vision_BVD is not None:
+            assert selection.vision_BVD.isfinite().all()
+        if selection.gate_BV is not None:
+            assert torch.allclose(selection.gate_BV.sum(1), torch.tensor(counts).float(), rtol=1e-3)
+            (selection.gate_BV.square().sum() + selection.vision_BVD.sum()).backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in pruner.parameters())
+
+
+@every_pruner
+def test_bf16_equals_fp32(config: dict[str, Any]) -> None:
+    """Same numbers in another dtype: well separated scores must give the same tokens."""
+    pruner = make_pruner(config)
+    view = make_view(pruner, features(4, 12), GRIDS[12])
+    names = [n for n, v in vars(view).items() if isinstance(v, Tensor) and v.is_floating_point()]
+    half = replace(view, **{n: getattr(view, n).bfloat16() for n in names})
+    full = replace(view, **{n: getattr(view, n).bfloat16().float() for n in names})
+    counts = torch.tensor([1, 3, 6, 12])
+    with torch.no_grad():
+        a, b = pruner(half, counts), pruner(full, counts)
+    assert torch.equal(a.keep_BV, b.keep_BV)
+    if a.vision_BVD is not None:
+        assert a.vision_BVD.dtype == torch.bfloat16
+
+
+@every_pruner
+def test_gate_is_exact_and_differentiable(config: dict[str, Any]) -> None:
+    pruner = make_pruner(config).train()
+    counts = list(range(1, 13))
+    selection = pruner(make_view(pruner, features(12, 12), GRIDS[12], soft=True), torch.tensor(counts))
+    assert (selection.gate_BV is not None) == pruner.learned
+    if selection.gate_BV is None:
+        return
+    gate = selection.gate_BV
+    assert torch.allclose(gate.sum(1), torch.tensor(counts).float(), rtol=1e-4)
+    assert ((gate >= 0) & (gate <= 1)).all()
+    (gate * torch.randn(gate.shape)).sum().backward()
+    grads = [p.grad for p in pruner.parameters()]
+    assert any(g is not None and g.abs().max() > 1e-8 for g in grads)
+    assert all(g is None or g.isfinite().all() for g in grads)
+    inference = make_pruner(config)
+    hard = inference(make_view(inference, features(12, 12), GRIDS[12], soft=True), torch.tensor(counts))
+    assert hard.gate_BV is None
+    assert torch.equal(hard.keep_BV, selection.keep_BV), "training and inference must retain the same tokens"
+
+
+@every_pruner
+def test_one_token_and_full_budget(config: dict[str, Any]) -> None:
+    assert run(config, features(2, 1), [1, 1]).keep_BV.all()
+    full = run(config, features(2, 12), [12, 12])
+    assert full.keep_BV.all()
+    if full.vision_BVD is not None:
+        assert torch.allclose(full.vision_BVD, features(2, 12), atol=1e-6)
+
+
+@every_pruner
+def test_merging_stays_within_what_it_merges(config: dict[str, Any]) -> None:
+    pruner, x = make_pruner(config), features(12, 12)
+    selection = run(config, x, list(range(1, 13)))
+    assert (selection.vision_BVD is not None) == pruner.merges
+    if selection.vision_BVD is None:
+        return
+    for b in range(12):
+        merged = selection.vision_BVD[b, selection.keep_BV[b]]
+        assert (merged <= x[b].amax(0) + 1e-6).all()
+        assert (merged >= x[b].amin(0) - 1e-6).all()
+    assert torch.allclose(selection.vision_BVD[0, selection.keep_BV[0]], x[0].mean(0, keepdim=True), atol=1e-6)
+    same = run(config, torch.full((1, 12, D), 0.7), [5])
+    assert torch.allclose(same.vision_BVD[same.keep_BV], torch.tensor(0.7))
+
+
+@every_pruner
+def test_does_not_change_its_inputs(config: dict[str, Any]) -> None:
+    pruner, counts = make_pruner(config), torch.tensor([2, 7])
+    view = make_view(pruner, features(2, 12), GRIDS[12])
+    before = {k: v.clone() for k, v in vars(view).items() if isinstance(v, Tensor)}
+    pruner(view, counts)
+    assert all(torch.equal(v, getattr(view, k)) for k, v in before.items())
+    assert counts.tolist() == [2, 7]
