@@ -191,8 +191,8 @@ def _batches(
 
 
 def _families(dataset: Rows) -> tuple[str, ...]:
-    """Families in order of appearance."""
-    return tuple(dict.fromkeys(name for listed in _column(dataset, "families") for name in listed))
+    """Families of a data set, sorted."""
+    return tuple(sorted({name for listed in _column(dataset, "families") for name in listed}))
 
 
 def _column(dataset: Any, name: str) -> list[list[str]]:
