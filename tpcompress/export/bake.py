@@ -1,0 +1,204 @@
+"""`export`: from an attached model, trained or not, to a folder that holds the plan, its weights and a probe.
+
+The caller's model is left as it was. Its weights are not copied, with one exception: layers under LoRA are, one by
+one, to merge into the copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tpcompress.export.compare import Comparison
+from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
+from tpcompress.export.manifest import describe
+from tpcompress.export.probe import Probe, default_inputs, record_probe
+from tpcompress.export.registry import config_class, register_model, stock_class
+from tpcompress.families import family_of
+from tpcompress.insertion.attach import base_of, plan_of
+from tpcompress.insertion.plan import Budget, PruningPlan
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    model: nn.Module,
+    processor: Any,
+    out: str | Path,
+    *,
+    probe_inputs: Mapping[str, Any] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    trained_with: Mapping[str, Any] | None = None,
+    budgets: Sequence[Budget] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that loads with its plan on, and only so.
+
+    LoRA is merged, the pruners' weights are included, curricula stand at the plan's own budgets. The model itself
+    stays as it is: attached, unmerged, in its mode. Call it from one process.
+
+    Args:
+        model: a transformers model with a plan attached, or a PEFT model around one.
+        processor: what makes its inputs; written beside it.
+        out: folder to write; it appears only when it is complete.
+        probe_inputs: a call to store and replay, as the processor makes it, with an image; a built-in one without it.
+        recipe: YAML file or mapping that the model was trained by, kept as recipe.yaml.
+        trained_with: facts for the manifest, e.g. {"arm": "training_aware", "steps": 800}.
+        budgets: final budgets, one per stage; without it the plan's own.
+        overwrite: replace an earlier export at `out`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, a plan or probe
+            that cannot be written.
+        FileExistsError: `out` exists.
+        FileNotFoundError: no such recipe.
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    base = base_of(model)
+    plan = final_plan(plan_of(model), budgets)
+    _refuse(base, processor)
+    recipe_text = _recipe(recipe)
+    inputs = default_inputs(processor) if probe_inputs is None else probe_inputs
+    values = [stage.budget for stage in plan.stages]
+    probe = record_probe(model, inputs, values)
+    merged, merging = base, None
+    if model is not base:
+        merged = merged_copy(model)
+        trained, probe = probe, record_probe(merged, inputs, values)
+        merging = _compare_merged(trained, probe)
+    baked = bake(merged, plan)
+    with new_folder(out, overwrite) as folder:
+        baked.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        probe.save(folder)
+        if recipe_text is not None:
+            (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        manifest = describe(base, plan, probe) | {"merging": merging, "trained_with": dict(trained_with or {})}
+        write_json(folder / MANIFEST, manifest | {"files": file_records(folder)})
+    return out
+
+
+def final_plan(plan: PruningPlan, budgets: Sequence[Budget] | None) -> PruningPlan:
+    """The plan with other budgets.
+
+    Raises:
+        ValueError: not one budget per stage, budgets that grow, or arguments of a pruner that JSON cannot hold.
+    """
+    if budgets is not None:
+        if len(budgets) != len(plan.stages):
+            raise ValueError(f"The plan has {len(plan.stages)} stages, got {len(budgets)} budgets; give one each.")
+        stages = [
+            replace(stage, keep_ratio=b.keep_ratio, keep_tokens=b.keep_tokens)
+            for stage, b in zip(plan.stages, budgets, strict=True)
+        ]
+        plan = replace(plan, stages=stages)
+    try:
+        json.dumps(plan.to_dict())
+    except TypeError as error:
+        raise ValueError(f"The plan cannot be written ({error}); pruners take plain values only.") from error
+    return plan
+
+
+def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """An attached model as its exported class: same tensors, on which only `save_pretrained` may be called.
+
+    Raises:
+        ValueError: its weights are not those of its stock class plus the plan's.
+    """
+    config = exported_config(base.config, plan)
+    with torch.device("meta"):
+        baked = register_model(config.base_model_type)(config, allow_outside=True)
+    weights = base.state_dict()
+    odd = sorted(set(weights) ^ set(baked.state_dict()))
+    if odd:
+        hint = "pass the PEFT model around it" if "lora" in odd[0] else "export a model of the stock class"
+        raise ValueError(f"The model has {len(odd)} weights more or less than its class, '{odd[0]}' first; {hint}.")
+    baked.load_state_dict(weights, assign=True)
+    baked.tie_weights()
+    baked.generation_config = copy.deepcopy(base.generation_config)
+    return baked
+
+
+def exported_config(config: PretrainedConfig, plan: PruningPlan) -> PretrainedConfig:
+    """The exported config of a stock or exported one."""
+    stock = getattr(config, "base_model_type", None) or config.model_type
+    kept = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "_name_or_path")}
+    return config_class(stock).from_dict(kept | {"token_pruning": plan.to_dict()})
+
+
+def merged_copy(model: nn.Module) -> PreTrainedModel:
+    """A PEFT model's base with the adapters merged; every tensor that merging leaves alone is shared with the model.
+
+    Raises:
+        ValueError: its method has nothing to merge (prompt tuning and the like).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    tuner: Any = getattr(model, "base_model", None)
+    if not hasattr(tuner, "merge_and_unload"):
+        raise ValueError(
+            f"Adapters of {type(model).__name__} cannot be merged into weights; train with LoRA to export."
+        )
+    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    changed = {id(t) for module in adapted for t in (*module.parameters(), *module.buffers())}
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in changed}
+    clone: Any = copy.deepcopy(model, shared)
+    return clone.merge_and_unload()
+
+
+def _compare_merged(trained: Probe, merged: Probe) -> dict[str, Any]:
+    """What merging changed in the probe, for the manifest.
+
+    Raises:
+        ValueError: more than rounding explains, in float32. Half precision rounds merged weights, which is only logged.
+    """
+    found = Comparison.of(trained, merged)
+    if found.differs is not None:
+        message = f"Merging the adapters changed the model first {found.differs}"
+        if trained.about["dtype"] == "float32":
+            raise ValueError(f"{message}; enable the adapter that was trained, or give other probe_inputs.")
+        logger.warning("%s; load the base in float32 before merging if that matters.", message)
+    positions = [{"agree": stage.agree, "retained": stage.trained} for stage in found.stages]
+    return {"logit_gap": found.logit_gap, "positions": positions}
+
+
+def _refuse(base: PreTrainedModel, processor: Any) -> None:
+    """Raises ValueError for what cannot become plain weights of a stock layout."""
+    family_of(base.config)
+    stock = stock_class(getattr(base.config, "base_model_type", None) or base.config.model_type)
+    if not isinstance(base, stock):
+        raise ValueError(f"Export writes {stock.__name__} models, got {type(base).__name__}; load it as the former.")
+    if getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "Quantized weights cannot be exported; load the base in bfloat16, apply the adapters, then export."
+        )
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError("Some weights are offloaded; load the model on one device (without device_map), then export.")
+    if not hasattr(processor, "save_pretrained"):
+        raise ValueError(f"processor must be a transformers processor, got {type(processor).__name__}.")
+
+
+def _recipe(recipe: str | Path | Mapping[str, Any] | None) -> str | None:
+    if recipe is None:
+        return None
+    if isinstance(recipe, Mapping):
+        return yaml.safe_dump(dict(recipe), sort_keys=False)
+    if not Path(recipe).is_file():
+        raise FileNotFoundError(f"No recipe at {recipe}; give a YAML file, or leave it out.")
+    return Path(recipe).read_text(encoding="utf-8")

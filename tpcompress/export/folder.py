@@ -1,0 +1,167 @@
+"""Folders that are whole or not there: written beside their place, then renamed into it. And the look inside one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tpcompress.export.registry import exported_types
+
+MANIFEST = "manifest.json"
+FORMAT = "tpcompress-export"
+SCHEMA = 1
+
+
+@contextmanager
+def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` if the block ends well, and is removed if it does not.
+
+    A killed process leaves at most a hidden folder `.NAME.*.partial` behind, never a half-written `out`.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is off, or it is not an earlier export.
+        FileNotFoundError: the folder around `out` cannot be made.
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial
+        _share(partial)
+        check_free(out, overwrite)
+        if out.is_dir():
+            old = partial.with_suffix(".old")
+            out.rename(old)
+            try:
+                partial.rename(out)
+            except OSError:
+                old.rename(out)
+                raise
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises FileExistsError unless `out` may be written."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} exists already; choose another folder, or pass overwrite=True.")
+    if out.is_symlink() or not out.is_dir():
+        raise FileExistsError(f"{out} is not a folder; choose another place for the export.")
+    if not any(out.iterdir()):
+        return
+    try:
+        read_manifest(out)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(
+            f"{out} is not an export of tpcompress, so it is not overwritten; choose another folder."
+        ) from error
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an export.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not an export, damaged, or written by a newer tpcompress.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No folder {folder}; give one that tpcompress.export wrote.")
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}, so it is no export of tpcompress; give one, or export again.")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{folder / MANIFEST} is not of a tpcompress export; give one, or export again.")
+    if manifest.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{folder} has manifest schema {manifest.get('schema')!r}, this tpcompress reads {SCHEMA}; "
+            f"update tpcompress."
+        )
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or no mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy or export the folder again.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or export the folder again.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (it holds no mapping); copy or export the folder again.")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON that people can read."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def file_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file except the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any], hashes: bool) -> dict[str, str]:
+    """What is wrong with which file: missing, of another size, or (with `hashes`) of other content."""
+    found: dict[str, str] = {}
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            found[name] = "is missing"
+        elif path.stat().st_size != record["bytes"]:
+            found[name] = f"has {path.stat().st_size} bytes instead of {record['bytes']}"
+        elif hashes and sha256(path) != record["sha256"]:
+            found[name] = "has another sha256"
+    return found
+
+
+def exported_type(folder: Path) -> str:
+    """The `model_type` of an exported folder's config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, damaged, or of a model without a plan.
+    """
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in exported_types():
+        raise ValueError(
+            f"{folder} holds a '{model_type}' model, not an export of tpcompress; load it with transformers and put "
+            f"a plan on it with tpcompress.attach."
+        )
+    return model_type
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _share(folder: Path) -> None:
+    """Temporary folders are private; an export has the permissions of any other new folder."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)

@@ -1,0 +1,92 @@
+"""What manifest.json says of an export, for people and for whoever decides where it can run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
+from tpcompress.export.probe import Probe
+from tpcompress.export.registry import stock_class
+from tpcompress.families import resolve
+from tpcompress.insertion.plan import PruningPlan
+
+
+def describe(base: PreTrainedModel, plan: PruningPlan, probe: Probe) -> dict[str, Any]:
+    """The manifest without what only the export knows: merging, training, files.
+
+    Counts hold for the first image of the probe, which for families with one grid is every image.
+    """
+    from tpcompress import __version__
+
+    config = base.config
+    model_type = getattr(config, "base_model_type", None) or config.model_type
+    total, depth = probe.about["stages"][0]["vision_tokens"][0], len(resolve(base).layers)
+    served, reason = serving_class_a(plan, config, total)
+    return {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "versions": {"tpcompress": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        "base": {"model": _base_name(base), "model_type": model_type, "class": stock_class(model_type).__name__},
+        "dtype": probe.about["dtype"],
+        "vision_tokens": total,
+        "layer_average": plan.layer_average(total, depth),
+        "decoder_layers": depth,
+        "stages": stages(plan, total),
+        "positions": plan.positions,
+        "scope": plan.scope,
+        "prompt_dependent": plan.prompt_dependent,
+        "merges": any(stage.rule.merges for stage in plan.stages),
+        "serving": {"class_a": served, "reason": reason},
+        "plan": plan.to_dict(),
+    }
+
+
+def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:
+    """Nominal and retained counts of every stage, for a row of `total` vision tokens."""
+    return [
+        {
+            "stage": number,
+            "layer": stage.layer,
+            "pruner": stage.rule.name,
+            "budget": {k: v for k, v in vars(stage.budget).items() if v is not None},
+            "retained": kept,
+            "merges": stage.rule.merges,
+            "learned": stage.rule.learned,
+            "prompt_dependent": stage.layer > 0 or stage.rule.prompt_dependent,
+        }
+        for number, (stage, kept) in enumerate(zip(plan.stages, plan.counts(total), strict=True))
+    ]
+
+
+def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> tuple[bool, str]:
+    """Whether engines can take the plan as a property of the image encoder, and why or why not."""
+    late = [n for n, stage in enumerate(plan.stages) if stage.layer > 0]
+    if late:
+        return False, f"stage {late[0]} acts at layer {plan.stages[late[0]].layer}, inside the language model"
+    asking = next((stage.rule.name for stage in plan.stages if stage.rule.prompt_dependent), None)
+    if asking is not None:
+        return False, f"'{asking}' reads the prompt, so an image is pruned anew for every question"
+    if plan.scope != "image":
+        return False, "the budget holds per prompt, so an image's count depends on the other images"
+    if plan.stages[0].keep_tokens is None and getattr(config, "image_seq_length", None) != total:
+        return False, "a ratio of images of varying size is no fixed count; give keep_tokens"
+    return True, "before the language model, a fixed count per image, whatever the prompt"
+
+
+def _base_name(base: PreTrainedModel) -> str | None:
+    """Hub id of the base. Of a local folder its name only: where it lay says nothing elsewhere."""
+    name = base.config.name_or_path
+    if not name:
+        return None
+    if Path(name).is_dir():
+        manifest = Path(name) / MANIFEST
+        if manifest.is_file():  # exported again: the base is that of the first export
+            return json.loads(manifest.read_text(encoding="utf-8")).get("base", {}).get("model")
+        return Path(name).resolve().name
+    return name
