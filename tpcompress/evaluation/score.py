@@ -21,7 +21,7 @@ from tpcompress.evaluation.metric import AnswerMetric
 from tpcompress.evaluation.scores import Scores, learnt_families
 from tpcompress.insertion.attach import CONTROLLER, base_of, plan_of, record
 
-__all__ = ["AnswerMetric", "Prepared", "Scores", "evaluate", "evaluate_by_generation", "learnt_families", "prepare"]
+__all__ = ["Prepared", "Scores", "evaluate", "evaluate_by_generation", "evaluating", "learnt_families", "prepare"]
 
 Rows = Sequence[Mapping[str, Any]]
 """A `datasets.Dataset` of rows, or a list of them."""
@@ -103,7 +103,7 @@ def evaluate(
         source = lambda: _batches(collator, dataset, batch_size, skipped)  # noqa: E731
     metric = AnswerMetric(families, num_images).to(_device(model))
     task = None if progress is None else progress.add_task("evaluating", total=num_images)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in source():
             logits_BNC, labels_BN = _forward(model, batch, blank)
             metric.update(logits_BNC, labels_BN, batch["labels"], batch["meta"])
@@ -137,7 +137,7 @@ def evaluate_by_generation(
     tokenizer, collator, skipped = processor.tokenizer, PromptCollator(processor), _Skipped()
     metric = AnswerMetric(_families(dataset), len(dataset)).to(_device(model))
     ends: set[int] | None = None
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in _batches(collator, dataset, batch_size, skipped):
             meta: BatchMeta = batch.pop("meta")
             if ends is None:
@@ -264,7 +264,7 @@ def _forward(model: nn.Module, batch: Batch, blank: bool) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode for a while; afterwards each is as it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
