@@ -69,9 +69,9 @@ def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module
         assert isinstance(pruner, type(stage.rule))
         pruner.build(parts.hidden_size)
         pruner.to(weight.device)
-    base.add_module(PRUNERS, pruners.train(base.training))
-    controller = Controller(parts, plan, pruners)
+    controller = Controller(parts, plan, pruners.train(base.training))
     controller.set_mode(mode)
+    base.add_module(PRUNERS, pruners)
     setattr(base, CONTROLLER, controller)
     controller.install()
     return model

@@ -110,3 +110,26 @@ def last_prompt_token(labels_BS: Tensor | None, mask_BS: Tensor | None, B: int, 
     labelled_BS = labels_BS != -100
     first_B = labelled_BS.to(torch.int8).argmax(1) - 1
     return torch.where(labelled_BS.any(1), first_B, last_B).clamp(min=0)
+
+
+def num_steps(kwargs: dict) -> int:
+    """New columns of a call."""
+    ids = kwargs.get("input_ids")
+    given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+    return given.shape[1]
+
+
+def on_host(length: Any, steps: int) -> bool:
+    """A static cache knows its length on the device only; asking makes the host wait, so not at every decode step."""
+    return isinstance(length, int) or steps > 1
+
+
+def emptied(cache: Any, steps: int) -> bool:
+    """Whether a cache was reset since the request that it remembers."""
+    length = cache.get_seq_length()
+    return on_host(length, steps) and int(length) == 0
+
+
+def packed(positions: Tensor | None) -> bool:
+    """Whether transformers would read position ids as packed sequences."""
+    return positions is not None and bool((positions.diff(dim=-1) != 1).any())

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tpcompress.families import Parts
-from tpcompress.insertion.call import STATE, Call, Cut, Prefix, last_prompt_token
+from tpcompress.insertion.call import (
+    STATE,
+    Call,
+    Cut,
+    Prefix,
+    emptied,
+    last_prompt_token,
+    num_steps,
+    on_host,
+    packed,
+)
 from tpcompress.insertion.masks import custom_mask, layer_mask
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.sequence import Frame, locate, put_tokens, take
@@ -25,6 +35,8 @@ from tpcompress.insertion.views import LAYER_VIEWS, LayerInput, build_view
 from tpcompress.pruners import Selection, TokenView
 
 MODES = ("drop", "mask", "off")
+STAND_INS = ("forward", "_loss_function", "create_masks_for_generate")
+"""Attributes of the outermost model that an attached plan replaces."""
 
 
 class Controller:
@@ -37,6 +49,7 @@ class Controller:
         self.traces: list[Trace] = []
         self.call: Call | None = None
         self.labels: Tensor | None = None
+        self.replaced: dict[str, Any] = {}
         self.handles: list[RemovableHandle] = []
         self.stage_at = {stage.layer: number for number, stage in enumerate(plan.stages)}
         self.watched = {s.layer - 1 for s in plan.stages if s.layer and s.rule.needs & LAYER_VIEWS}
@@ -70,6 +83,7 @@ class Controller:
         # PEFT calls `forward` directly, so a hook on the outermost model would be passed by; and the labels must be
         # seen before the stages run, because no score may look past the prompt.
         model: Any = parts.model
+        self.replaced = {name: model.__dict__[name] for name in STAND_INS if name in model.__dict__}
         model.forward = ForwardTap(self, model.__dict__.get("forward"))
         model.loss_function = ShortenedLoss(self, model.loss_function)
         # For a static cache `generate` builds one 4-D mask; layers of unequal length must make their own.
@@ -80,11 +94,9 @@ class Controller:
         for handle in self.handles:
             handle.remove()
         attributes = self.parts.model.__dict__
-        previous = attributes.pop("forward").previous
-        if previous is not None:
-            self.parts.model.forward = previous
-        attributes.pop("_loss_function", None)
-        attributes.pop("create_masks_for_generate", None)
+        for name in STAND_INS:
+            attributes.pop(name, None)
+        attributes.update(self.replaced)
 
     # ------------------------------------------------------------------ outer model
 
@@ -99,7 +111,7 @@ class Controller:
         images = self.parts.family.image_tokens(self.parts.model.config, kwargs)
         if images is not None:
             self.call = self._begin_prefill(kwargs, images)
-        elif prefix is not None and prefix.cuts and not _emptied(cache, _steps(kwargs)):
+        elif prefix is not None and prefix.cuts and not emptied(cache, num_steps(kwargs)):
             self.call = Call(prefix=prefix)
             kwargs["attention_mask"] = self._begin_decode(self.call, kwargs, prefix)
         return (), kwargs
@@ -134,12 +146,12 @@ class Controller:
     def _begin_decode(self, call: Call, kwargs: dict, prefix: Prefix) -> Any:
         """Note the mask of the new columns; the language model's own mask loses what was dropped before it."""
         mask, cut = kwargs.get("attention_mask"), prefix.at_input()
-        steps, seen = _steps(kwargs), kwargs["past_key_values"].get_seq_length()
+        steps, seen = num_steps(kwargs), kwargs["past_key_values"].get_seq_length()
         held = prefix.length if cut is None else cut.width
         if isinstance(mask, Tensor) and mask.ndim == 2:
             call.new_BQ = mask[:, prefix.length :].bool()
             new = call.new_BQ.shape[1]
-            wrong = new < steps or (_on_host(seen, steps) and int(seen) != held + new - steps)
+            wrong = new < steps or (on_host(seen, steps) and int(seen) != held + new - steps)
         else:
             positions = kwargs.get("position_ids")
             # `generate` leaves a mask of ones out; its position ids still tell where it believes to be.
@@ -149,9 +161,9 @@ class Controller:
                 call.new_BQ = torch.ones(rows, int(seen) - held + steps, dtype=torch.bool, device=device)
         if wrong:
             raise ValueError(
-                "Cannot continue here: mask or tokens do not fit the cache, which holds fewer tokens than the conversation "
-                "because vision tokens were dropped before the language model. Pass only new tokens with a mask of the "
-                "whole conversation, or the full prompt without the cache."
+                "Cannot continue here: mask or tokens do not fit the cache, which holds fewer tokens than the "
+                "conversation because vision tokens were dropped before the language model. Pass only new tokens with "
+                "a mask of the whole conversation, or the full prompt without the cache."
             )
         return mask if cut is None else cut.padding(call.new_BQ)
 
@@ -165,7 +177,7 @@ class Controller:
         if call.frame is None:
             return (), self._decode_input(kwargs, call)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is None and kwargs.get("past_key_values") is None and _packed(positions):
+        if mask is None and kwargs.get("past_key_values") is None and packed(positions):
             raise ValueError(
                 "position_ids without an attention_mask are read as packed sequences, which a pruned sequence cannot "
                 "be; pass an attention_mask (all ones if nothing is padded, or 4-D if sequences are packed)."
@@ -336,29 +348,6 @@ def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments by name, in a dict of our own."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs
-
-
-def _steps(kwargs: dict) -> int:
-    """New columns of a call."""
-    ids = kwargs.get("input_ids")
-    given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
-    return given.shape[1]
-
-
-def _on_host(length: Any, steps: int) -> bool:
-    """A static cache knows its length on the device only; asking makes the host wait, so not at every decode step."""
-    return isinstance(length, int) or steps > 1
-
-
-def _emptied(cache: Any, steps: int) -> bool:
-    """Whether a cache was reset since the request that it remembers."""
-    length = cache.get_seq_length()
-    return _on_host(length, steps) and int(length) == 0
-
-
-def _packed(positions: Tensor | None) -> bool:
-    """Whether transformers would read position ids as packed sequences."""
-    return positions is not None and bool((positions.diff(dim=-1) != 1).any())
 
 
 def _keep_2d(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -70,8 +70,16 @@ def locate(placeholder_BS: Tensor, images: ImageTokens, scope: str) -> Rows:
         placeholder_BS: True where the sequence holds a vision token.
         images: how many tokens each image brings, in the order of the placeholders.
         scope: `image` for one row per image, `prompt` for one row per sample.
+
+    Raises:
+        ValueError: more vision tokens than positions. (Other mismatches are found by transformers, a moment later.)
     """
     B, S = placeholder_BS.shape
+    if sum(images.counts) > B * S:
+        raise ValueError(
+            f"{len(images.counts)} images bring {sum(images.counts)} vision tokens, but the batch has only {B * S} "
+            f"positions; pass the images that its placeholders name."
+        )
     device = placeholder_BS.device
     # A stable sort instead of `nonzero`: the number of placeholders is known, so the host need not ask for it.
     place_T = (~placeholder_BS.reshape(-1)).to(torch.int8).argsort(stable=True)[: sum(images.counts)]

@@ -1,0 +1,111 @@
+"""Counts live on the host: with one sample and fixed counts, no hook of ours asks the device for a value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import answer_labels, batch, config_id, pruner_configs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcompress.insertion import hooks
+from tpcompress.insertion.attach import attach, detach, mode
+from tpcompress.insertion.hooks import Controller
+from tpcompress.insertion.plan import PruningPlan, Stage
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where a GPU would make the host wait. What is computed from host numbers alone may be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host: list[Tensor] = []
+        self.seen = 0
+        self.masks_made = 0
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)]
+        known = bool(tensors) and all(any(t is h for h in self.host) for t in tensors)
+        self.seen += 1
+        picks = func is aten.index.Tensor and any(t.dtype == torch.bool for t in tensors[1:])
+        if (func in WAITS or picks) and not known and not self.paused:
+            raise AssertionError(f"{func} makes the host wait for the device")
+        out = func(*args, **(kwargs or {}))
+        if func is aten.lift_fresh.default or known:  # torch.tensor([...]), and what follows from it
+            self.host += [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        return out
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
+    """Puts the guard around our hooks, and around nothing of transformers' own."""
+    guard = NoSync()
+    for name in ("_core_pre", "_language_model_pre", "_language_model_post", "_layer_pre"):
+        inner = getattr(Controller, name)
+
+        def outer(self: Controller, *args: Any, _inner: Any = inner) -> Any:
+            with guard:
+                return _inner(self, *args)
+
+        monkeypatch.setattr(Controller, name, outer)
+
+    def layer_mask(*args: Any) -> Any:
+        # Transformers looks at each mask that it is given. Only hidden tokens (mode `mask`) may bring us here.
+        guard.masks_made += args[2] is not None or args[5] is not None
+        guard.paused = True
+        try:
+            return make_mask(*args)
+        finally:
+            guard.paused = False
+
+    make_mask = hooks.layer_mask
+    monkeypatch.setattr(hooks, "layer_mask", layer_mask)
+    return guard
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("config", pruner_configs(), ids=config_id)
+def test_prefill_and_decode_never_wait(model: Any, guarded: NoSync, config: dict[str, Any], with_mask: bool) -> None:
+    inputs = batch([(5, 2, 7)])
+    if not with_mask:
+        del inputs["attention_mask"]
+    stages = [Stage("uniform", 0, keep_tokens=40), Stage(config, 2, keep_tokens=9)]
+    for positions in ("original", "compact"):
+        attach(model, PruningPlan(stages, positions=positions))
+        labels = answer_labels(inputs)
+        with torch.no_grad():
+            for how in ("drop", "mask"):
+                with mode(model, how):
+                    out = model(**inputs, use_cache=True)
+                    model(**inputs, labels=labels)
+                    mask = None
+                    if with_mask:
+                        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+                    place = torch.tensor([[inputs["input_ids"].shape[1]]])
+                    given = {"past_key_values": out.past_key_values, "attention_mask": mask, "position_ids": place}
+                    model(input_ids=torch.tensor([[7]]), **given)
+                if how == "drop":
+                    assert guarded.masks_made == 0, "without fillers the kernel's own causal flag serves"
+                    continue
+                assert guarded.masks_made > 0
+                guarded.masks_made = 0
+        detach(model)
+    assert guarded.seen > 100, "control: the hooks ran under the guard"
+
+
+def test_the_guard_notices() -> None:
+    x = torch.randn(3)
+    with NoSync(), pytest.raises(AssertionError, match="wait"):
+        x.sum().item()
+    with NoSync(), pytest.raises(AssertionError, match="wait"):
+        (x > 0).nonzero()
+    with NoSync(), pytest.raises(AssertionError, match="wait"):
+        x[x > 0]
+    with NoSync():
+        assert int(torch.tensor([1, 4]).max()) == 4
