@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 TRACEBACK = "--traceback"
+NOISE = (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*", ".*_pytree.*")
 console = Console()
 
 
@@ -34,17 +35,17 @@ def main(args: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return _fail(f"No command '{name}'. Commands: {', '.join(commands)}.{hint}")
-    _quieten()
+    _quieten(name)
     try:
         if name in ("fit", "validate"):
             return commands[name](args)
         return _call(name, commands[name], rest)
-    except KeyboardInterrupt:
-        return _fail("Interrupted. Run the same command again to go on (`fit` with --ckpt_path).", 130)
-    except (ValueError, FileNotFoundError, FileExistsError, ArithmeticError, NotImplementedError, TypeError) as error:
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "Interrupted.", 130)
+    except Exception as error:
         if show_traceback:
             raise
-        return _fail(" ".join(str(error).split()))
+        return _fail(_one_line(error))
 
 
 def fit(args: list[str]) -> int:
@@ -52,9 +53,6 @@ def fit(args: list[str]) -> int:
     from tpcompress.training.run import run_recipe
 
     run = run_recipe(args)
-    if run.trainer.interrupted:
-        last = Path(run.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        return _fail(f"Interrupted; go on with --ckpt_path {last}.", 130)
     if args[0] == "fit" and run.trainer.is_global_zero:
         folder = run.trainer.default_root_dir
         console.print(f"Trained: {folder}. Next: tpcompress export --ckpt {folder} --out {folder}/export")
@@ -79,7 +77,7 @@ def export(
         overwrite: replace an earlier export at `out`.
         allow_unfinished: export a run that stopped before its last step.
     """
-    from tpcompress.evaluation.produce import export_free, export_run
+    from tpcompress.training.produce import export_free, export_run
 
     if (ckpt is None) == (base is None or plan is None):
         raise ValueError("export needs either --ckpt, or --base and --plan.")
@@ -205,20 +203,33 @@ def _summary(command: Callable[..., int]) -> str:
     return (inspect.getdoc(command) or "").partition("\n")[0]
 
 
+def _one_line(error: Exception) -> str:
+    """The message of an error; what nobody foresaw says so."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | ArithmeticError | NotImplementedError | TypeError):
+        return message or type(error).__name__
+    return f"{message or 'no message'} ({type(error).__name__}; --traceback shows where)"
+
+
 def _fail(message: str, code: int = 2) -> int:
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(message)}")
     return code
 
 
-def _quieten() -> None:
-    """Third parties' progress bars and advice off; their warnings stay in the log."""
+def _quieten(name: str) -> None:
+    """Third parties' progress bars and advice off; their warnings about a run stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*_pytree.*")
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
+    if name in ("fit", "validate", "compare", "quickstart"):
+        import lightning  # noqa: F401  it sets the levels of its loggers when it is imported
+
+        for logger in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(logger).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

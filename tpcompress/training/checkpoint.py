@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tpcompress.training.module import PruningModule
+from tpcompress.training.state import KEY, check_weights, checkpoint_file, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,21 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False) -> Trai
         FileNotFoundError: there is no checkpoint.
         ValueError: not a tpcompress checkpoint, damaged, or of an unfinished run.
     """
-    path = Path(checkpoint)
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}; give a .ckpt file or the folder of a run.")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=False)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); take an earlier checkpoint.") from error
-    if not isinstance(saved, dict) or "tpcompress" not in saved:
-        raise ValueError(f"{path} is not a tpcompress checkpoint; it must come from `tpcompress fit`.")
-    done, steps = saved["tpcompress"]["step"], saved["tpcompress"]["steps"]
+    path, saved = checkpoint_file(checkpoint), read_checkpoint(checkpoint)
+    done, steps, settings = saved[KEY]["step"], saved[KEY]["steps"], saved[KEY]["settings"]
     if done < steps and not allow_unfinished:
         raise ValueError(
-            f"This run stopped at step {done} of {steps}; finish it with `tpcompress fit ... --ckpt_path {path.name}`, "
+            f"This run stopped at step {done} of {steps}; finish it with `tpcompress fit ... --ckpt_path {path}`, "
             f"or export it as it is with --allow_unfinished true."
         )
-    settings = {k: v for k, v in saved["hyper_parameters"].items() if not k.startswith("_")}
     module = PruningModule(**settings)
     module.configure_model()
-    wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    missing = sorted(wanted - set(saved["state_dict"]))
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} trained weights, {missing[0]} first; it is not of this recipe.")
+    check_weights(module, module.trainable, saved["state_dict"])
     module.load_state_dict(saved["state_dict"], strict=False)
     assert module.model is not None
     recipe = path.parent.parent / "recipe.yaml"
-    arm = "training_aware" if module.plan is not None else "dense_ft"
     trained_with = {
-        "arm": arm,
+        "arm": "training_aware" if module.plan is not None else "dense_ft",
         "steps": done,
         "train": settings["train"],
         "lora": settings["lora"],

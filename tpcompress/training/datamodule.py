@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from tpcompress.data import BadRow, BadRows, ChatCollator, GoodRows, load_chat
+from tpcompress.data.benchmark import draw_benchmark
 from tpcompress.data.rows import OnBadRow
 
 from .loader import EpochSampler, Position, ResumableLoader
@@ -230,10 +231,8 @@ class BenchmarkData(RowsData):
 
     def load_rows(self) -> tuple[datasets.Dataset, datasets.Dataset | None]:
         """Draw the pictures."""
-        from tpcompress.data.benchmark import load_benchmark
-
-        val = load_benchmark("validation", self.num_val, self.seed) if self.num_val else None
-        return load_benchmark("train", self.num_train, self.seed), val
+        val = draw_benchmark("validation", self.num_val, self.seed) if self.num_val else None
+        return draw_benchmark("train", self.num_train, self.seed), val
 
 
 @rank_zero_only

@@ -14,20 +14,18 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tpcompress.bundled import base_path
 from tpcompress.families import Parts, resolve
-from tpcompress.insertion.attach import attach, base_of, budgets, controller_of, mode, record
+from tpcompress.insertion.attach import attach, budgets, controller_of, mode, record
+from tpcompress.insertion.plan import Budget
 from tpcompress.insertion.trace import Trace
-from tpcompress.training.objectives import budget_loss, kl_to_teacher, warm_up_loss
+from tpcompress.training.base import load_base, load_processor
+from tpcompress.training.finite import NonFiniteLoss, check_gradients, check_loss
+from tpcompress.training.objectives import gate_losses, kl_to_teacher
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
-from tpcompress.training.parts import Distill, Scorer, add_lora, check_train, read_plan
-from tpcompress.training.schedules import Constant, Schedule, draw_for
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite; training stops before the step that would spread it."""
+from tpcompress.training.parts import Distill, Scorer, add_lora, check_packing, check_train, read_plan
+from tpcompress.training.schedules import Constant, Schedule, draw_for, progress_at
+from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
 
 
 class PruningModule(L.LightningModule):
@@ -75,10 +73,14 @@ class PruningModule(L.LightningModule):
         self.scorer = scorer or Scorer()
         self.optimizer_settings = optimizer or Optimizer()
         self.dtype_name, self.attention, self.gradient_checkpointing = dtype, attention, gradient_checkpointing
-        plan_dict = self.plan.to_dict() if self.plan else None
-        self.save_hyperparameters(
-            {"base": base, "plan": plan_dict, "train": sorted(self.train_parts), "lora": lora, "dtype": dtype}
-        )
+        self.settings = {
+            "base": base,
+            "plan": self.plan.to_dict() if self.plan else None,
+            "train": sorted(self.train_parts),
+            "lora": lora,
+            "dtype": dtype,
+            "attention": attention,
+        }
         # Checkpoints hold what trains; everything else is the base's, which is loaded anyway.
         self.strict_loading = False
         self.processor = load_processor(base)
@@ -86,8 +88,14 @@ class PruningModule(L.LightningModule):
         self.teacher: list[nn.Module] = []  # a list, so that Lightning neither moves, saves nor trains it
         self.parts: Parts | None = None
         self.trainable: list[nn.Parameter] = []
+        self.in_step = False  # weights, scheduler and step count do not belong together at the moment
 
     # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Refuse packed data that the plan or the attention cannot take, before anything large is loaded."""
+        if getattr(self.trainer.datamodule, "pack", False):  # type: ignore[attr-defined]
+            check_packing(self.plan, self.attention)
 
     def configure_model(self) -> None:
         """Load the base, then LoRA, then the plan; called by Lightning on every rank, and idempotent."""
@@ -108,8 +116,12 @@ class PruningModule(L.LightningModule):
         for name, parameter in model.named_parameters():
             if group_of(name, self.parts) in self._trained_groups and (self.lora is None or "pruner" in name):
                 parameter.requires_grad_(True)
-        self.model = model
+        # Loaded in eval mode, and Lightning leaves modes alone: no dropout, no gate, no checkpointing otherwise.
+        self.model = model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        if self._trainer is not None and "mixed" in str(self._trainer.precision):
+            for parameter in self.trainable:  # a half-precision weight rounds small updates away
+                parameter.data = parameter.data.float()
 
     @property
     def _trained_groups(self) -> set[str]:
@@ -144,7 +156,7 @@ class PruningModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step and choose what trains in it."""
         # One seed per step instead of saved generator states: a resumed run draws what the uninterrupted one drew.
-        torch.manual_seed(draw_for(self.seed, self.current_epoch, batch_idx, self.global_rank).getrandbits(62))
+        torch.manual_seed(draw_for(self.seed, self.global_step, batch_idx, self.global_rank).getrandbits(62))
         assert self.model is not None
         in_scorer = {id(p) for p in self._scorer_parameters()}
         for parameter in self.trainable:
@@ -154,12 +166,9 @@ class PruningModule(L.LightningModule):
         """The losses of one batch, pruned as the step's phase, mode and budget say."""
         assert self.model is not None
         batch = {k: v for k, v in batch.items() if k != "meta"}
-        start, end = (0, self.scorer_steps) if self._training_scorer else (self.scorer_steps, self.total_steps)
-        progress = (self.global_step - start) / max(1, end - start)
-        # Shared by the ranks: the budget decides how long the sequences are.
-        draw = draw_for(self.seed, self.current_epoch, batch_idx).random()
+        values = self._budgets(batch_idx)
         with ExitStack() as stack:
-            trace = self._enter_pruning(stack, progress, draw)
+            trace = self._enter_pruning(stack, values)
             output = self.model(**batch, use_cache=False)
         losses = {"label": output.loss}
         if self.distill and not self._training_scorer:
@@ -168,15 +177,19 @@ class PruningModule(L.LightningModule):
                 output.logits, labels, self._teacher_logits(batch), batch["labels"], self.distill.temperature
             )
         if self._training_scorer and trace is not None:
-            losses |= self._gate_losses(trace)
+            warm = self.global_step < self.scorer.warm_up_steps
+            losses |= gate_losses(
+                trace,
+                values,
+                self.scorer.budget_weight,
+                self.scorer.guide() if warm else None,
+                self.scorer.warm_up_weight,
+            )
         loss = torch.stack([value.float() for value in losses.values()]).sum()
-        self._stop_if_not_finite(loss, losses)
-        size = len(batch["input_ids"])
-        self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()}, batch_size=size)
-        self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
-        if trace is not None and trace.stages:
-            last = trace.stages[-1]
-            self.log("vision_tokens", sum(last.vision_out) / len(last.total), batch_size=size)
+        check_loss(self.trainer, loss, losses)
+        self._log_step(losses, loss, trace, len(batch["input_ids"]))
+        if not loss.requires_grad:  # a batch without images, and only what sees images trains
+            loss = loss + sum((p.sum() * 0.0).float() for p in self.trainable if p.requires_grad)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -196,34 +209,38 @@ class PruningModule(L.LightningModule):
             return []
         return list(controller_of(self.model).pruners.parameters())
 
-    def _enter_pruning(self, stack: ExitStack, progress: float, draw: float) -> Trace | None:
-        """Mode, budget and record of this step."""
+    def _progress(self) -> float:
+        """Share of the phase that is done: 0 at its first step, 1 at its last."""
+        if self._training_scorer:
+            return progress_at(self.global_step, self.scorer_steps)
+        return progress_at(self.global_step - self.scorer_steps, self.total_steps - self.scorer_steps)
+
+    def _budgets(self, batch_idx: int) -> list[Budget]:
+        """The budget of each stage at this step."""
+        if self.plan is None:
+            return []
+        schedule = (self.scorer.schedule or Constant()) if self._training_scorer else self.schedule
+        # Shared by the ranks: the budget decides how long the sequences are.
+        draw = draw_for(self.seed, self.global_step, batch_idx).random()
+        return [schedule.budget(stage.budget, self._progress(), draw) for stage in self.plan.stages]
+
+    def _enter_pruning(self, stack: ExitStack, values: list[Budget]) -> Trace | None:
+        """Mode, budgets and record of this step."""
         if self.plan is None:
             return None
         assert self.model is not None
         for pruner in controller_of(self.model).pruners:
-            pruner.set_progress(progress if self._training_scorer else 1.0)  # type: ignore[operator]
-        schedule = self.scorer.schedule or Constant() if self._training_scorer else self.schedule
-        values = [schedule.budget(stage.budget, progress, draw) for stage in self.plan.stages]
+            pruner.set_progress(self._progress() if self._training_scorer else 1.0)  # type: ignore[operator]
         stack.enter_context(mode(self.model, "mask" if self._training_scorer else "drop"))
         stack.enter_context(budgets(self.model, values))
         return stack.enter_context(record(self.model))
 
-    def _gate_losses(self, trace: Trace) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
-        for stage in trace.stages:
-            if stage.selection is None or stage.selection.gate_BV is None or stage.view is None:
-                continue
-            valid_RV = stage.view.valid_BV
-            kept_R = torch.tensor(stage.vision_out, device=valid_RV.device)
-            if self.scorer.budget_weight:
-                term = self.scorer.budget_weight * budget_loss(stage.selection.gate_BV, valid_RV, kept_R)
-                losses["budget"] = losses.get("budget", 0.0) + term
-            if self.global_step < self.scorer.warm_up_steps:
-                guide = self.scorer.guide()(stage.view, torch.tensor(stage.vision_out))
-                term = self.scorer.warm_up_weight * warm_up_loss(stage.selection.scores_BV, guide.keep_BV, valid_RV)
-                losses["warm_up"] = losses.get("warm_up", 0.0) + term
-        return losses
+    def _log_step(self, losses: dict[str, Tensor], loss: Tensor, trace: Trace | None, size: int) -> None:
+        self.log_dict({f"loss/{name}": value.detach() for name, value in losses.items()}, batch_size=size)
+        self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
+        if trace is not None and trace.stages and not self._training_scorer:
+            last = trace.stages[-1]
+            self.log("vision_tokens", sum(last.vision_out) / len(last.total), batch_size=size)
 
     @torch.no_grad()
     def _teacher_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -243,59 +260,35 @@ class PruningModule(L.LightningModule):
         model.train(was_training)
         return logits
 
-    def _stop_if_not_finite(self, loss: Tensor, losses: dict[str, Tensor]) -> None:
-        finite = bool(torch.isfinite(loss))
-        if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
-        if not finite:
-            values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
-            raise NonFiniteLoss(
-                f"The loss is not finite at step {self.global_step} ({values}); the last checkpoint is untouched. "
-                f"Resume from it with a lower learning rate, or train in bf16 or fp32 instead of fp16."
-            )
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a step that would spread a NaN."""
+        check_gradients(self.trainer, self.trainable)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; an interruption from here until the scheduler has followed leaves nothing worth saving."""
+        self.in_step = True
+        super().optimizer_step(*args, **kwargs)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """As Lightning's; the step is complete."""
+        super().lr_scheduler_step(scheduler, metric)
+        self.in_step = False
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, and say whether the run is finished."""
-        keep = {name for name, parameter in self.named_parameters() if any(parameter is t for t in self.trainable)}
-        buffers = {name for name, _ in self.named_buffers() if "token_pruners." in name}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep | buffers}
-        checkpoint["tpcompress"] = {"step": self.global_step, "steps": self.total_steps}
+        for parameter in self.trainable:  # DeepSpeed saves what requires a gradient, in whichever phase
+            parameter.requires_grad_(True)
+        checkpoint["state_dict"] = trained_state(self, self.trainable, checkpoint["state_dict"])
+        checkpoint[KEY] = {"step": self.global_step, "steps": self.total_steps, "settings": self.settings}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another recipe: Lightning would load what fits and train on."""
+        if "state_dict" in checkpoint:  # DeepSpeed loads the weights itself
+            check_weights(self, self.trainable, checkpoint["state_dict"])
+        if self.trainer.state.fn == "fit":
+            check_settings(self.settings, checkpoint[KEY]["settings"])
 
 
-def load_base(base: str, dtype: str = "float32", attention: str | None = None) -> nn.Module:
-    """A vision-language model from a folder, the hub, or the package.
-
-    Raises:
-        ValueError: unknown dtype, or nothing loadable there.
-    """
-    if dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}.")
-    options = {} if attention is None else {"attn_implementation": attention}
-    try:
-        return AutoModelForImageTextToText.from_pretrained(base_path(base), dtype=dtype, **options)
-    except OSError as error:
-        raise ValueError(
-            f"No model at '{base}': {first_line(error)} Give a folder, a hub id, or tiny_llava."
-        ) from error
-
-
-def load_processor(base: str) -> Any:
-    """The processor of a base model.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return AutoProcessor.from_pretrained(base_path(base))
-    except OSError as error:
-        raise ValueError(f"No processor at '{base}': {first_line(error)} Give a folder or hub id.") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().splitlines()[0]
-
-
-__all__ = ["NonFiniteLoss", "PruningModule", "base_of", "load_base", "load_processor"]
+__all__ = ["NonFiniteLoss", "PruningModule", "load_base", "load_processor"]

@@ -5,8 +5,15 @@ B samples, S and N positions (teacher, student), C vocabulary; R rows, V vision 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tpcompress.insertion.plan import Budget
+from tpcompress.insertion.trace import Trace
+from tpcompress.pruners import Pruner
 
 
 def answer_logits(logits_BNC: Tensor, labels_BN: Tensor) -> Tensor:
@@ -46,3 +53,33 @@ def warm_up_loss(scores_RV: Tensor, keep_RV: Tensor, valid_RV: Tensor) -> Tensor
     """Cross-entropy of softmax(scores) to another pruner's choice: -mean over its kept tokens of log softmax."""
     log_prob_RV = scores_RV.masked_fill(~valid_RV, -1e4).log_softmax(1)
     return -(log_prob_RV.masked_fill(~keep_RV, 0.0).sum(1) / keep_RV.sum(1).clamp(min=1)).mean()
+
+
+def gate_losses(
+    trace: Trace, budgets: Sequence[Budget], budget_weight: float, guide: Pruner | None, guide_weight: float
+) -> dict[str, Tensor]:
+    """The two terms of every stage that ran through a gate, summed over stages and weighted.
+
+    Args:
+        trace: of a forward call in mode `mask`.
+        budgets: of the stages in that call; at full length the trace's counts do not fall.
+        budget_weight: of `budget_loss`; 0 leaves it out.
+        guide: pruner whose choice the scores imitate; None leaves `warm_up_loss` out.
+        guide_weight: of `warm_up_loss`.
+    """
+    losses: dict[str, Tensor] = {}
+    for stage in trace.stages:
+        chosen, view = stage.selection, stage.view
+        if chosen is None or chosen.gate_BV is None or view is None:
+            continue
+        counts = [min(budgets[stage.stage].count(n), m) for n, m in zip(stage.total, stage.vision_in, strict=True)]
+        kept_R = torch.tensor(counts)
+        if budget_weight:
+            term = budget_weight * budget_loss(chosen.gate_BV, view.valid_BV, kept_R.to(chosen.gate_BV.device))
+            losses["budget"] = losses["budget"] + term if "budget" in losses else term
+        if guide is not None:
+            with torch.no_grad():
+                keep_RV = guide(view, kept_R).keep_BV
+            term = guide_weight * warm_up_loss(chosen.scores_BV, keep_RV, view.valid_BV)
+            losses["warm_up"] = losses["warm_up"] + term if "warm_up" in losses else term
+    return losses

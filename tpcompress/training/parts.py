@@ -118,6 +118,21 @@ def check_train(train: list[str] | str, lora: dict[str, Any] | None, plan: Pruni
     return parts
 
 
+def check_packing(plan: PruningPlan | None, attention: str | None) -> None:
+    """Packed sequences hold several questions and bring a boolean 4-D mask.
+
+    Raises:
+        ValueError: a pruner reads the question, or the attention implementation does not take such a mask.
+    """
+    if plan is not None and plan.reads_prompt:
+        name = next(stage.rule.name for stage in plan.stages if stage.rule.prompt_dependent)
+        raise ValueError(
+            f"Pruner '{name}' scores tokens by the question, but packed sequences hold several; set data pack: false."
+        )
+    if attention not in (None, "sdpa"):
+        raise ValueError(f"Packed sequences need attention sdpa, got {attention}; set it, or data pack: false.")
+
+
 def add_lora(model: nn.Module, fields: dict[str, Any], parts: Parts, train: set[str]) -> nn.Module:
     """Wrap a model with PEFT; parts that train whole become modules_to_save, so that adapter-off is the exact base.
 
@@ -132,4 +147,5 @@ def add_lora(model: nn.Module, fields: dict[str, Any], parts: Parts, train: set[
     try:
         return get_peft_model(model, LoraConfig(**fields))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {error}") from error
+        reason = str(error).removeprefix("LoraConfig.__init__() ")
+        raise ValueError(f"lora: {reason}; it takes the fields of peft.LoraConfig.") from error

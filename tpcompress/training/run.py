@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tpcompress.bundled import find_config
 from tpcompress.training import datamodule, schedules  # noqa: F401  their classes become names in recipes
-from tpcompress.training.callbacks import Checkpoints
+from tpcompress.training.callbacks import Checkpoints, StepProgress
+from tpcompress.training.messages import readable
 from tpcompress.training.module import PruningModule
+from tpcompress.training.state import checkpoint_file, read_checkpoint
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -32,49 +33,97 @@ class SaveRecipe(SaveConfigCallback):
 
 
 class RecipeCLI(LightningCLI):
-    """`fit` and `validate` with recipes."""
+    """`fit` and `validate` with recipes.
 
-    def __init__(self, args: list[str], progress: bool = True) -> None:
-        defaults: dict[str, Any] = {"default_root_dir": "runs/fit", "log_every_n_steps": 10}
-        defaults |= {"enable_progress_bar": progress, "enable_model_summary": False}
+    Args:
+        args: as on the shell.
+        progress: show a bar or lines of progress.
+        run: False only builds trainer, model and data, from arguments without a subcommand.
+    """
+
+    def __init__(self, args: list[str], progress: bool = True, run: bool = True) -> None:
         self.wants_progress = progress
         super().__init__(
             PruningModule,
             L.LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=SaveRecipe,
-            trainer_defaults=defaults,
+            trainer_defaults={
+                "default_root_dir": "runs/fit",
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False},
             args=args,
+            run=run,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         # One seed for everything that is drawn; recipes set `seed_everything` alone.
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        if self.wants_progress and sys.stderr.isatty():
-            kwargs.setdefault("callbacks", []).append(RichProgressBar())
-        return super().instantiate_trainer(**kwargs)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning that there is a command line, too
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if self.wants_progress and config.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"] = [StepProgress()]
+        elif config.trainer.enable_progress_bar is None:
+            config.trainer.enable_progress_bar = False
+
+    def _parse_ckpt_path(self) -> None:
+        """Find and check the checkpoint at once. Lightning would let its settings replace those of the recipe."""
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else {}
+        path = config.get("ckpt_path")
+        if path is not None:
+            found = checkpoint_file(config.trainer.default_root_dir if path == "last" else path)
+            read_checkpoint(found)
+            config.ckpt_path = str(found)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            # Lightning's answer to Ctrl-C is to leave the process, deaf to a second one.
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt(_how_to_go_on(self.trainer)) from stop
 
 
 def run_recipe(args: list[str], progress: bool = True) -> RecipeCLI:
     """Run `fit` or `validate` with arguments as on the shell, e.g. ["fit", "--config", "recipes/..."].
 
     Raises:
-        FileNotFoundError: the recipe does not exist.
+        FileNotFoundError: the recipe or the checkpoint does not exist.
         ValueError: a key or value of the recipe is wrong.
         NonFiniteLoss: training met a NaN.
+        KeyboardInterrupt: interrupted; its message says how to go on.
     """
     args = [find_config(a) if i and args[i - 1] in ("--config", "-c") else a for i, a in enumerate(args)]
     try:
         return RecipeCLI(args, progress)
     except jsonargparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(readable(error)) from error
+    except ValueError as error:
+        if "Does not validate" not in str(error):
+            raise
+        raise ValueError(readable(error)) from error  # a class refused its arguments
 
 
 def _as_seed(value: bool | int) -> int:
     return int(value) if not isinstance(value, bool) else 0
+
+
+def _how_to_go_on(trainer: L.Trainer) -> str:
+    last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    if not last.exists():
+        return "Interrupted before the first checkpoint; run the same command again."
+    return f"Interrupted; go on with the same command and --ckpt_path {last}."

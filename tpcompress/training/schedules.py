@@ -1,7 +1,8 @@
-"""How many tokens the pruner keeps at a step of training. Every schedule ends at the plan's own budget.
+"""How many tokens the pruner keeps at a step of training. Every schedule but the random one ends at the plan's budget.
 
-A schedule is a factor on the plan's budget: 1 is the plan, 4 is four times as many tokens (at most all of them), so
-one schedule serves ratios, counts and every image size. Steps are counted, never seconds.
+An export has the plan's own budget in any case. A schedule is a factor on the plan's budget: 1 is the plan, 4 is four
+times as many tokens (at most all of them), so one schedule serves ratios, counts and every image size. Steps are
+counted, never seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Schedule:
         """Multiple of the plan's budget.
 
         Args:
-            progress: share of the phase that is done, in [0, 1].
+            progress: share of the phase that is done: 0 at its first step, 1 at its last.
             draw: uniform in [0, 1), equal on every rank, new at every step.
         """
         raise NotImplementedError(f"{type(self).__name__} must define factor(progress, draw).")
@@ -80,6 +81,11 @@ class RandomBudget(Schedule):
 
     def factor(self, progress: float, draw: float) -> float:
         return math.exp(math.log(self.low) + draw * (math.log(self.high) - math.log(self.low)))
+
+
+def progress_at(step: int, steps: int) -> float:
+    """Share that is done at step `step` of a phase of `steps`: 0 at the first, 1 at the last (and only) one."""
+    return min(1.0, step / (steps - 1)) if steps > 1 else 1.0
 
 
 def draw_for(seed: int, *counters: int) -> random.Random:

@@ -1,0 +1,77 @@
+"""From a run, or from a plan that needs no training, to an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from tpcompress.export import export
+from tpcompress.insertion.attach import attach
+from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.checkpoint import load_trained
+from tpcompress.training.module import load_base, load_processor
+
+
+def export_run(
+    checkpoint: str | Path, out: str | Path, overwrite: bool = False, allow_unfinished: bool = False
+) -> Path:
+    """Export a trained run: LoRA merged, schedule at its end, pruner baked in.
+
+    Raises:
+        ValueError: the run is unfinished, dense, or its checkpoint damaged.
+        FileExistsError: `out` exists.
+    """
+    trained = load_trained(checkpoint, allow_unfinished)
+    if trained.trained_with["arm"] != "training_aware":
+        raise ValueError(
+            "This run has no pruning plan, there is nothing to bake in; use save_pretrained for a dense model."
+        )
+    return export(
+        trained.model,
+        trained.processor,
+        out,
+        recipe=trained.recipe,
+        trained_with=trained.trained_with,
+        overwrite=overwrite,
+    )
+
+
+def export_free(base: str, plan: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+    """Export a base with a plan that was never trained.
+
+    Args:
+        base: folder, hub id or bundled name.
+        plan: a plan file, or a recipe whose `model.plan` is taken.
+        out: folder to write.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ValueError: the plan has a pruner that must be trained first.
+        FileExistsError: `out` exists.
+    """
+    chosen = plan_in(plan)
+    untrained = [stage.rule.name for stage in chosen.stages if stage.rule.learned]
+    if untrained:
+        raise ValueError(f"Pruner '{untrained[0]}' has weights to train; run `tpcompress fit` and export with --ckpt.")
+    model = attach(load_base(base), chosen).eval()
+    return export(
+        model, load_processor(base), out, trained_with={"arm": "training_free", "base": base}, overwrite=overwrite
+    )
+
+
+def plan_in(path: str | Path) -> PruningPlan:
+    """The plan of a plan file or of a recipe.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a recipe without a plan.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No plan at {path}; give a plan file or a recipe.")
+    values = yaml.safe_load(Path(path).read_text())
+    if isinstance(values, dict) and "model" in values:
+        values = values["model"].get("plan")
+        if values is None:
+            raise ValueError(f"The recipe {path} has no model.plan: it trains the dense model.")
+    return PruningPlan.from_dict(values)
