@@ -153,6 +153,18 @@ def test_unknown_mode_and_restored_mode(model: Any) -> None:
     assert controller_of(model).mode == "mask"
 
 
+def test_the_inner_model_alone_is_pruned_and_forgets(model: Any, base: Any) -> None:
+    """`model.model(...)` goes past the outermost forward; the next call must not find its state."""
+    image, text = batch(SAMPLES), batch([(4, 0, 5)])
+    attach(model, PLAN)
+    with torch.no_grad():
+        assert model.model(**image).last_hidden_state.shape[1] < image["input_ids"].shape[1]
+        assert torch.equal(model.model(**text).last_hidden_state, base.model(**text).last_hidden_state)
+        model.model(**image)
+        with mode(model, "off"):
+            assert torch.equal(model.model(**image).last_hidden_state, base.model(**image).last_hidden_state)
+
+
 def test_plan_and_model_do_not_share_pruners(model: Any) -> None:
     attach(model, PLAN)
     assert PLAN.stages[1].rule.scorer is None
@@ -290,6 +302,20 @@ def test_lora(first: str) -> None:
     detach(merged)
     assert logits(merged, inputs).shape == plain.shape
     assert CONTROLLER not in vars(merged)
+
+
+def test_lora_on_every_linear_layer_reaches_the_scorer_too() -> None:
+    """With `all-linear` peft adapts the scorer as well; it stays trainable in that form, and merges."""
+    base, inputs = tiny_model(), batch(SAMPLES)
+    attach(base, PruningPlan([Stage("learned_gate", 0, keep_tokens=9)]), mode="mask")
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    tuned(**inputs, labels=answer_labels(inputs)).loss.backward()
+    assert any("token_pruners" in n for n in gradients(tuned))
+    tuned.eval()
+    with mode(tuned, "drop"):
+        out = logits(tuned, inputs)
+        merged = tuned.merge_and_unload()
+        assert (logits(merged, inputs) - out).abs().max() < 1e-3
 
 
 def test_detach_through_the_wrapper() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import PLACEHOLDER, TOKENS, answer_labels, batch
+from transformers import StaticCache
 
 from tpcompress.insertion.attach import attach, detach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
@@ -140,3 +141,15 @@ def test_only_what_is_needed_is_built(model: Any) -> None:
     assert view.text_BSD is None
     assert view.keys_BVD is None
     assert view.attention_BHV is None
+
+
+def test_attention_beside_a_static_cache(eager_model: Any, model: Any) -> None:
+    """There the mask has room for tokens to come, and padding must be known from elsewhere."""
+    inputs, plan = batch(SAMPLES), PruningPlan([Stage("fastv", 2, keep_tokens=9)])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=300)
+    for one in (model, eager_model):
+        expected = view_of(one, plan, inputs).attention_BHV
+        detach(one)
+        cache.reset()
+        view = view_of(one, plan, inputs, past_key_values=cache)
+        assert torch.allclose(view.attention_BHV, expected, atol=1e-6)

@@ -28,6 +28,11 @@ class ImageTokens:
     grids: list[tuple[int, int]]
 
 
+def supported(config: Any) -> str | None:
+    """Nothing to refuse. A function with a name, because a model with a plan attached can be pickled."""
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """What tpcompress must know of a model family. Paths are dotted names from the outermost model.
@@ -53,7 +58,7 @@ class Family:
     placeholder: str
     image_tokens: Callable[[Any, Mapping[str, Any]], ImageTokens | None]
     tiny_config: Callable[..., PretrainedConfig]
-    refuse: Callable[[Any], str | None] = lambda config: None
+    refuse: Callable[[Any], str | None] = supported
 
 
 @dataclass(frozen=True)
