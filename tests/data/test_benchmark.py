@@ -5,7 +5,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from tpcompress.data.benchmark import FAMILIES, TinyVQA, load_benchmark, make_row, stream_benchmark
+from tpcompress.data.benchmark import FAMILIES, TinyVQA, draw_benchmark, load_benchmark, make_row, stream_benchmark
 from tpcompress.data.benchmark.digits import SPLITS, digit_samples
 from tpcompress.data.benchmark.render import render
 from tpcompress.data.benchmark.symbolic import Bar, Card, Field, Picture, Shape, Tag, draw_picture, patch_labels
@@ -158,3 +158,12 @@ def test_builder_caches_by_configuration(tmp_path):
 def test_unknown_split_is_named():
     with pytest.raises(ValueError, match="No split 'dev'.*train, validation, test"):
         load_benchmark("dev", 1)
+
+
+def test_drawn_rows_are_the_loaded_rows():
+    loaded, drawn = load_benchmark("validation", 6, seed=2), draw_benchmark("validation", 6, seed=2)
+    assert len(drawn) == 6
+    for index in (5, 0, 3):
+        assert drawn[index]["conversations"] == loaded[index]["conversations"]
+        assert drawn[index]["families"] == loaded[index]["families"]
+        assert drawn[index]["images"][0].tobytes() == loaded[index]["images"][0].tobytes()

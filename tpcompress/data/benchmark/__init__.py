@@ -1,6 +1,13 @@
 """A procedural visual-question-answering benchmark whose families stress different sides of vision-token pruning."""
 
-from tpcompress.data.benchmark.builder import TinyVQA, TinyVQAConfig, load_benchmark, make_row, stream_benchmark
+from tpcompress.data.benchmark.builder import (
+    TinyVQA,
+    TinyVQAConfig,
+    draw_benchmark,
+    load_benchmark,
+    make_row,
+    stream_benchmark,
+)
 from tpcompress.data.benchmark.vocabulary import FAMILIES
 
-__all__ = ["FAMILIES", "TinyVQA", "TinyVQAConfig", "load_benchmark", "make_row", "stream_benchmark"]
+__all__ = ["FAMILIES", "TinyVQA", "TinyVQAConfig", "draw_benchmark", "load_benchmark", "make_row", "stream_benchmark"]

@@ -4,8 +4,10 @@ Nothing is downloaded; picture ``index`` of a split depends on (split, seed, ind
 and a growing split keeps the pictures it had.
 """
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -62,11 +64,23 @@ def load_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Datas
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
     _check_split(split)
-    columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for row in _rows(split, seed, num_images):
-        for name, column in columns.items():
-            column.append(row[name])
+    columns = _columns(_rows(split, seed, num_images))
+    # Encoded here, once and lightly: `datasets` would do it several times over.
+    columns["images"] = [[{"bytes": _png(image), "path": None} for image in images] for images in columns["images"]]
     return datasets.Dataset.from_dict(columns, features=_FEATURES, split=datasets.NamedSplit(split))
+
+
+def draw_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Dataset:
+    """The same rows as :func:`load_benchmark`, each drawn when it is read: for training in any order.
+
+    Raises:
+        ValueError: if there is no such split, or ``num_images`` is not positive.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
+    _check_split(split)
+    index = datasets.Dataset.from_dict({"index": list(range(num_images))}, split=datasets.NamedSplit(split))
+    return index.with_transform(partial(_drawn, split, seed))
 
 
 def stream_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.IterableDataset:
@@ -126,6 +140,24 @@ class TinyVQA(datasets.GeneratorBasedBuilder):
 def _rows(split: str, seed: int, num_images: int) -> Iterator[dict[str, Any]]:
     for index in range(num_images):
         yield make_row(split, seed, index)
+
+
+def _drawn(split: str, seed: int, batch: dict[str, list]) -> dict[str, list]:
+    return _columns(make_row(split, seed, index) for index in batch["index"])
+
+
+def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list]:
+    columns: dict[str, list] = {name: [] for name in _FEATURES}
+    for row in rows:
+        for name, column in columns.items():
+            column.append(row[name])
+    return columns
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _check_split(split: str) -> None:
