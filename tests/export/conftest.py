@@ -1,4 +1,4 @@
-"""A tiny processor for the tiny models, and folders that many tests read."""
+"""Folders and models that the tests of export read."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from export.helpers import make_base, make_inputs, make_processor, two_stages
+from transformers import LlavaProcessor
 from transformers.utils import logging
 
-from tpcompress.export import export
-from tpcompress.families.llava import tiny_config
+from tpcompress.export import export, load
 from tpcompress.insertion.attach import attach
-from tpcompress.insertion.plan import PruningPlan, Stage
-
-PLACEHOLDER = 100
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,63 +22,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-
-
-def make_processor() -> LlavaProcessor:
-    """Words w3 .. w89 and the placeholder; pictures of 32 pixels."""
-    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 99, "<image>": PLACEHOLDER}
-    words = {f"w{i}": i for i in range(3, 90)} | {"USER:": 90, "ASSISTANT:": 91}
-    tokenizer = Tokenizer(models.WordLevel(words | special, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], padding_side="left",
-    )  # fmt: skip
-    images = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
-    return LlavaProcessor(images, fast, patch_size=4, vision_feature_select_strategy="default",
-                          num_additional_image_tokens=1)  # fmt: skip
-
-
-def make_base(**config: Any) -> Any:
-    """A tiny random LLaVA whose answer depends on its picture."""
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(tiny_config(**config), attn_implementation="sdpa").eval()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            fan = parameter[0].numel()
-            parameter.data = torch.randn(parameter.shape, generator=generator) * fan**-0.5
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def make_inputs(batch: int = 2, seed: int = 5) -> dict[str, torch.Tensor]:
-    """A left-padded batch with one picture each, other than the probe's."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, mask = torch.zeros(2, batch, 64 + 12, dtype=torch.long)
-    for b in range(batch):
-        row = torch.randint(3, 90, (12 - b,), generator=generator).tolist()
-        row[4:4] = [PLACEHOLDER] * 64
-        ids[b, -len(row) :], mask[b, -len(row) :] = torch.tensor(row), 1
-    pixels = torch.randn(batch, 3, 32, 32, generator=generator)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
-
-
-def answer(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of one call and six greedy tokens."""
-    with torch.no_grad():
-        logits = model(**inputs).logits
-        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[PLACEHOLDER])
-    return logits, tokens
-
-
-GATE = {"type": "learned_gate", "width": 16}
-
-
-def two_stages() -> PruningPlan:
-    """A learned stage before the language model and a deterministic one inside."""
-    return PruningPlan([Stage(GATE, keep_tokens=32), Stage("divprune", 3, keep_tokens=8)])
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +62,6 @@ def round_trip(processor: Any, tmp_path: Path) -> Callable[..., Any]:
     """Export a model and load it again."""
 
     def run(model: Any, **options: Any) -> Any:
-        from tpcompress.export import load
-
         loading = {k: options.pop(k) for k in ("allow_outside", "dtype") if k in options}
         return load(export(model, processor, tmp_path / "out", **options), **loading)
 

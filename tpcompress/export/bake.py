@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tpcompress.export.compare import Comparison
+from tpcompress.export.exact import as_loaded, is_rounded
 from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
 from tpcompress.export.manifest import describe
 from tpcompress.export.probe import Probe, default_inputs, record_probe
@@ -45,7 +46,8 @@ def export(
     """Write a folder that loads with its plan on, and only so.
 
     LoRA is merged, the pruners' weights are included, curricula stand at the plan's own budgets. The model itself
-    stays as it is: attached, unmerged, in its mode. Call it from one process.
+    stays as it is: attached, unmerged, in its mode. The probe holds what the weights as written do; where merging
+    made that differ from the model at hand, the manifest says by how much. Call it from one process.
 
     Args:
         model: a transformers model with a plan attached, or a PEFT model around one.
@@ -76,11 +78,12 @@ def export(
     inputs = default_inputs(processor) if probe_inputs is None else probe_inputs
     values = [stage.budget for stage in plan.stages]
     probe = record_probe(model, inputs, values)
-    merged, merging = base, None
-    if model is not base:
-        merged = merged_copy(model)
-        trained, probe = probe, record_probe(merged, inputs, values)
-        merging = _compare_merged(trained, probe)
+    merged = base if model is base else merged_copy(model)
+    conversion = None
+    if merged is not base or is_rounded(base):
+        with as_loaded(merged):
+            trained, probe = probe, record_probe(merged, inputs, values)
+        conversion = _conversion(trained, probe, merged is not base)
     baked = bake(merged, plan)
     with new_folder(out, overwrite) as folder:
         baked.save_pretrained(folder)
@@ -88,7 +91,7 @@ def export(
         probe.save(folder)
         if recipe_text is not None:
             (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        manifest = describe(base, plan, probe) | {"merging": merging, "trained_with": dict(trained_with or {})}
+        manifest = describe(base, plan, probe) | {"conversion": conversion, "trained_with": dict(trained_with or {})}
         write_json(folder / MANIFEST, manifest | {"files": file_records(folder)})
     return out
 
@@ -120,13 +123,15 @@ def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     Raises:
         ValueError: its weights are not those of its stock class plus the plan's.
     """
-    config = exported_config(base.config, plan)
+    config = exported_config(base.config, plan, base.dtype)
+    stock = config.base_model_type
     with torch.device("meta"):
-        baked = register_model(config.base_model_type)(config, allow_outside=True)
+        baked = register_model(stock)(config, allow_outside=True)
     weights = base.state_dict()
     odd = sorted(set(weights) ^ set(baked.state_dict()))
     if odd:
-        hint = "pass the PEFT model around it" if "lora" in odd[0] else "export a model of the stock class"
+        adapted = any(part in name for name in odd for part in (".base_layer.", ".lora_", ".modules_to_save."))
+        hint = "pass the PEFT model around it" if adapted else f"export a plain {stock_class(stock).__name__}"
         raise ValueError(f"The model has {len(odd)} weights more or less than its class, '{odd[0]}' first; {hint}.")
     baked.load_state_dict(weights, assign=True)
     baked.tie_weights()
@@ -134,11 +139,14 @@ def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     return baked
 
 
-def exported_config(config: PretrainedConfig, plan: PruningPlan) -> PretrainedConfig:
+def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dtype) -> PretrainedConfig:
     """The exported config of a stock or exported one."""
     stock = getattr(config, "base_model_type", None) or config.model_type
     kept = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "_name_or_path")}
-    return config_class(stock).from_dict(kept | {"token_pruning": plan.to_dict()})
+    made = config_class(stock).from_dict(kept | {"token_pruning": plan.to_dict()})
+    for name in made.sub_configs:  # as loading does, so that a second save equals the first
+        getattr(made, name).dtype = dtype
+    return made
 
 
 def merged_copy(model: nn.Module) -> PreTrainedModel:
@@ -162,20 +170,21 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
     return clone.merge_and_unload()
 
 
-def _compare_merged(trained: Probe, merged: Probe) -> dict[str, Any]:
-    """What merging changed in the probe, for the manifest.
+def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]:
+    """What merging adapters, or undoing a cast that no loader repeats, changed in the probe; for the manifest.
 
     Raises:
-        ValueError: more than rounding explains, in float32. Half precision rounds merged weights, which is only logged.
+        ValueError: more than rounding explains, in float32. In half precision it is only logged.
     """
-    found = Comparison.of(trained, merged)
+    found = Comparison.of(trained, exported)
+    what = "Merging the adapters" if merged else "Giving rotary frequencies and scorers their full precision"
     if found.differs is not None:
-        message = f"Merging the adapters changed the model first {found.differs}"
+        message = f"{what} changed the model first {found.differs}"
         if trained.about["dtype"] == "float32":
             raise ValueError(f"{message}; enable the adapter that was trained, or give other probe_inputs.")
-        logger.warning("%s; load the base in float32 before merging if that matters.", message)
+        logger.warning("%s; train with dtype=float32, or load the base in its dtype instead of casting it.", message)
     positions = [{"agree": stage.agree, "retained": stage.trained} for stage in found.stages]
-    return {"logit_gap": found.logit_gap, "positions": positions}
+    return {"adapters_merged": merged, "logit_gap": found.logit_gap, "positions": positions}
 
 
 def _refuse(base: PreTrainedModel, processor: Any) -> None:

@@ -139,6 +139,11 @@ def damaged_files(folder: Path, manifest: dict[str, Any], hashes: bool) -> dict[
     return found
 
 
+def unusable_files(damaged: dict[str, str], folder: Path) -> dict[str, str]:
+    """The damage that makes a replay pointless. Text that was edited is not: it is read, and its effect shown."""
+    return {n: what for n, what in damaged.items() if not (folder / n).is_file() or ("bytes" in what and _binary(n))}
+
+
 def exported_type(folder: Path) -> str:
     """The `model_type` of an exported folder's config.json.
 
@@ -158,6 +163,15 @@ def sha256(path: Path) -> str:
     """Hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _binary(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _share(folder: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, read_manifest
+from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, first_line, read_manifest, unusable_files
 from tpcompress.export.registry import PREFIX, register_model
 from tpcompress.export.verify import check
 
@@ -36,7 +36,10 @@ def load(
     elif verify or Path(folder).is_absolute() or str(folder).count("/") != 1 or str(folder).startswith("."):
         raise FileNotFoundError(f"No folder {folder}; give one that tpcompress.export wrote.")
     hub = {k: from_pretrained[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in from_pretrained}
-    config = AutoConfig.from_pretrained(folder, **hub)
+    try:
+        config = AutoConfig.from_pretrained(folder, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from error
     if not config.model_type.startswith(PREFIX):
         raise ValueError(
             f"{folder} holds a '{config.model_type}' model, not an export of tpcompress; load it with transformers "
@@ -58,18 +61,19 @@ def load_processor(folder: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it is damaged.
     """
+    from transformers import AutoProcessor  # brings tokenizers and image processing, which import tpcompress spares
+
     try:
         return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"No processor in {folder} ({reason}); copy or export the folder again.") from error
+        raise ValueError(f"No processor in {folder} ({first_line(error)}); copy or export the folder again.") from error
 
 
 def _check_local(folder: Path) -> None:
     """Sizes are checked at every load, hashes by `verify` only. A re-saved model has no manifest and is fine."""
     exported_type(folder)
     if (folder / MANIFEST).is_file():
-        damaged = damaged_files(folder, read_manifest(folder), hashes=False)
+        damaged = unusable_files(damaged_files(folder, read_manifest(folder), hashes=False), folder)
         if damaged:
             name, what = next(iter(damaged.items()))
             raise ValueError(f"{folder / name} {what}; copy or export the folder again.")

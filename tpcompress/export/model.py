@@ -51,6 +51,7 @@ class ExportedModel:
             OSError: there are no weights.
         """
         kwargs.setdefault("variant", VARIANT)
+        kwargs["ignore_mismatched_sizes"] = True  # to say in one line below what transformers spreads over a table
         loader: Any = super()
         try:
             model, info = loader.from_pretrained(
@@ -60,9 +61,14 @@ class ExportedModel:
             raise ValueError(
                 f"The weights in {pretrained_model_name_or_path} are damaged ({error}); copy or export them again."
             ) from None
-        odd = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys") if info[what]}
+        odd = {
+            "missing": sorted(info["missing_keys"]),
+            "left over": sorted(info["unexpected_keys"]),
+            "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
+        }
+        odd = {what: names for what, names in odd.items() if names}
         if odd:
-            found = "; ".join(f"{what.replace('_', ' ')}: {len(k)}, {k[0]} first" for what, k in odd.items())
+            found = "; ".join(f"{len(names)} {what}, {names[0]} first" for what, names in odd.items())
             raise ValueError(
                 f"The weights in {pretrained_model_name_or_path} do not fit its config.json ({found}); "
                 f"export the model again."

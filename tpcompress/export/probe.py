@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tpcompress.export.folder import read_json, write_json
+from tpcompress.export.folder import first_line, read_json, write_json
 from tpcompress.insertion.attach import base_of, budgets, controller_of, mode, record
 from tpcompress.insertion.plan import Budget
 
@@ -133,9 +133,8 @@ def default_inputs(processor: Any) -> dict[str, Tensor]:
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return dict(processor(images=[_picture()], text=[text], return_tensors="pt"))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"The processor does not take the built-in probe ({reason}); pass probe_inputs=processor(...)."
+            f"The processor does not take the built-in probe ({first_line(error)}); pass probe_inputs=processor(...)."
         ) from error
 
 

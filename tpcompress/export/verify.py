@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tpcompress.export.compare import Comparison
-from tpcompress.export.folder import damaged_files, read_manifest
+from tpcompress.export.folder import damaged_files, first_line, read_manifest, unusable_files
 from tpcompress.export.probe import Probe, environment, record_probe
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent
@@ -82,7 +82,7 @@ def verify(folder: str | Path, *, allow_outside: bool = False, device: str | Non
     folder = Path(folder)
     manifest = read_manifest(folder)
     damaged = damaged_files(folder, manifest, hashes=True)
-    broken = {name: what for name, what in damaged.items() if "sha256" not in what}
+    broken = unusable_files(damaged, folder)
 
     def failed(error: str) -> VerifyReport:
         return VerifyReport(str(folder), len(manifest["files"]), damaged, error)
@@ -96,7 +96,7 @@ def verify(folder: str | Path, *, allow_outside: bool = False, device: str | Non
         return check(_load(folder, probe, allow_outside, device), folder, damaged, probe)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         changed = f" Changed since the export: {', '.join(damaged)}." if damaged else ""
-        return failed(f"{folder} cannot be replayed: {_first_line(error)}{changed}")
+        return failed(f"{folder} cannot be replayed: {first_line(error)}{changed}")
 
 
 def check(model: Any, folder: Path, damaged: dict[str, str] | None = None, probe: Probe | None = None) -> VerifyReport:
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     try:
         report = verify(folders[0], allow_outside="--allow-outside" in arguments)
     except (OSError, ValueError) as error:
-        report = VerifyReport(folders[0], 0, {}, _first_line(error))
+        report = VerifyReport(folders[0], 0, {}, first_line(error))
     sys.stdout.write((json.dumps(asdict(report)) if "--json" in arguments else str(report)) + "\n")
     return 0 if report.ok else 1
 
@@ -174,7 +174,3 @@ def _suspects(probe: Probe, now: dict[str, str], damaged: dict[str, str]) -> tup
         if probe.about[key] != now[key]:
             found.append(f"{name} (trained {probe.about[key]}, loaded {now[key]})")
     return tuple(found)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,148 @@
+"""A folder is whole or not there, and nobody loads it without its plan."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export.helpers import run_python, two_stages
+from torch import Tensor
+
+import tpcompress as tp
+from tpcompress.export import load, verify
+from tpcompress.pruners.topk import keep_topk
+
+
+class OutsidePruner(tp.Pruner):
+    """Keeps the tokens of largest norm; not part of tpcompress."""
+
+    name = "outside"
+
+    def forward(self, tokens: tp.TokenView, num_keep_B: Tensor) -> tp.Selection:
+        scores_BV = tokens.vision_BVD.norm(dim=-1)
+        return tp.Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
+
+
+def test_existing_folder(trained: Any, processor: Any, folder: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists already; choose another folder, or pass overwrite=True"):
+        tp.export(trained, processor, folder)
+    (folder / "leftover").write_text("of the earlier export")
+    tp.export(trained, processor, folder, overwrite=True)
+    assert not (folder / "leftover").exists()
+    assert verify(folder).ok
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+
+
+def test_overwrite_spares_what_is_no_export(trained: Any, processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not an export of tpcompress"):
+        tp.export(trained, processor, tmp_path / "thesis", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is not a folder"):
+        tp.export(trained, processor, tmp_path / "file", overwrite=True)
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert verify(tp.export(trained, processor, tmp_path / "empty", overwrite=True)).ok
+
+
+def test_overwrite_the_folder_that_was_loaded(folder: Path, processor: Any) -> None:
+    # Its tensors may still be mapped from the file that is replaced.
+    model = load(folder)
+    tp.export(model, processor, folder, overwrite=True)
+    assert verify(folder).ok
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_interrupted(error: BaseException, trained: Any, folder: Path, processor: Any) -> None:
+    class Broken:
+        """A processor that fails after the weights were written."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return processor(*args, **kwargs)
+
+        def save_pretrained(self, where: Path) -> None:
+            assert any(Path(where).iterdir())
+            raise error
+
+    for out, overwrite in ((folder.parent / "new", False), (folder, True)):
+        with pytest.raises(type(error)):
+            tp.export(trained, Broken(), out, overwrite=overwrite)
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+    assert verify(folder).ok
+
+
+def test_permissions_are_those_of_new_folders(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    assert exported.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links here")
+def test_links_are_not_followed(trained: Any, processor: Any, folder: Path) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    with pytest.raises(FileExistsError):
+        tp.export(trained, processor, folder.parent / "link", overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_no_plan(base: Any, processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No plan is attached"):
+        tp.export(base, processor, tmp_path / "out")
+
+
+def test_refused_models(base: Any, processor: Any, tmp_path: Path) -> None:
+    model = tp.attach(base, two_stages())
+    with pytest.raises(ValueError, match="processor must be"):
+        tp.export(model, None, tmp_path / "out")
+    with pytest.raises(ValueError, match="2 stages, got 1 budgets"):
+        tp.export(model, processor, tmp_path / "out", budgets=[tp.Budget(keep_tokens=1)])
+    with pytest.raises(FileNotFoundError, match="No recipe at"):
+        tp.export(model, processor, tmp_path / "out", recipe=tmp_path / "nowhere.yaml")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match="^Quantized weights cannot be exported"):
+        tp.export(model, processor, tmp_path / "out")
+    del model.config.quantization_config
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'extra.bias' first; export a plain LlavaForConditionalGeneration"):
+        tp.export(model, processor, tmp_path / "out")
+    del model.extra
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="offloaded"):
+        tp.export(model, processor, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruner_from_outside(base: Any, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[OutsidePruner.__module__])
+    model = tp.attach(base, tp.PruningPlan([tp.Stage(OutsidePruner(), keep_tokens=9)]))
+    out = tp.export(model, processor, tmp_path / "out")
+    with pytest.raises(ValueError, match="is outside tpcompress; load with allow_outside=True"):
+        load(out)
+    assert "is outside tpcompress" in str(verify(out))
+    assert type(tp.plan_of(load(out, allow_outside=True)).stages[0].rule) is OutsidePruner
+    assert verify(out, allow_outside=True).ok
+
+
+STOCK = """
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModel, LlavaConfig, LlavaForConditionalGeneration
+for cls in (AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration):
+    try:
+        cls.from_pretrained(sys.argv[1])
+    except (ValueError, OSError) as error:
+        print(cls.__name__, str(error).splitlines()[0])
+    else:
+        raise SystemExit(f"{cls.__name__} loaded it, unpruned")
+"""
+
+
+def test_stock_transformers_refuses(exported: Path) -> None:
+    run = run_python(STOCK, exported, root=None)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("tpcompress_llava") == 3
+    assert "LlavaForConditionalGeneration Error no file named model.safetensors" in run.stdout
