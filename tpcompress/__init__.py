@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from tpcompress.export import export, load, load_processor, verify
 from tpcompress.families import list_families
 from tpcompress.insertion.attach import attach, budgets, detach, mode, plan_of, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
@@ -24,5 +25,6 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 __all__ = [
     "Budget", "Pruner", "PruningPlan", "Selection", "Stage", "StageTrace", "TokenView", "Trace", "attach", "budgets",
-    "detach", "list_families", "list_pruners", "mode", "plan_of", "record",
+    "detach", "export", "list_families", "list_pruners", "load", "load_processor", "mode", "plan_of", "record",
+    "verify",
 ]  # fmt: skip
