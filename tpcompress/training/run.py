@@ -79,7 +79,7 @@ class RecipeCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Find and check the checkpoint at once. Lightning would let its settings replace those of the recipe."""
-        config = self.config[self.config.subcommand] if "subcommand" in self.config else {}
+        config: Any = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         path = config.get("ckpt_path")
         if path is not None:
             found = checkpoint_file(config.trainer.default_root_dir if path == "last" else path)
