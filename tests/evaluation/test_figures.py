@@ -10,7 +10,7 @@ from tpcompress.evaluation.report import Report, Row
 
 
 def row(arm, pruner=None, keep=None, score=0.5, **more) -> Row:
-    fields = {"vision_tokens": keep or 64, "ci95": 0.02, "families": {"a": score}, "learnt": ["a"]}
+    fields = {"retained_tokens": keep or 64, "ci95": 0.02, "families": {"a": score}, "learnt": ["a"]}
     return Row(arm, pruner, keep, score=score, **(fields | more))
 
 

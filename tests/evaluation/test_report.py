@@ -13,7 +13,7 @@ LEARNT = ["attr", "count"]
 
 
 def row(arm, pruner=None, keep=None, score=0.9, **more) -> Row:
-    fields = {"vision_tokens": keep or 144, "ci95": 0.02, "learnt": LEARNT, "layer_average": keep or 144.0}
+    fields = {"retained_tokens": keep or 144, "ci95": 0.02, "learnt": LEARNT, "layer_average": keep or 144.0}
     families = {name: score for name in FAMILIES}
     return Row(arm, pruner, keep, score=score, families=families, **(fields | more))
 
@@ -50,7 +50,7 @@ def test_json_has_the_promised_keys_and_comes_back(report):
     values = json.loads(report.to_json())
     assert set(values) == {"rows", "export", "meta"}
     assert values["export"] == {"dir": "runs/export", "verified": True}
-    promised = {"arm", "pruner", "keep_tokens", "vision_tokens", "seed", "score", "ci95", "families", "learnt"}
+    promised = {"arm", "pruner", "keep_tokens", "retained_tokens", "seed", "score", "ci95", "families", "learnt"}
     assert promised <= set(values["rows"][0])
     assert Report.from_json(report.to_json()) == report
 

@@ -86,10 +86,10 @@ def _curves(report: Report) -> Curves:
     groups: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = {}
 
     def put(arm: str, row: Row, score: float | None, ci95: float | None) -> None:
-        if row.pruner is not None and row.vision_tokens is not None and score is not None:
+        if row.pruner is not None and row.retained_tokens is not None and score is not None:
             name = f"{row.pruner} @ layer {row.layer}" if row.layer else row.pruner
             points = groups.setdefault((arm, name), {})
-            points.setdefault(row.vision_tokens, []).append((score, ci95 or 0.0))
+            points.setdefault(row.retained_tokens, []).append((score, ci95 or 0.0))
 
     for row in report.rows:
         put(row.arm, row, row.score, row.ci95)

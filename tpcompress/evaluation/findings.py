@@ -44,7 +44,7 @@ def _on_dense(report: Report) -> list[str]:
 
 
 def _on_training_free(report: Report, budget: float) -> list[str]:
-    rows = [row for row in report.arm("training_free") if row.vision_tokens == budget and row.score is not None]
+    rows = [row for row in report.arm("training_free") if row.retained_tokens == budget and row.score is not None]
     groups = sorted(_groups(rows), key=lambda group: -_mean(group))
     if len(groups) < 2:
         return []
@@ -69,7 +69,7 @@ def _on_training_aware(report: Report, group: list[Row]) -> list[str]:
     row, score = group[0], _mean(group)
     sentences = []
     gains = [gain for r in group if (gain := report.gain(r)) is not None]
-    text = f"{_name(row)} at {tokens(row.vision_tokens)} tokens, trained in the loop, reaches {percent(score)} %"
+    text = f"{_name(row)} at {tokens(row.retained_tokens)} tokens, trained in the loop, reaches {percent(score)} %"
     if gains:
         free = score - _mean_delta(gains)
         text += f" against {percent(free)} % without training ({_verdict(gains)}{_recovered(report, free, gains)})"
@@ -78,10 +78,12 @@ def _on_training_aware(report: Report, group: list[Row]) -> list[str]:
     shift = _family_shift(report, group)
     sentences += [shift] if shift else []
     for name in BASELINES:
-        baseline = [r for r in report.arm("training_free") if r.pruner == name and r.vision_tokens == row.vision_tokens]
+        baseline = [
+            r for r in report.arm("training_free") if r.pruner == name and r.retained_tokens == row.retained_tokens
+        ]
         if baseline and row.pruner != name and _mean(baseline) > score:
             sentences.append(
-                f"ALARM: {_name(row)} trained at {tokens(row.vision_tokens)} tokens ends under untrained {name} "
+                f"ALARM: {_name(row)} trained at {tokens(row.retained_tokens)} tokens ends under untrained {name} "
                 f"({percent(_mean(baseline))} %)."
             )
     return sentences
@@ -105,8 +107,8 @@ def _control_clause(report: Report, group: list[Row], gains: list[Gain]) -> str:
 
 def _on_ranking(report: Report, budget: float) -> list[str]:
     """Whether the pruner to choose changes when it may be trained."""
-    free = [row for row in report.arm("training_free") if row.vision_tokens == budget and row.score is not None]
-    aware = [row for row in report.arm("training_aware") if row.vision_tokens == budget and row.score is not None]
+    free = [row for row in report.arm("training_free") if row.retained_tokens == budget and row.score is not None]
+    aware = [row for row in report.arm("training_aware") if row.retained_tokens == budget and row.score is not None]
     if not free or not aware:
         return []
     best_free = max(_groups(free), key=_mean)[0]
@@ -150,7 +152,7 @@ def _family_shift(report: Report, group: list[Row]) -> str | None:
         return None
     (least, loser), (most, winner) = min(deltas), max(deltas)
     return (
-        f"By family, training {_name(group[0])} at {tokens(group[0].vision_tokens)} tokens changes accuracy from "
+        f"By family, training {_name(group[0])} at {tokens(group[0].retained_tokens)} tokens changes accuracy from "
         f"{100 * least:+.1f} ({loser}) to {100 * most:+.1f} ({winner})."
     )
 
@@ -188,7 +190,7 @@ def _dense(report: Report) -> Row | None:
 
 def _budgets(report: Report) -> list[float]:
     """Retained tokens of pruned rows, from many to few."""
-    return sorted({row.vision_tokens for row in report.rows if row.pruner and row.vision_tokens}, reverse=True)
+    return sorted({row.retained_tokens for row in report.rows if row.pruner and row.retained_tokens}, reverse=True)
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:

@@ -93,8 +93,8 @@ def _blind_cells(report: Report, shown: list[str], only_families: bool) -> list[
 
 def _tokens(row: Row) -> str:
     if row.pruner is None:
-        return tokens(row.vision_tokens)
-    return " / ".join([_budget(row), tokens(row.vision_tokens), tokens(row.layer_average)])
+        return tokens(row.retained_tokens)
+    return " / ".join([_budget(row), tokens(row.retained_tokens), tokens(row.layer_average)])
 
 
 def _budget(row: Row) -> str:
@@ -108,7 +108,8 @@ def _score(row: Row) -> str:
 def _sorted(rows: list[Row]) -> list[Row]:
     """Unpruned first, then large budgets, then the better score."""
     return sorted(
-        rows, key=lambda row: (row.pruner is not None, -(row.vision_tokens or row.keep_tokens or 0), -(row.score or 0))
+        rows,
+        key=lambda row: (row.pruner is not None, -(row.retained_tokens or row.keep_tokens or 0), -(row.score or 0)),
     )
 
 

@@ -42,7 +42,8 @@ class Row:
         arm: one of `ARMS`.
         pruner: its name; None without pruning.
         keep_tokens: nominal budget per image; None without pruning.
-        vision_tokens: tokens of an image that are left after the last stage (all of them without pruning).
+        vision_tokens: tokens of an image out of the projector.
+        retained_tokens: tokens of an image that are left after the last stage (all of them without pruning).
         seed: of the training run, or of a random pruner.
         score: mean accuracy of the learnt families; None if there is none.
         ci95: half width of its 95 % interval over images.
@@ -63,7 +64,8 @@ class Row:
     arm: str
     pruner: str | None = None
     keep_tokens: int | float | None = None
-    vision_tokens: float | None = None
+    vision_tokens: int | None = None
+    retained_tokens: float | None = None
     seed: int = 0
     score: float | None = None
     ci95: float | None = None

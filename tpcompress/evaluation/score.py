@@ -19,7 +19,7 @@ from tpcompress.data.collate import Batch, BatchMeta, ChatCollator, PromptCollat
 from tpcompress.data.rows import BadRow
 from tpcompress.evaluation.metric import AnswerMetric
 from tpcompress.evaluation.scores import Scores, learnt_families
-from tpcompress.insertion.attach import CONTROLLER, base_of, plan_of, record
+from tpcompress.insertion.attach import base_of, is_attached, plan_of, record
 
 __all__ = ["Prepared", "Scores", "evaluate", "evaluate_by_generation", "evaluating", "learnt_families", "prepare"]
 
@@ -229,14 +229,10 @@ def _check_packing(model: nn.Module, packed: bool) -> None:
 
 
 def _why_not_packed(model: nn.Module) -> str | None:
-    if _attached(model) and plan_of(model).reads_prompt:
+    if is_attached(model) and plan_of(model).reads_prompt:
         return "a pruner of the attached plan reads the prompt"
     attention = base_of(model).config.get_text_config()._attn_implementation
     return None if attention == "sdpa" else f"attention '{attention}' does not take their mask, only sdpa does"
-
-
-def _attached(model: nn.Module) -> bool:
-    return hasattr(base_of(model), CONTROLLER)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -255,7 +251,7 @@ def _moved(batch: Batch, model: nn.Module, blank: bool) -> Batch:
 def _forward(model: nn.Module, batch: Batch, blank: bool) -> tuple[Tensor, Tensor]:
     """Logits and the labels of the same tokens. Labels go in, as pruners must know where the prompt ends."""
     inputs = _moved(batch, model, blank)
-    if not _attached(model):
+    if not is_attached(model):
         labels = inputs.pop("labels")
         return model(**inputs, use_cache=False).logits, labels
     with record(model) as trace:

@@ -102,6 +102,11 @@ def controller_of(model: nn.Module) -> Controller:
     return controller
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether the model carries a plan."""
+    return hasattr(base_of(model), CONTROLLER)
+
+
 def plan_of(model: nn.Module) -> PruningPlan:
     """The plan of an attached model."""
     return controller_of(model).plan

@@ -1,0 +1,251 @@
+"""The rows of a comparison: each is made, scored and written before the next, so an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from torch import nn
+
+from tpcompress.bundled import find_config
+from tpcompress.data.benchmark import load_benchmark
+from tpcompress.evaluation.figures import accuracy_figure, retained_figure, retained_masks
+from tpcompress.evaluation.report import Report, Row
+from tpcompress.evaluation.score import Prepared, Scores, evaluate, learnt_families, prepare
+from tpcompress.families import resolve
+from tpcompress.insertion.attach import attach, detach, is_attached, plan_of
+from tpcompress.insertion.plan import Budget, PruningPlan, Stage
+from tpcompress.training.checkpoint import load_trained
+from tpcompress.training.module import load_base, load_processor
+from tpcompress.training.run import run_recipe
+
+PICTURES = 4
+"""Sample images of the figure of retained tokens."""
+
+
+@dataclass
+class Run:
+    """A comparison under way.
+
+    Attributes:
+        folder: of all results.
+        console: where progress goes.
+        base: name of the base model.
+        model: the base, dense.
+        processor: of the base.
+        data: held-out rows.
+        packed: the same rows collated once.
+        report: the rows so far.
+        vision_tokens: tokens of one image out of the projector.
+    """
+
+    folder: Path
+    console: Console
+    base: str
+    model: Any
+    processor: Any
+    data: Any
+    packed: Prepared
+    report: Report
+    batch_size: int
+    vision_tokens: int
+    controlled: nn.Module | None = None
+    shown: dict[str, tuple[PruningPlan, Callable[[], nn.Module]]] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, folder: Path, console: Console, base: str, num_images: int, seed: int, batch_size: int) -> Run:
+        """Load base and data, and the report of an earlier attempt in the same folder.
+
+        Raises:
+            ValueError: the folder holds another comparison.
+        """
+        meta = {"base": base, "num_images": num_images, "seed": seed}
+        path = folder / "report.json"
+        report = Report.from_json(path.read_text()) if path.is_file() else Report(meta=dict(meta))
+        if {key: report.meta.get(key) for key in meta} != meta:
+            raise ValueError(f"{path} is of another comparison ({report.meta}); choose another --out or remove it.")
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
+        model: Any = load_base(base)
+        model.eval()
+        processor = load_processor(base)
+        with console.status(f"drawing {num_images} held-out pictures"):
+            data = load_benchmark("test", num_images, seed)
+            packed = prepare(processor, data, batch_size=batch_size)
+        images = resolve(model).family.image_tokens(model.config, packed.batches[0])
+        assert images is not None
+        return cls(folder, console, base, model, processor, data, packed, report, batch_size, images.counts[0])
+
+    # ------------------------------------------------------------------ rows
+
+    def dense(self) -> None:
+        """The base with all tokens, its blind baseline, and which families it has learnt."""
+        if "learnt" not in self.report.meta:
+            blind, scores = self._evaluate(self.model, blank=True), self._evaluate(self.model)
+            self.report.meta |= {"learnt": learnt_families(scores, blind), "blind": blind.families}
+        self._row("dense", None, 0, lambda: self.model)
+
+    def training_free(self, pruner: Any, layer: int, budget: Budget, seed: int | None) -> None:
+        """One pruner on the base as it is; `seed` goes to a pruner that takes one."""
+        config = {"type": pruner} if isinstance(pruner, str) else dict(pruner)
+        if seed is not None:
+            config["seed"] = seed
+        plan = PruningPlan([Stage(config, layer, budget.keep_ratio, budget.keep_tokens)])
+        self._row("training_free", plan, seed or 0, lambda: attach(self.model, plan))
+
+    def control(self, recipe: str, trained: Sequence[tuple[str, Budget]]) -> None:
+        """The dense model after the same extra steps: alone, and pruned without training as the aware rows are."""
+        self._row("dense_ft", None, 0, lambda: self._controlled(recipe))
+        for aware, budget in trained:
+            plan = recipe_plan(aware, budget)
+            if not any(stage.rule.learned for stage in plan.stages):  # an untrained scorer is no pruner
+                self._row("dense_ft", plan, 0, partial(self._pruned_control, recipe, plan))
+
+    def training_aware(self, recipe: str, budget: Budget, seed: int) -> None:
+        """A recipe trained at a budget."""
+        plan = recipe_plan(recipe, budget)
+        self._row("training_aware", plan, seed, lambda: self._train(recipe, plan, seed))
+
+    def finish(self) -> Report:
+        """Print the table, write report and figures."""
+        self.report.write(self.folder)
+        self.report.print(self.console)
+        accuracy_figure(self.report, self.folder / "accuracy.png")
+        self._draw_retained()
+        files = "report.json, report.csv, report.md, accuracy.png, retained.png"
+        self.console.print(f"[bold]{self.folder}[/bold]: {files}", soft_wrap=True)
+        return self.report
+
+    def run_folder(self, plan: PruningPlan | None, seed: int) -> Path:
+        """Where the training run of a row lives."""
+        stages = [] if plan is None else plan.stages
+        name = "-".join(f"{s.rule.name}-l{s.layer}-{s.keep_tokens or s.keep_ratio}" for s in stages) or "dense"
+        return self.folder / "train" / f"{name}-seed{seed}"
+
+    # ------------------------------------------------------------------ how a row is made
+
+    def _row(self, arm: str, plan: PruningPlan | None, seed: int, make: Callable[[], nn.Module]) -> None:
+        """Make the model of a row, score it and write the report; a row that is there already costs nothing."""
+        stage = None if plan is None else plan.stages[-1]
+        pruner = None if stage is None else stage.rule.name
+        keep = None if stage is None else (stage.keep_tokens or stage.keep_ratio)
+        layer = 0 if stage is None else stage.layer
+        if plan is not None and arm != "dense_ft":
+            self.shown.setdefault(f"{pruner}, trained" if arm == "training_aware" else str(pruner), (plan, make))
+        if self.report.find(arm, pruner, keep, layer, seed) is not None:
+            return
+        start = time.perf_counter()
+        model = make()
+        seconds = time.perf_counter() - start
+        try:
+            scores = self._evaluate(model).with_learnt(self.report.meta["learnt"])
+        finally:
+            if plan is not None and arm != "training_aware":
+                detach(model)
+        scores.save(self._scores_path(arm, pruner, keep, layer, seed))
+        depth = len(resolve(self.model).layers)
+        row = Row.of(
+            scores,
+            arm=arm,
+            pruner=pruner,
+            keep_tokens=keep,
+            vision_tokens=self.vision_tokens,
+            retained_tokens=self.vision_tokens if plan is None else plan.counts(self.vision_tokens)[-1],
+            layer=layer,
+            layer_average=self.vision_tokens if plan is None else plan.layer_average(self.vision_tokens, depth),
+            seed=seed,
+            seconds=round(seconds, 1) if arm in ("dense_ft", "training_aware") else None,
+        )
+        if arm == "training_aware":
+            gain, over_control = (self._gain(scores, other, row) for other in ("training_free", "dense_ft"))
+            row = replace(row, gain=gain, control_gain=over_control)
+        self.report.add(row)
+        self.report.write(self.folder)
+        what = arm if pruner is None else f"{arm} · {pruner} · {keep}"
+        self.console.print(f"  {what}: {100 * scores.score:.1f} % ± {100 * scores.ci95:.1f}", highlight=False)
+
+    def _gain(self, scores: Scores, arm: str, row: Row) -> tuple[float, float, float] | None:
+        """Paired difference to another arm's row on the same images."""
+        twin = self.report.twin(row, arm)
+        path = None if twin is None else self._scores_path(*twin.key)
+        return scores.difference(Scores.load(path)) if path is not None and path.is_file() else None
+
+    def _scores_path(self, arm: str, pruner: str | None, keep: float | None, layer: int, seed: int) -> Path:
+        return self.folder / "scores" / f"{arm}-{pruner or 'dense'}-l{layer}-{keep or 'all'}-seed{seed}.npz"
+
+    def _evaluate(self, model: nn.Module, blank: bool = False) -> Scores:
+        one_by_one = is_attached(model) and plan_of(model).reads_prompt
+        data = self.data if one_by_one else self.packed
+        return evaluate(model, self.processor, data, batch_size=self.batch_size, blank=blank)
+
+    def _controlled(self, recipe: str) -> nn.Module:
+        if self.controlled is None:
+            self.controlled = self._train(recipe, None, 0)
+        return self.controlled
+
+    def _pruned_control(self, recipe: str, plan: PruningPlan) -> nn.Module:
+        return attach(self._controlled(recipe), plan)
+
+    def _train(self, recipe: str, plan: PruningPlan | None, seed: int) -> nn.Module:
+        """Train a recipe, or take the finished run of an earlier attempt, or go on with an interrupted one."""
+        folder = self.run_folder(plan, seed)
+        last = folder / "checkpoints" / "last.ckpt"
+        resume = []
+        if last.is_file():
+            try:
+                return load_trained(folder).model
+            except ValueError:  # unfinished; `fit` says so itself if it is damaged
+                resume = ["--ckpt_path", str(last)]
+        args = ["fit", "--config", recipe, "--model.base", self.base, "--seed_everything", str(seed)]
+        args += ["--trainer.default_root_dir", str(folder), *resume]
+        if plan is not None:
+            args += ["--model.plan", json.dumps(plan.to_dict())]
+        self.console.print(f"training {folder.name} …", highlight=False)
+        if run_recipe(args).trainer.interrupted:
+            raise KeyboardInterrupt
+        return load_trained(folder).model
+
+    # ------------------------------------------------------------------ figure
+
+    def _draw_retained(self) -> None:
+        """What every pruner, at its first budget, retains of some pictures."""
+        rows = [self.data[i] for i in range(min(PICTURES, len(self.data)))]
+        masks = {}
+        for label, (plan, make) in self.shown.items():
+            model = make()
+            masks[f"{label} @ {plan.counts(self.vision_tokens)[-1]}"] = retained_masks(model, self.processor, rows)
+            if model is self.model:
+                detach(model)
+        if masks:
+            retained_figure(masks, self.folder / "retained.png")
+
+
+def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
+    """The plan of a recipe at another budget.
+
+    Raises:
+        ValueError: the recipe has no plan, or one of several stages.
+    """
+    values = yaml.safe_load(Path(find_config(recipe)).read_text())
+    given = (values.get("model") or {}).get("plan")
+    if given is None:
+        raise ValueError(f"{recipe} has no model.plan; list it under `control`, not `training_aware`.")
+    plan = PruningPlan.from_dict(given)
+    if len(plan.stages) != 1:
+        raise ValueError(
+            f"{recipe}: a comparison sets the budget of plans with one stage, this has {len(plan.stages)}."
+        )
+    stage = plan.stages[0]
+    new = Stage(stage.rule.config(), stage.layer, budget.keep_ratio, budget.keep_tokens)
+    return PruningPlan([new], plan.positions, plan.scope)
+
+
+def budget_of(value: float) -> Budget:
+    """16 is a count, 0.111 a ratio."""
+    return Budget(keep_tokens=value) if isinstance(value, int) else Budget(keep_ratio=value)

@@ -1,0 +1,135 @@
+"""The comparison: dense, control, training-free and training-aware rows from one file, resumable row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from tpcompress.bundled import find_config
+from tpcompress.evaluation.arms import Run, budget_of
+from tpcompress.evaluation.report import Report
+
+
+@dataclass(frozen=True)
+class FreeArm:
+    """A pruner that runs without training.
+
+    Attributes:
+        pruner: its name, or `{type: name, ...arguments}`.
+        layer: first decoder layer that sees fewer tokens.
+        seeds: one row per seed, for pruners that take one.
+    """
+
+    pruner: Any
+    layer: int = 0
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AwareArm:
+    """A recipe to train with its pruner in the loop.
+
+    Attributes:
+        recipe: the recipe file.
+        budgets: budgets to train it at; default: the comparison's first.
+        seeds: one run per seed.
+    """
+
+    recipe: str
+    budgets: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison file says.
+
+    Attributes:
+        base: the model all rows start from.
+        out: folder of the results.
+        budgets: whole numbers are tokens per image, fractions are keep ratios.
+        training_free: `FreeArm`s; a bare name is one at layer 0.
+        training_aware: `AwareArm`s; a bare path is one at the first budget.
+        control: recipe of the dense model with the same extra steps.
+        num_images: held-out images of the benchmark's test split.
+        seed: of the benchmark's pictures and of the bootstrap.
+        batch_size: images per evaluation batch.
+    """
+
+    base: str = "tiny_llava"
+    out: str = "runs/compare"
+    budgets: tuple[float, ...] = (16,)
+    training_free: tuple[FreeArm, ...] = ()
+    training_aware: tuple[AwareArm, ...] = ()
+    control: str | None = None
+    num_images: int = 1024
+    seed: int = 0
+    batch_size: int = 64
+
+    @classmethod
+    def from_file(cls, path: str) -> Comparison:
+        """Read a comparison file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: unknown or malformed key.
+        """
+        values = yaml.safe_load(Path(find_config(path)).read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is not a mapping; a comparison has keys such as base, budgets, training_free.")
+        values = dict(values)
+        free = [a if isinstance(a, dict) and "pruner" in a else {"pruner": a} for a in values.pop("training_free", [])]
+        aware = [a if isinstance(a, dict) else {"recipe": a} for a in values.pop("training_aware", [])]
+        try:
+            comparison = cls(
+                training_free=tuple(FreeArm(**a) for a in free),
+                training_aware=tuple(AwareArm(**a) for a in aware),
+                **values,
+            )
+        except TypeError as error:
+            known = ", ".join(f.name for f in fields(cls))
+            raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
+        if not comparison.budgets:
+            raise ValueError(f"{path}: budgets is empty; give counts such as 16 or ratios such as 0.111.")
+        if any(aware.seeds and len(set(aware.seeds)) < len(aware.seeds) for aware in comparison.training_aware):
+            raise ValueError(f"{path}: a recipe lists the same seed twice.")
+        return comparison
+
+
+def run_comparison(config: str | Comparison, out: str | Path | None, console: Console) -> Report:
+    """Run every row that is not in the folder's report yet, then print the table and write report and figures.
+
+    Args:
+        config: a comparison, or its file.
+        out: folder of the results; default: the comparison's.
+        console: where progress and table go.
+    """
+    comparison = Comparison.from_file(config) if isinstance(config, str) else config
+    run = start(comparison, out, console)
+    run_arms(comparison, run)
+    return run.finish()
+
+
+def start(comparison: Comparison, out: str | Path | None, console: Console) -> Run:
+    """Load base, data and the rows that an earlier attempt left."""
+    settings = (comparison.base, comparison.num_images, comparison.seed, comparison.batch_size)
+    return Run.begin(Path(out or comparison.out), console, *settings)
+
+
+def run_arms(comparison: Comparison, run: Run) -> None:
+    """All rows of a comparison, in the order of the table."""
+    run.dense()
+    for value in comparison.budgets:
+        for arm in comparison.training_free:
+            for seed in arm.seeds or (None,):
+                run.training_free(arm.pruner, arm.layer, budget_of(value), seed)
+    trained = [(a, budget_of(v)) for a in comparison.training_aware for v in a.budgets or comparison.budgets[:1]]
+    if comparison.control:
+        run.control(comparison.control, [(aware.recipe, budget) for aware, budget in trained])
+    for aware, budget in trained:
+        for seed in aware.seeds:
+            run.training_aware(aware.recipe, budget, seed)
