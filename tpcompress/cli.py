@@ -15,7 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 TRACEBACK = "--traceback"
-NOISE = (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*", ".*_pytree.*")
+NOISE = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*LeafSpec.*",
+    ".*_pytree.*",
+    ".*across ranks is zero.*",
+)
 console = Console()
 
 

@@ -135,7 +135,7 @@ class Interrupt(Callback):
 
     Args:
         batch: which batch.
-        where: `start`, `backward`, `optimizer` or `end` of the batch.
+        where: `start`, `backward`, `optimizer` (before its step), `step` (within it) or `end` of the batch.
         kind: name of the exception: KeyboardInterrupt or RuntimeError.
     """
 
@@ -146,6 +146,9 @@ class Interrupt(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.count += 1
         self._break("start")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self._break("step"))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         self._break("backward")

@@ -50,8 +50,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _rewind(trainer)
-        if not self.path.exists():
-            self.saved = None  # an already finished run, gone on with in another folder
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

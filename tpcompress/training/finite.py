@@ -23,7 +23,7 @@ def check_loss(trainer: L.Trainer, loss: Tensor, losses: dict[str, Tensor]) -> N
     if trainer.world_size > 1:
         finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
     if not finite:
-        values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
+        values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in losses.items())
         raise NonFiniteLoss(_message("loss", trainer.global_step, values))
 
 

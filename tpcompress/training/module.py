@@ -69,6 +69,8 @@ class PruningModule(L.LightningModule):
         self.plan = read_plan(plan)
         self.base, self.lora, self.distill, self.seed = base, lora, distill, seed
         self.train_parts = check_train(train, lora, self.plan)
+        if distill and distill.teacher == "adapter_off" and lora is None:
+            raise ValueError("distill.teacher adapter_off needs lora; set it, or take teacher copy.")
         self.schedule = schedule or Constant()
         self.scorer = scorer or Scorer()
         self.optimizer_settings = optimizer or Optimizer()
@@ -108,7 +110,7 @@ class PruningModule(L.LightningModule):
         if self.distill and self._teacher_is_copy:
             self.teacher = [copy.deepcopy(model).eval()]
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None:
             model = add_lora(model, self.lora, self.parts, self.train_parts)
         if self.plan is not None:
@@ -261,13 +263,9 @@ class PruningModule(L.LightningModule):
         return logits
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop before a step that would spread a NaN."""
+        """Stop before a step that would spread a NaN. From here until the scheduler has followed, nothing is saved."""
         check_gradients(self.trainer, self.trainable)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; an interruption from here until the scheduler has followed leaves nothing worth saving."""
         self.in_step = True
-        super().optimizer_step(*args, **kwargs)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """As Lightning's; the step is complete."""

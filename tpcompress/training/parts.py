@@ -60,6 +60,14 @@ class Scorer:
     warm_up_pruner: str = "divprune"
     warm_up_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if min(self.budget_weight, self.warm_up_steps, self.warm_up_weight) < 0:
+            raise ValueError(
+                f"scorer: budget_weight, warm_up_steps and warm_up_weight are at least 0, got {self.budget_weight}, "
+                f"{self.warm_up_steps} and {self.warm_up_weight}."
+            )
+        self.guide()
+
     def count(self, plan: PruningPlan | None, total: int) -> int:
         """Optimizer steps of phase one in a run of `total`.
 

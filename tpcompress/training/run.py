@@ -29,7 +29,7 @@ class SaveRecipe(SaveConfigCallback):
         if trainer.is_global_zero and stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / RECIPE), skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(self.config, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
 
 
 class RecipeCLI(LightningCLI):
@@ -60,6 +60,10 @@ class RecipeCLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoints")

@@ -1,0 +1,374 @@
+"""Runs of a few steps: what trains, on how many tokens, against which teacher, and what stops it."""
+
+import pytest
+import torch
+from support import gradients
+from training.helpers import TOKENS, Interrupt, Poison, Watch, callback, found, weights
+
+from tpcompress.insertion.attach import attach, mode
+from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.base import load_base
+from tpcompress.training.finite import NonFiniteLoss
+from tpcompress.training.module import PruningModule
+from tpcompress.training.parts import Distill, Scorer
+
+GATE = {"pruner": {"type": "learned_gate", "width": 8}, "keep_tokens": 16}
+WATCH = {"callbacks": [callback(Watch)]}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+PARTS = {
+    "vision_tower": "vision_tower", "projector": "multi_modal_projector", "pruner": "token_pruners",
+    "language_model": ("language_model", "lm_head"),
+}  # fmt: skip
+
+
+def of(part: str, names) -> set[str]:
+    words = PARTS[part] if isinstance(PARTS[part], tuple) else (PARTS[part],)
+    return {name for name in names if any(word in name for word in words)}
+
+
+def changed(run) -> set[str]:
+    """Weights of a finished run that are not the base's, bit for bit."""
+    base = dict(load_base(run.model.base).named_parameters())
+    plain = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in weights(run).items()}
+    return {n for n, p in plain.items() if n.replace("original_module.", "") not in base or
+            not torch.equal(p, base[n.replace("original_module.", "")])}  # fmt: skip
+
+
+def batch_of(run) -> dict:
+    batch = next(iter(run.datamodule.train_dataloader()))
+    return {k: v for k, v in batch.items() if k != "meta"}
+
+
+@pytest.mark.parametrize(
+    "train", [["projector"], ["vision_tower"], ["language_model"], ["projector", "language_model"], "full"]
+)
+def test_only_what_should_train_changes(work, train):
+    run = work.fit(model={"train": train})
+    wanted = ["vision_tower", "projector", "language_model"] if train == "full" else train
+    names = changed(run)
+    assert names
+    assert names == set().union(*(of(part, names) for part in wanted))
+    for part in wanted:
+        alive = of(part, weights(run))
+        # The last layer of the tower and its last norm feed nothing in LLaVA.
+        assert len(of(part, names)) >= 0.5 * len(alive)
+    assert run.model.model.training
+
+
+def test_lora_trains_adapters_and_whole_parts(work):
+    run = work.fit(model={"train": ["projector"], "lora": LORA | {"use_rslora": True}})
+    names = changed(run)
+    assert {n for n in names if "lora_" not in n} == {n for n in names if "modules_to_save" in n}
+    assert all("projector" in n for n in names if "modules_to_save" in n)
+    assert any("lora_B" in n for n in names)
+    assert all("language_model" in n for n in names if "lora_" in n)
+    config = run.model.model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 8, 0.1, True)
+    assert run.model.model.training
+
+
+def test_a_learned_pruner_trains_first_alone_and_then_not_at_all(work):
+    run = work.fit(
+        trainer=WATCH | {"max_steps": 6}, model={"plan": GATE, "scorer": {"steps": 3}}, data={"batch_size": 4}
+    )
+    watch = found(run, Watch)
+    assert watch.steps == list(range(6))
+    assert watch.modes == ["mask"] * 3 + ["drop"] * 3
+    full = max(watch.widths)
+    assert all(width > TOKENS for width in watch.widths[:3])
+    assert all(width < 100 for width in watch.widths[3:])
+    for names in watch.changed[:3]:
+        assert names == of("pruner", names) != set()
+    for names in watch.changed[3:]:
+        assert not of("pruner", names)
+        assert of("projector", names)
+        assert of("language_model", names)
+        assert of("vision_tower", names)
+    assert full > TOKENS
+    for number, rates in enumerate(watch.rates):
+        assert (rates["pruner.no_decay"] > 0) == (number < 3)
+        assert all((rate > 0) == (number >= 3) for name, rate in rates.items() if "pruner" not in name)
+
+
+def test_half_of_the_run_is_the_scorers_unless_said_otherwise(work):
+    run = work.fit(trainer=WATCH | {"max_steps": 4}, model={"plan": GATE})
+    assert found(run, Watch).modes == ["mask", "mask", "drop", "drop"]
+
+
+def test_a_plan_without_weights_has_one_phase_on_short_sequences(work):
+    run = work.fit(trainer=WATCH, model={"plan": {"pruner": "pool", "keep_tokens": 9}})
+    watch = found(run, Watch)
+    assert watch.modes == ["drop"] * 3
+    assert all(width < 80 for width in watch.widths)
+    dense = work.fit("dense", trainer=WATCH, model={"plan": None})
+    assert all(width > TOKENS for width in found(dense, Watch).widths)
+
+
+def test_budgets_follow_the_schedule(work):
+    schedule = {"class_path": "Linear", "init_args": {"start": 4, "until": 1.0}}
+    run = work.fit(trainer=WATCH | {"max_steps": 4}, model={"schedule": schedule}, data={"batch_size": 1, "seed": 3})
+    assert run.trainer.callback_metrics["vision_tokens"] in (16, TOKENS)  # the last: the plan's own
+    widths = found(run, Watch).widths
+    text = [w for w in widths if w < 40]
+    assert widths[0] > widths[-1] or text
+
+
+def test_random_budgets_are_drawn_anew_and_again_the_same(work):
+    random = {"class_path": "RandomBudget", "init_args": {"low": 0.25, "high": 4}}
+    settings = {"trainer": WATCH | {"max_steps": 5, "accumulate_grad_batches": 2}, "model": {"schedule": random}}
+    first, again = work.fit("a", **settings), work.fit("b", **settings)
+    other = work.fit("c", **settings, seed_everything=5)
+    assert len(set(found(first, Watch).widths)) > 5
+    assert found(first, Watch).widths == found(again, Watch).widths != found(other, Watch).widths
+    assert all(torch.equal(p, weights(again)[n]) for n, p in weights(first).items())
+    assert any(not torch.equal(p, weights(other)[n]) for n, p in weights(first).items())
+
+
+def test_the_seed_of_the_recipe_reaches_the_data(work):
+    run = work.fit(seed_everything=11)
+    assert run.model.seed == run.datamodule.seed == 11
+
+
+# ---------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_teacher_without_adapters_and_plan_is_the_base_bit_for_bit(work, layer):
+    plan = {"pruner": "uniform", "keep_tokens": 16, "layer": layer}
+    distill = {"weight": 0.5, "temperature": 2.0}
+    run = work.fit(model={"plan": plan, "lora": LORA, "train": ["projector", "vision_tower"], "distill": distill})
+    assert run.model.teacher == []
+    batch = batch_of(run)
+    taught = run.model._teacher_logits(batch)
+    assert run.model.model.training
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        base = load_base(str(work.base)).eval()(**batch).logits
+        student = run.model.model.eval()(**batch, labels=labels)
+    assert torch.equal(taught, base)
+    assert student.logits.shape[1] < base.shape[1]
+    assert run.trainer.callback_metrics["loss/distill"] > 0
+
+
+@pytest.mark.parametrize("plan", [{"pruner": "pool", "keep_tokens": 16}, None])
+def test_the_copied_teacher_stays_the_base(work, plan):
+    run = work.fit(model={"plan": plan, "distill": {"weight": 1.0}})
+    teacher, base = run.model.teacher[0], load_base(str(work.base))
+    theirs = dict(teacher.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in base.named_parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+    assert not any("teacher" in name for name in work.saved()["state_dict"])
+    batch = batch_of(run)
+    taught = run.model._teacher_logits(batch)
+    with torch.no_grad():
+        assert torch.equal(taught, base.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits)
+
+
+def test_an_adapter_off_teacher_needs_adapters(work):
+    with pytest.raises(ValueError, match=r"^distill.teacher adapter_off needs lora[^\n]*$"):
+        work.fit(model={"distill": {"teacher": "adapter_off"}})
+
+
+def test_distillation_pulls_towards_the_teacher(work):
+    run = work.fit(trainer={"max_steps": 12}, model={"distill": {"weight": 20.0}, "train": ["language_model"]})
+    later = run.trainer.callback_metrics["loss/distill"]
+    first = work.fit("one", trainer={"max_steps": 1}, model={"distill": {"weight": 20.0}, "train": ["language_model"]})
+    assert later < 0.7 * first.trainer.callback_metrics["loss/distill"]
+
+
+# ------------------------------------------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"train": ["projector"]},
+        {"plan": GATE},
+        {"lora": LORA, "train": ["projector"], "distill": {}},
+    ],
+)
+def test_batches_without_any_image_train_as_text(work, model):
+    run = work.fit(trainer=WATCH, model=model, data={"train": str(work.chat / "text.json")})
+    assert run.trainer.global_step == 3
+    assert all(width < 60 for width in found(run, Watch).widths)
+    if model == {}:
+        assert of("language_model", changed(run))
+        assert not of("projector", changed(run))
+
+
+def test_the_scorer_imitates_the_warm_up_pruner(work):
+    scorer = {"steps": 10, "warm_up_steps": 10, "warm_up_weight": 5.0, "budget_weight": 1.0}
+    run = work.fit(trainer={"max_steps": 12}, model={"plan": GATE, "scorer": scorer})
+    metrics = run.trainer.callback_metrics
+    assert metrics["loss/budget"] < 1e-6  # this gate is exact
+    first = work.fit(
+        "one", trainer={"max_steps": 2}, model={"plan": GATE, "scorer": scorer | {"steps": 1, "warm_up_steps": 1}}
+    )
+    assert metrics["loss/warm_up"] < first.trainer.callback_metrics["loss/warm_up"]
+
+
+def test_the_scorer_learns_which_tokens_matter(work):
+    """Through the gate alone: the loss falls although nothing but the scorer moves."""
+    run = work.fit(trainer={"max_steps": 2}, model={"plan": GATE, "scorer": {"steps": 1}}, data={"batch_size": 4})
+    module = run.model
+    pruner = module.model.token_pruners[0].train()
+    batch = batch_of(run)
+    with mode(module.model, "mask"):
+        torch.manual_seed(0)
+        module.model(**batch).loss.backward()
+    found_in = {n.partition(".")[0] for n, p in pruner.named_parameters() if p.grad is not None and p.grad.any()}
+    assert found_in == {"scorer"}
+    gradients(module.model)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"pruner": "pool", "keep_tokens": 16}, {"pruner": "dart", "layer": 2, "keep_tokens": 16}, GATE]
+)
+@pytest.mark.parametrize("how", [{}, {"lora": {"r": 4}, "train": ["projector"], "distill": {}}])
+def test_gradient_checkpointing_changes_nothing(work, plan, how):
+    plain = work.fit("plain", model={"plan": plan, **how})
+    saving = work.fit("saving", model={"plan": plan, "gradient_checkpointing": True, **how})
+    assert saving.model.parts.layers[0].gradient_checkpointing
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(saving)[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_mixed_precision_keeps_what_trains_in_full_precision(work):
+    run = work.fit(
+        trainer={"precision": "bf16-mixed"},
+        model={"dtype": "bfloat16", "lora": LORA, "train": ["projector"], "distill": {}},
+    )
+    kinds = {p.requires_grad: set() for p in run.model.model.parameters()}
+    for p in run.model.model.parameters():
+        kinds[p.requires_grad].add(p.dtype)
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
+def test_accumulation_counts_optimizer_steps(work):
+    run = work.fit(trainer=WATCH | {"accumulate_grad_batches": 3, "max_steps": 2}, model={"plan": GATE})
+    watch = found(run, Watch)
+    assert watch.steps == [0, 0, 0, 1, 1]  # an epoch has five batches, and its last one steps
+    assert watch.modes == ["mask"] * 3 + ["drop"] * 2
+    assert [bool(names) for names in watch.changed] == [False, False, True, False, True]
+
+
+def test_validation_prunes_as_after_export(work):
+    run = work.fit(data={"val_fraction": 0.2}, model={"plan": GATE}, trainer={"max_epochs": 1, "max_steps": -1})
+    trained = run.model.model
+    assert trained.training
+    batch = next(iter(run.datamodule.val_dataloader()))
+    batch.pop("meta")
+    with torch.no_grad():
+        loss = trained.eval()(**batch).loss
+    assert float(loss) == pytest.approx(float(run.trainer.callback_metrics["val/loss"]), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_packed_data_and_pruners_that_read_the_question_exclude_each_other(work):
+    plan = {"pruner": {"type": "learned_gate", "condition": "question"}, "keep_tokens": 16}
+    with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' scores tokens by the question, but packed[^\n]*$"):
+        work.fit(model={"plan": plan}, data={"pack": True})
+    assert work.fit(model={"plan": plan, "scorer": {"steps": 2}}).trainer.global_step == 3
+    assert work.fit(data={"pack": True}).trainer.global_step == 3
+
+
+def test_packed_data_needs_sdpa(work):
+    with pytest.raises(ValueError, match=r"^Packed sequences need attention sdpa, got eager[^\n]*$"):
+        work.fit(model={"attention": "eager"}, data={"pack": True})
+
+
+@pytest.mark.parametrize("steps", [0, 4, -1])
+def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
+    with pytest.raises(ValueError, match=rf"^The scorer's phase has {steps} of 3 steps; set model.scorer.steps"):
+        work.fit(model={"plan": GATE, "scorer": {"steps": steps}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": ["head"]}, "train: unknown part head; choose of vision_tower, projector, language_model, or full."),
+        ({"train": []}, "Nothing trains: train is empty and there is no lora"),
+        ({"train": ["language_model"], "lora": {}}, "train: language_model and lora exclude each other"),
+        ({"train": ["full", "projector"]}, "train: unknown part full"),
+        ({"lora": {"rank": 4}}, "lora: got an unexpected keyword argument 'rank'"),
+        ({"lora": {"target_modules": "nowhere"}}, "lora: "),
+        ({"plan": {"pruner": "pool", "keep_tokens": 3, "layer": 9}}, "Stage 0 acts at layer 9, but the model has 4"),
+        ({"plan": "gone.yaml"}, "No plan file at gone.yaml"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"distill": Distill(teacher="adapter_off")}, "distill.teacher adapter_off needs lora"),
+    ],
+)
+def test_settings_that_cannot_be(work, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        PruningModule(str(work.base), **settings).configure_model()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Scorer(warm_up_pruner="fastv"), "warm_up_pruner 'fastv' must have no weights"),
+        (lambda: Scorer(warm_up_pruner="learned_gate"), "warm_up_pruner 'learned_gate' must have no weights"),
+        (lambda: Scorer(warm_up_pruner="poool"), "No pruner 'poool'"),
+        (lambda: Scorer(budget_weight=-1.0), "scorer: budget_weight, warm_up_steps and warm_up_weight are at least 0"),
+        (lambda: Distill(weight=0.0), "distill needs weight > 0"),
+        (lambda: Distill(teacher="me"), "distill has no teacher 'me'; choose one of auto, adapter_off, copy."),
+    ],
+)
+def test_groups_of_settings_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_bases_that_cannot_be(work, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^No folder /gone/base;[^\n]*$"):
+        PruningModule("/gone/base")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^No processor at '[^\n]*$"):
+        PruningModule(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("what", ["weight", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_it_spreads(work, what):
+    settings = {"checkpoints": {"every": 1}}
+    with pytest.raises(NonFiniteLoss, match=r"is not finite at step 2 \([^\n]*the last checkpoint is untouched[^\n]*$"):
+        work.fit(trainer={"max_steps": 5, "callbacks": [callback(Poison, step=2, what=what)]}, **settings)
+    saved = work.saved()
+    assert saved["tpcompress"]["step"] == 2
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    with pytest.raises(KeyboardInterrupt):
+        work.fit("sound", trainer={"max_steps": 5, "callbacks": [callback(Interrupt, batch=1)]})
+    sound = work.saved("sound")["state_dict"]
+    assert all(torch.equal(value, sound[name]) for name, value in saved["state_dict"].items())
+
+
+# ------------------------------------------------------------------------------------------------------- loggers
+
+
+def test_loggers_of_the_recipe_write_files(work):
+    folder = str(work.folder / "logs")
+    loggers = [
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": folder}},
+        {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": folder, "name": "tb"}},
+    ]
+    work.fit(trainer={"logger": loggers, "log_every_n_steps": 1})
+    table = next((work.folder / "logs").rglob("metrics.csv")).read_text().splitlines()
+    assert {"loss/label", "loss/total", "vision_tokens"} <= set(table[0].split(","))
+    assert len(table) == 4
+    assert any(path.stat().st_size > 0 for path in (work.folder / "logs/tb").rglob("events.*"))
+    recipe = (work.folder / "run/recipe.yaml").read_text()
+    assert "CSVLogger" in recipe
+    assert "keep_tokens: 16" in recipe
+
+
+def test_the_attached_plan_is_the_recipes(work):
+    run = work.fit()
+    plan = PruningPlan.from_dict({"pruner": "pool", "keep_tokens": 16})
+    assert run.model.plan.to_dict() == plan.to_dict()
+    with pytest.raises(ValueError, match="already carries a plan"):
+        attach(run.model.model, plan)

@@ -1,0 +1,152 @@
+"""Interrupted and resumed runs end with the weights of the uninterrupted one, bit for bit."""
+
+import pytest
+import torch
+from training.helpers import Interrupt, callback, weights
+
+GATE = {"pruner": {"type": "learned_gate", "width": 8}, "keep_tokens": 16}
+LORA = {"lora": {"r": 4, "lora_dropout": 0.2}, "train": ["projector"]}
+RANDOM = {"class_path": "RandomBudget", "init_args": {"low": 0.25, "high": 4}}
+TRAINER = {"max_steps": 8}  # an epoch has five batches
+
+RUNS = {
+    "pool, full, within the first epoch": (2, "end", {}),
+    "pool, full, within the second epoch": (6, "end", {}),
+    "pool, full, at the end of an epoch": (4, "end", {}),
+    "pool, full, before a batch": (3, "start", {}),
+    "pool, full, after a backward pass": (3, "backward", {}),
+    "gate, in phase one": (1, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
+    "gate, between the phases": (3, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
+    "gate, in phase two": (5, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
+    "LoRA with dropout, random budgets": (3, "end", {"model": LORA | {"schedule": RANDOM}}),
+    "LoRA and its teacher": (6, "backward", {"model": LORA | {"distill": {}}}),
+    "a copied teacher": (3, "end", {"model": {"distill": {}, "train": ["projector", "language_model"]}}),
+    "between accumulated batches": (3, "backward", {"trainer": {"accumulate_grad_batches": 2}}),
+    "between accumulated batches, at the end of one": (7, "end", {"trainer": {"accumulate_grad_batches": 2}}),
+    "text without images, gate": (
+        1,
+        "end",
+        {"model": {"plan": GATE, "scorer": {"steps": 4}}, "data": {"val_fraction": 0.2}},
+    ),
+}
+
+
+def flat(value, path=""):
+    """Every leaf of nested dicts and lists with its path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, item in items for leaf in flat(item, f"{path}/{key}")]
+    return [(path, value)]
+
+
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "RuntimeError"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(work, name, kind):
+    batch, where, sections = RUNS[name]
+    if kind == "RuntimeError" and batch != 3:
+        pytest.skip("the same path")
+    sections = sections | {"trainer": TRAINER | sections.get("trainer", {})}
+    whole = work.fit("whole", **sections)
+    broken = {"callbacks": [callback(Interrupt, batch=batch, where=where, kind=kind)]}
+    message = (
+        r"^Interrupted; go on with[^\n]*--ckpt_path \S*last.ckpt\.$" if kind == "KeyboardInterrupt" else "broken off"
+    )
+    with pytest.raises((KeyboardInterrupt, RuntimeError), match=message):
+        work.fit("resumed", **sections | {"trainer": sections["trainer"] | broken})
+    assert 0 < work.saved("resumed")["tpcompress"]["step"] < 8
+    resumed = work.fit("resumed", "--ckpt_path", "last", **sections)
+    assert resumed.trainer.global_step == whole.trainer.global_step == 8
+    ours = weights(resumed)
+    different = [key for key, value in weights(whole).items() if not torch.equal(value, ours[key])]
+    assert not different
+    states = [work.saved(run) for run in ("whole", "resumed")]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "tpcompress"):
+        pairs = list(zip(flat(states[0][part]), flat(states[1][part]), strict=True))
+        assert pairs
+        for (path, one), (_, other) in pairs:
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, path
+
+
+def test_an_interruption_within_an_optimizer_step_keeps_the_checkpoint_before(work):
+    settings = {"checkpoints": {"every": 2}}
+    broken = {"callbacks": [callback(Interrupt, batch=3, where="step")]}
+    with pytest.raises(KeyboardInterrupt, match="go on with"):
+        work.fit("resumed", trainer=TRAINER | broken, **settings)
+    assert work.saved("resumed")["tpcompress"]["step"] == 2
+    whole = work.fit("whole", trainer=TRAINER)
+    resumed = work.fit("resumed", "--ckpt_path", str(work.last("resumed")), trainer=TRAINER, **settings)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_an_interruption_before_the_first_step_saves_nothing(work):
+    broken = {"callbacks": [callback(Interrupt, batch=0, where="backward")]}
+    with pytest.raises(KeyboardInterrupt, match="^Interrupted before the first checkpoint"):
+        work.fit(trainer=broken)
+    assert not work.last().exists()
+
+
+def test_a_run_that_fails_to_resume_leaves_its_checkpoint_alone(work):
+    work.fit()
+    before = work.last().read_bytes()
+    with pytest.raises(ValueError, match="batch_size 2 -> 3"):
+        work.fit("run", "--ckpt_path", "last", data={"batch_size": 3}, trainer={"max_steps": 9})
+    assert work.last().read_bytes() == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(work):
+    work.fit()
+    longer = work.fit("run", "--ckpt_path", str(work.folder / "run"), trainer={"max_steps": 7})
+    assert longer.trainer.global_step == 7
+    assert work.saved()["tpcompress"]["step"] == work.saved()["tpcompress"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plan": {"pruner": "pool", "keep_tokens": 20}}, "The checkpoint was trained with plan {"),
+        ({"train": ["projector"]}, "The checkpoint was trained with train \\['language_model'"),
+        ({"plan": GATE}, "The checkpoint lacks [0-9]+ of the [0-9]+ weights that train here, model.token_pruners"),
+        ({"lora": {}}, "The checkpoint lacks"),
+    ],
+)
+def test_going_on_with_another_recipe_is_refused(work, changes, message):
+    work.fit()
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        work.fit("other", "--ckpt_path", str(work.last()), model=changes, trainer={"max_steps": 5})
+
+
+def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint(work):
+    run = work.fit(trainer={"max_steps": 7}, checkpoints={"every": 3})
+    saved = work.saved()
+    assert saved["tpcompress"]["step"] == saved["tpcompress"]["steps"] == saved["global_step"] == 7
+    assert run.trainer.current_epoch >= 1
+    assert [path.name for path in work.last().parent.iterdir()] == ["last.ckpt"]
+    assert (work.folder / "run/recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "absent"),
+    [
+        ({"train": ["projector"]}, ["vision_tower", "language_model", "lm_head"]),
+        (LORA | {"distill": {}}, ["vision_tower", "base_layer", "original_module", "embed_tokens", "teacher"]),
+        ({"train": ["language_model"], "distill": {}}, ["vision_tower", "multi_modal_projector", "teacher"]),
+        ({"train": [], "plan": GATE, "scorer": {"steps": 3}}, ["vision_tower", "language_model", "projector"]),
+    ],
+)
+def test_checkpoints_hold_what_trains_and_nothing_else(work, model, absent):
+    run = work.fit(model=model)
+    names = set(work.saved()["state_dict"])
+    trained = {
+        f"model.{name}" for name, p in run.model.model.named_parameters() if any(p is t for t in run.model.trainable)
+    }
+    assert names == trained != set()
+    assert not [name for name in names if any(word in name for word in absent)]
+    frozen = {f"model.{name}" for name, _ in run.model.model.named_parameters()} - trained
+    assert frozen
+    moments = work.saved()["optimizer_states"][0]["state"]
+    assert len(moments) <= len(trained)
+
+
+def test_every_must_be_positive(work):
+    with pytest.raises(ValueError, match="^checkpoints.every must be at least 1 step, got 0.$"):
+        work.fit(checkpoints={"every": 0})
