@@ -224,12 +224,21 @@ def test_the_scorer_learns_which_tokens_matter(work):
 
 
 @pytest.mark.parametrize(
-    "plan", [{"pruner": "pool", "keep_tokens": 16}, {"pruner": "dart", "layer": 2, "keep_tokens": 16}, GATE]
+    "model",
+    [
+        {"plan": {"pruner": "pool", "keep_tokens": 16}},
+        {"plan": GATE},
+        {
+            "plan": {"pruner": "dart", "layer": 2, "keep_tokens": 16},
+            "lora": {"r": 4},
+            "train": ["projector"],
+            "distill": {},
+        },
+    ],
 )
-@pytest.mark.parametrize("how", [{}, {"lora": {"r": 4}, "train": ["projector"], "distill": {}}])
-def test_gradient_checkpointing_changes_nothing(work, plan, how):
-    plain = work.fit("plain", model={"plan": plan, **how})
-    saving = work.fit("saving", model={"plan": plan, "gradient_checkpointing": True, **how})
+def test_gradient_checkpointing_changes_nothing(work, model):
+    plain = work.fit("plain", model=model)
+    saving = work.fit("saving", model=model | {"gradient_checkpointing": True})
     assert saving.model.parts.layers[0].gradient_checkpointing
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(saving)[name], value, rtol=0, atol=0, msg=name)

@@ -65,13 +65,16 @@ def plan_in(path: str | Path) -> PruningPlan:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a recipe without a plan.
+        ValueError: no YAML, or a recipe without a plan.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No plan at {path}; give a plan file or a recipe.")
-    values = yaml.safe_load(Path(path).read_text())
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if isinstance(values, dict) and "model" in values:
-        values = values["model"].get("plan")
+        values = (values["model"] or {}).get("plan")
         if values is None:
             raise ValueError(f"The recipe {path} has no model.plan: it trains the dense model.")
     return PruningPlan.from_dict(values)

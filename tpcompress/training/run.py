@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonargparse
 import lightning as L
+from docstring_parser import DocstringStyle
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tpcompress.bundled import find_config
@@ -17,7 +18,10 @@ from tpcompress.training.messages import readable
 from tpcompress.training.module import PruningModule
 from tpcompress.training.state import checkpoint_file, read_checkpoint
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# Trying every docstring style in turn would take most of the time until a run starts.
+jsonargparse.set_parsing_settings(
+    docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
+)
 
 RECIPE = "recipe.yaml"
 
@@ -43,6 +47,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, args: list[str], progress: bool = True, run: bool = True) -> None:
         self.wants_progress = progress
+        self.asked = args[0] if run and args else ""
         super().__init__(
             PruningModule,
             L.LightningDataModule,
@@ -56,14 +61,13 @@ class RecipeCLI(LightningCLI):
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "prog": "tpcompress"},
             args=args,
             run=run,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a parser takes its time to build
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self.asked}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
@@ -111,6 +115,8 @@ def run_recipe(args: list[str], progress: bool = True) -> RecipeCLI:
         NonFiniteLoss: training met a NaN.
         KeyboardInterrupt: interrupted; its message says how to go on.
     """
+    if not args or args[0] not in ("fit", "validate"):
+        raise ValueError(f"A recipe is run with fit or validate, got {args[0] if args else 'nothing'!r}.")
     args = [find_config(a) if i and args[i - 1] in ("--config", "-c") else a for i, a in enumerate(args)]
     try:
         return RecipeCLI(args, progress)

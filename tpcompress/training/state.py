@@ -6,6 +6,7 @@ import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     found = checkpoint_file(path)
     try:
-        saved = _from_deepspeed(found) if found.is_dir() else torch.load(found, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        saved = _from_deepspeed(found) if found.is_dir() else _from_file(found)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
         raise ValueError(f"{found} is damaged ({type(error).__name__}); take an earlier checkpoint.") from error
     if not isinstance(saved, dict) or KEY not in saved:
         raise ValueError(f"{found} is not a tpcompress checkpoint; it must come from `tpcompress fit`.")
@@ -89,6 +90,13 @@ def check_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
 def _is_deepspeed(path: Path) -> bool:
     """DeepSpeed writes a folder per checkpoint, with its shards in a folder of the tag that Lightning gives it."""
     return (path / "checkpoint").is_dir()
+
+
+def _from_file(path: Path) -> Any:
+    with ZipFile(path) as archive:
+        if archive.testzip() is not None:  # torch would load flipped bits as weights
+            raise BadZipFile(f"{path} does not have its checksums.")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _from_deepspeed(path: Path) -> dict[str, Any]:
