@@ -57,7 +57,7 @@ class Run:
     batch_size: int
     vision_tokens: int
     controlled: nn.Module | None = None
-    shown: dict[str, tuple[PruningPlan, Callable[[], nn.Module]]] = field(default_factory=dict)
+    shown: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, folder: Path, console: Console, base: str, num_images: int, seed: int, batch_size: int) -> Run:
@@ -137,7 +137,7 @@ class Run:
         keep = None if stage is None else (stage.keep_tokens or stage.keep_ratio)
         layer = 0 if stage is None else stage.layer
         if plan is not None and arm != "dense_ft":
-            self.shown.setdefault(f"{pruner}, trained" if arm == "training_aware" else str(pruner), (plan, make))
+            self.shown.setdefault(f"{pruner}, trained" if arm == "training_aware" else str(pruner), make)
         if self.report.find(arm, pruner, keep, layer, seed) is not None:
             return
         start = time.perf_counter()
@@ -217,9 +217,9 @@ class Run:
         """What every pruner, at its first budget, retains of some pictures."""
         rows = [self.data[i] for i in range(min(PICTURES, len(self.data)))]
         masks = {}
-        for label, (plan, make) in self.shown.items():
+        for label, make in self.shown.items():
             model = make()
-            masks[f"{label} @ {plan.counts(self.vision_tokens)[-1]}"] = retained_masks(model, self.processor, rows)
+            masks[label] = retained_masks(model, self.processor, rows)
             if model is self.model:
                 detach(model)
         if masks:

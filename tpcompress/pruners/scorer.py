@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpcompress.pruners.base import TokenView
+from tpcompress.pruners.topk import novelty
 
 
 class Scorer(nn.Module):
-    """LayerNorm -> width; own token + 3 x 3 neighbours + image mean [+ attention to the question] -> one score."""
+    """LayerNorm -> width; own token + 3 x 3 neighbours + image mean + novelty [+ the question] -> one score.
+
+    Without novelty a rule that scores each token for itself cannot keep one of several equal tokens. The score starts
+    as the novelty itself, which is a fair training-free rule, and what the network adds to it starts at zero.
+    """
 
     def __init__(self, hidden_size: int, width: int, with_text: bool) -> None:
         super().__init__()
@@ -22,18 +27,24 @@ class Scorer(nn.Module):
         self.local = nn.Linear(width, width)
         self.neighbours = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.image = nn.Linear(width, width, bias=False)
+        self.novelty = nn.Linear(2, width, bias=False)
         self.score = nn.Linear(width, 1)
+        self.start = nn.Linear(2, 1, bias=False)
         self.question = QuestionAttention(hidden_size, width) if with_text else None
+        with torch.no_grad():
+            self.score.weight.zero_()
+            self.start.weight.copy_(torch.tensor([[1.0, 0.0]]))
 
     def forward(self, tokens: TokenView) -> Tensor:
         x_BVD = self.norm(tokens.vision_BVD.to(self.norm.weight.dtype))
-        h_BVW = self.reduce(x_BVD)
+        new_BV2 = novelty(x_BVD, tokens.valid_BV).to(x_BVD.dtype)
+        h_BVW = self.reduce(x_BVD) + self.novelty(new_BV2)
         if self.question is not None:
             h_BVW = h_BVW + self.question(x_BVD, tokens)
         h_BVW = F.gelu(h_BVW).masked_fill(~tokens.valid_BV[..., None], 0.0)
         mean_B1W = h_BVW.sum(1, keepdim=True) / tokens.valid_BV.sum(1)[:, None, None].clamp(min=1)
         mixed_BVW = self.local(h_BVW) + self._neighbourhood(h_BVW, tokens) + self.image(mean_B1W)
-        return self.score(F.gelu(mixed_BVW))[..., 0].float()
+        return (self.score(F.gelu(mixed_BVW)) + self.start(new_BV2))[..., 0].float()
 
     def _neighbourhood(self, h_BVW: Tensor, tokens: TokenView) -> Tensor:
         """3 x 3 convolution over the canvas; positions without a token read as zero, so images may differ in shape."""

@@ -1,4 +1,4 @@
-"""Exact budgets: hard and soft top-k, standardised scores, equal cells of a grid.
+"""Exact budgets: hard and soft top-k, standardised scores, novelty, equal cells of a grid.
 
 B rows, V tokens, K retained slots.
 """
@@ -6,6 +6,7 @@ B rows, V tokens, K retained slots.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -77,6 +78,24 @@ def soft_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor
     centre_B1 = (slope_BV * scores_BV.masked_fill(~valid_BV, 0.0)).sum(1, keepdim=True)
     shifted_BV = scores_BV - centre_B1 + (centre_B1.detach() + shift_B1)
     return torch.sigmoid(shifted_BV).masked_fill(~valid_BV, 0.0)
+
+
+def novelty(x_BVD: Tensor, valid_BV: Tensor) -> Tensor:
+    """1 - the largest cosine similarity of each token to any earlier token, and to any other token.
+
+    Args:
+        x_BVD: features (B, V, D); no gradient reaches them.
+        valid_BV: bool (B, V).
+
+    Returns:
+        fp32 (B, V, 2) in [0, 2]; 2 where there is no such token.
+    """
+    unit_BVD = F.normalize(x_BVD.detach().float(), dim=-1)
+    similar_BVV = (unit_BVD @ unit_BVD.mT).masked_fill(~valid_BV[:, None], -1.0)
+    earlier_VV = torch.ones_like(similar_BVV[0], dtype=torch.bool).tril(-1)
+    earlier_BV = similar_BVV.masked_fill(~earlier_VV, -1.0).amax(-1)
+    other_BV = similar_BVV.masked_fill(~(earlier_VV | earlier_VV.mT), -1.0).amax(-1)
+    return 1 - torch.stack([earlier_BV, other_BV], -1)
 
 
 def grid_cells(row_BV: Tensor, col_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
