@@ -232,8 +232,11 @@ def _quieten(name: str) -> None:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
     if name in ("fit", "validate", "compare", "quickstart"):
+        import datasets
         import lightning  # noqa: F401  it sets the levels of its loggers when it is imported
 
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         for logger in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(logger).setLevel(logging.WARNING)
 

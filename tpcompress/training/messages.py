@@ -30,6 +30,8 @@ def readable(error: BaseException) -> str:
     unknown = re.search(r"(?:accept option|unrecognized arguments:) '?-{0,2}([\w.]+)", reason)
     option = re.search(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted", reason)
     name = re.search(r"dot import path string: (\S+)", reason)
+    if "arguments are required: " in reason and reason.endswith(".data"):
+        return "A run needs data; give a recipe: --config recipes/tiny_llava/pool_full.yaml."
     if unknown:
         return _no_key(unknown[1])
     if option:
