@@ -61,7 +61,8 @@ def fit(args: list[str]) -> int:
     run = run_recipe(args)
     if args[0] == "fit" and run.trainer.is_global_zero:
         folder = run.trainer.default_root_dir
-        console.print(f"Trained: {folder}. Next: tpcompress export --ckpt {folder} --out {folder}/export")
+        following = f" Next: tpcompress export --ckpt {folder} --out {folder}/export" if run.model.plan else ""
+        console.print(f"Trained: {folder}.{following}", soft_wrap=True)
     return 0
 
 

@@ -1,16 +1,23 @@
 """Runs of a few steps: what trains, on how many tokens, against which teacher, and what stops it."""
 
+import io
+import json
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
 from support import gradients
 from training.helpers import TOKENS, Interrupt, Poison, Watch, callback, found, weights
 
 from tpcompress.insertion.attach import attach, mode
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.base import load_base
+from tpcompress.training.callbacks import StepProgress
 from tpcompress.training.finite import NonFiniteLoss
 from tpcompress.training.module import PruningModule
 from tpcompress.training.parts import Distill, Scorer
+from tpcompress.training.run import RecipeCLI, run_recipe
 
 GATE = {"pruner": {"type": "learned_gate", "width": 8}, "keep_tokens": 16}
 WATCH = {"callbacks": [callback(Watch)]}
@@ -106,11 +113,14 @@ def test_a_plan_without_weights_has_one_phase_on_short_sequences(work):
 
 def test_budgets_follow_the_schedule(work):
     schedule = {"class_path": "Linear", "init_args": {"start": 4, "until": 1.0}}
-    run = work.fit(trainer=WATCH | {"max_steps": 4}, model={"schedule": schedule}, data={"batch_size": 1, "seed": 3})
-    assert run.trainer.callback_metrics["vision_tokens"] in (16, TOKENS)  # the last: the plan's own
-    widths = found(run, Watch).widths
-    text = [w for w in widths if w < 40]
-    assert widths[0] > widths[-1] or text
+    settings = {"trainer": WATCH | {"max_steps": 4}, "data": {"batch_size": 1, "train": str(work.chat / "images.json")}}
+    (work.chat / "images.json").write_text(
+        json.dumps([row for row in json.loads((work.chat / "chat.json").read_text()) if "image" in row])
+    )
+    run = work.fit(model={"schedule": schedule}, **settings)
+    dense = work.fit("dense", model={"plan": None}, **settings)
+    pairs = zip(found(dense, Watch).widths, found(run, Watch).widths, strict=True)
+    assert [TOKENS - (full - short) for full, short in pairs] == [64, 48, 32, 16]
 
 
 def test_random_budgets_are_drawn_anew_and_again_the_same(work):
@@ -381,3 +391,33 @@ def test_the_attached_plan_is_the_recipes(work):
     assert run.model.plan.to_dict() == plan.to_dict()
     with pytest.raises(ValueError, match="already carries a plan"):
         attach(run.model.model, plan)
+
+
+def test_the_recipe_beside_the_checkpoint_runs_again(work):
+    run = work.fit(model={"lora": LORA, "distill": {}, "schedule": {"class_path": "Cosine"}}, seed_everything=4)
+    again = run_recipe(
+        ["fit", "--config", str(work.folder / "run/recipe.yaml"), "--trainer.default_root_dir", str(work.folder / "b")],
+        progress=False,
+    )
+    assert again.model.seed == 4
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(run).items())
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(work):
+    for terminal in (True, False):
+        text = io.StringIO()
+        progress = StepProgress(Console(file=text, force_terminal=terminal, width=100))
+        cli = RecipeCLI(["--config", str(work.recipe(data={"val_fraction": 0.2}))], progress=False, run=False)
+        trainer = Trainer(
+            max_steps=4, log_every_n_steps=2, callbacks=[progress], accelerator="cpu", logger=False,
+            default_root_dir=str(work.folder), enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(cli.model, cli.datamodule)
+        printed = text.getvalue()
+        assert (
+            ("4/4" in printed and "━" in printed)
+            if terminal
+            else [line.partition(" ·")[0] for line in printed.splitlines()] == ["step 2/4", "step 4/4", "step 4"]
+        )
+        assert "validation loss" in printed
+        assert "16 vision tokens" in printed
