@@ -316,3 +316,13 @@ def aligned(full: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
         out[b, width - len(part) :] = part
         there[b, width - len(part) :] = True
     return out, there
+
+
+def stir(model: Any) -> Any:
+    """Random weights for the learned pruners of a model: fresh ones start as a plain rule that reads no prompt."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.token_pruners.parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+    return model

@@ -16,6 +16,7 @@ from support import (
     generate,
     gradients,
     pruner_configs,
+    stir,
     tiny_model,
 )
 
@@ -58,7 +59,7 @@ def checkpoint(model: Any, reentrant: bool | None) -> None:
 def test_checkpointing_gives_the_same_bits(trained: Any, name: str) -> None:
     how, stages = SETUPS[name]
     inputs = batch(SAMPLES)
-    attach(trained, PruningPlan(stages), mode=how)
+    stir(attach(trained, PruningPlan(stages), mode=how))
     loss, plain = backward(trained, inputs)
     assert any(g.abs().max() > 0 for n, g in plain.items() if "vision_tower" in n), "the tower learns through the cut"
     if "gate" in name:
@@ -125,7 +126,7 @@ def test_answers_never_change_the_retained_tokens(model: Any, config: dict[str, 
     other = dict(inputs)
     other["input_ids"] = torch.where(labels != -100, (inputs["input_ids"] + 17) % 90 + 3, inputs["input_ids"])
     assert (other["input_ids"] == PLACEHOLDER).equal(inputs["input_ids"] == PLACEHOLDER)
-    attach(model, PruningPlan([Stage(config, layer, keep_tokens=9)]))
+    stir(attach(model, PruningPlan([Stage(config, layer, keep_tokens=9)])))
     with record(model) as trace, torch.no_grad():
         model(**inputs, labels=labels)
         model(**other, labels=answer_labels(other))
@@ -147,7 +148,7 @@ def test_the_question_does_change_the_retained_tokens(model: Any, config: dict[s
     other = dict(inputs)
     other["input_ids"] = inputs["input_ids"].clone()
     other["input_ids"][:, -8:-4] = (inputs["input_ids"][:, -8:-4] + 17) % 90 + 3
-    attach(model, PruningPlan([Stage(config, 2, keep_tokens=9)]))
+    stir(attach(model, PruningPlan([Stage(config, 2, keep_tokens=9)])))
     with record(model) as trace, torch.no_grad():
         model(**inputs, labels=labels)
         model(**other, labels=labels)

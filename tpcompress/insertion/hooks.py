@@ -18,7 +18,6 @@ from tpcompress.families import Parts
 from tpcompress.insertion.call import (
     STATE,
     Call,
-    Cut,
     Prefix,
     emptied,
     last_prompt_token,
@@ -28,11 +27,11 @@ from tpcompress.insertion.call import (
 )
 from tpcompress.insertion.masks import custom_mask, layer_mask
 from tpcompress.insertion.plan import Budget, PruningPlan
-from tpcompress.insertion.sequence import Frame, locate, put_tokens, take
+from tpcompress.insertion.sequence import Frame, locate, take
+from tpcompress.insertion.stage import run_stage
 from tpcompress.insertion.taps import ForwardTap, ShortenedLoss
-from tpcompress.insertion.trace import StageTrace, Trace
-from tpcompress.insertion.views import LAYER_VIEWS, LayerInput, build_view
-from tpcompress.pruners import Selection, TokenView
+from tpcompress.insertion.trace import Trace
+from tpcompress.insertion.views import LAYER_VIEWS, LayerInput
 
 MODES = ("drop", "mask", "off")
 STAND_INS = ("forward", "_loss_function", "create_masks_for_generate")
@@ -185,7 +184,7 @@ class Controller:
         if 0 in self.stage_at:
             hidden_BSD = kwargs["inputs_embeds"]
             S = hidden_BSD.shape[1]
-            kwargs["inputs_embeds"], local_BN, changed = self._run_stage(0, hidden_BSD, call)
+            kwargs["inputs_embeds"], local_BN, changed = run_stage(self, 0, hidden_BSD, call)
             if changed:
                 if positions is None:
                     positions = torch.arange(S, device=hidden_BSD.device)[None]
@@ -236,7 +235,7 @@ class Controller:
             self._decode_arguments(index, hidden_BND, kwargs, call)
             return args, kwargs
         if index in self.stage_at and index > 0:
-            hidden_BND, _, changed = self._run_stage(self.stage_at[index], hidden_BND, call)
+            hidden_BND, _, changed = run_stage(self, self.stage_at[index], hidden_BND, call)
             if changed:
                 call.cut_inside = True
                 call.memo.clear()
@@ -291,57 +290,6 @@ class Controller:
         if self.plan.positions == "compact":
             kwargs["position_embeddings"] = call.once(f"rotary{cut.layer}", kwargs["position_embeddings"], rotary)
         kwargs["attention_mask"] = call.once(f"mask{cut.layer}", kwargs.get("attention_mask"), mask)
-
-    # ------------------------------------------------------------------ a stage
-
-    def _run_stage(self, number: int, hidden_BND: Tensor, call: Call) -> tuple[Tensor, Tensor | None, bool]:
-        """One stage of a prefill: (hidden states after it, old column of each new one or None, did anything change)."""
-        rows, frame = call.rows, call.frame
-        assert rows is not None and frame is not None and call.last_prompt_B is not None
-        counts = [min(self.budgets[number].count(t), c) for t, c in zip(rows.total, rows.count, strict=True)]
-        if counts == rows.count:
-            self._trace(number, call, rows.count, frame.width, None, None)
-            return hidden_BND, None, False
-        padding_BN = frame.padding(call.mask_BS)
-        last_B = frame.column_of(call.last_prompt_B[:, None])[:, 0]
-        pruner: Any = self.pruners[number]
-        hide = self.mode == "mask"
-        view, cell_RV = build_view(pruner, rows, frame, hidden_BND, padding_BN, last_B, call.before, soft=hide)
-        selection = pruner(view, torch.tensor(counts))
-        if selection.vision_BVD is not None:
-            hidden_BND = put_tokens(hidden_BND, cell_RV, rows.valid_RV, selection.vision_BVD, rows.ragged)
-        local_BN, cut = None, selection.gate_BV is None
-        if cut:
-            call.frame, local_BN = frame.cut(rows, selection.keep_BV, counts, hide)
-            call.rows = rows.retain(selection.keep_BV, counts)
-            if local_BN is not None:
-                hidden_BND = take(hidden_BND, local_BN, 1)
-            layer = self.plan.stages[number].layer
-            assert call.prefix is not None
-            call.prefix.cuts.append(Cut.of(layer, call.frame, call.frame.padding(call.mask_BS)))
-        self._trace(number, call, rows.count, frame.width, view, selection)
-        return hidden_BND, local_BN, cut
-
-    def _trace(
-        self, number: int, call: Call, came: list[int], width: int, view: TokenView | None, selection: Selection | None
-    ) -> None:
-        assert call.rows is not None and call.frame is not None
-        for trace in self.traces:
-            trace.stages.append(
-                StageTrace(
-                    stage=number,
-                    layer=self.plan.stages[number].layer,
-                    total=call.rows.total,
-                    vision_in=came,
-                    vision_out=call.rows.count,
-                    sequence_in=width,
-                    sequence_out=call.frame.width,
-                    retained_RV=call.rows.retained_RV(),
-                    owner=call.rows.owner,
-                    view=view,
-                    selection=selection,
-                )
-            )
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:

@@ -1,0 +1,90 @@
+"""One stage of a prefill: look, let the pruner choose, cut, and write it down.
+
+B samples, N columns, R budget rows, V vision tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tpcompress.insertion.call import Call, Cut
+from tpcompress.insertion.sequence import put_tokens, take
+from tpcompress.insertion.trace import StageTrace
+from tpcompress.insertion.views import build_view
+from tpcompress.pruners import Selection, TokenView
+
+if TYPE_CHECKING:
+    from tpcompress.insertion.hooks import Controller
+
+
+def run_stage(
+    controller: Controller, number: int, hidden_BND: Tensor, call: Call
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Run one stage and bring the call up to date.
+
+    Args:
+        controller: whose plan, pruners, budgets and mode count.
+        number: index of the stage in the plan.
+        hidden_BND: hidden states that reach the stage.
+        call: the prefill under way.
+
+    Returns:
+        Hidden states after the stage; the old column of each new one, or None if columns stay; whether anything
+        changed. A budget that keeps everything does not ask the pruner, so that the model is the base bit for bit.
+    """
+    rows, frame = call.rows, call.frame
+    assert rows is not None and frame is not None and call.last_prompt_B is not None and call.prefix is not None
+    counts = [min(controller.budgets[number].count(t), c) for t, c in zip(rows.total, rows.count, strict=True)]
+    if counts == rows.count:
+        _note(controller, number, call, rows.count, frame.width, None, None)
+        return hidden_BND, None, False
+    padding_BN = frame.padding(call.mask_BS)
+    last_B = frame.column_of(call.last_prompt_B[:, None])[:, 0]
+    pruner: Any = controller.pruners[number]
+    hide = controller.mode == "mask"
+    view, cell_RV = build_view(pruner, rows, frame, hidden_BND, padding_BN, last_B, call.before, soft=hide)
+    selection = pruner(view, torch.tensor(counts))
+    if selection.vision_BVD is not None:
+        hidden_BND = put_tokens(hidden_BND, cell_RV, rows.valid_RV, selection.vision_BVD, rows.ragged)
+    local_BN, cut = None, selection.gate_BV is None
+    if cut:
+        call.frame, local_BN = frame.cut(rows, selection.keep_BV, counts, hide)
+        call.rows = rows.retain(selection.keep_BV, counts)
+        if local_BN is not None:
+            hidden_BND = take(hidden_BND, local_BN, 1)
+        layer = controller.plan.stages[number].layer
+        call.prefix.cuts.append(Cut.of(layer, call.frame, call.frame.padding(call.mask_BS)))
+    _note(controller, number, call, rows.count, frame.width, view, selection)
+    return hidden_BND, local_BN, cut
+
+
+def _note(
+    controller: Controller,
+    number: int,
+    call: Call,
+    came: list[int],
+    width: int,
+    view: TokenView | None,
+    selection: Selection | None,
+) -> None:
+    """Write the stage into every open record."""
+    assert call.rows is not None and call.frame is not None
+    for trace in controller.traces:
+        trace.stages.append(
+            StageTrace(
+                stage=number,
+                layer=controller.plan.stages[number].layer,
+                total=call.rows.total,
+                vision_in=came,
+                vision_out=call.rows.count,
+                sequence_in=width,
+                sequence_out=call.frame.width,
+                retained_RV=call.rows.retained_RV(),
+                owner=call.rows.owner,
+                view=view,
+                selection=selection,
+            )
+        )
