@@ -101,13 +101,15 @@ def save_chat(folder: Path) -> Path:
 
 
 class Watch(Callback):
-    """Notes at each batch: the step, the sequence length that the language model saw, and which weights changed."""
+    """Notes at each batch: the step, the sequence length that the language model saw, which weights have a
+    gradient, and which changed."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.widths: list[int] = []
         self.modes: list[str] = []
         self.changed: list[set[str]] = []
+        self.graded: list[set[str]] = []
         self.rates: list[dict[str, float]] = []
         self.before: dict[str, torch.Tensor] = {}
 
@@ -127,6 +129,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         after = dict(pl_module.model.named_parameters())
+        self.graded.append({name for name, value in after.items() if value.grad is not None})
         self.changed.append({name for name, value in self.before.items() if not torch.equal(value, after[name])})
 
 

@@ -84,6 +84,8 @@ def test_a_learned_pruner_trains_first_alone_and_then_not_at_all(work):
     full = max(watch.widths)
     assert all(width > TOKENS for width in watch.widths[:3])
     assert all(width < 100 for width in watch.widths[3:])
+    assert all(names == of("pruner", names) for names in watch.graded[:3])
+    assert not any(of("pruner", names) for names in watch.graded[3:])
     for names in watch.changed[:3]:
         assert names == of("pruner", names) != set()
     for names in watch.changed[3:]:

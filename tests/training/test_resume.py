@@ -21,6 +21,7 @@ RUNS = {
     "gate, between the phases": (3, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
     "gate, in phase two": (5, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
     "LoRA with dropout, random budgets": (3, "end", {"model": LORA | {"schedule": RANDOM}}),
+    "LoRA with dropout, at the end of an epoch": (4, "end", {"model": LORA | {"schedule": RANDOM}}),
     "LoRA and its teacher": (6, "backward", {"model": LORA | {"distill": {}}}),
     "a copied teacher": (3, "end", {"model": {"distill": {}, "train": ["projector", "language_model"]}}),
     "between accumulated batches": (3, "backward", {"trainer": {"accumulate_grad_batches": 2}}),
