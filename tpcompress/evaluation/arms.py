@@ -207,8 +207,7 @@ class Run:
         if plan is not None:
             args += ["--model.plan", json.dumps(plan.to_dict())]
         self.console.print(f"training {folder.name} …", highlight=False)
-        if run_recipe(args).trainer.interrupted:
-            raise KeyboardInterrupt
+        run_recipe(args)
         return load_trained(folder).model
 
     # ------------------------------------------------------------------ figure

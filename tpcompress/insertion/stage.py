@@ -46,7 +46,9 @@ def run_stage(
     pruner: Any = controller.pruners[number]
     hide = controller.mode == "mask"
     view, cell_RV = build_view(pruner, rows, frame, hidden_BND, padding_BN, last_B, call.before, soft=hide)
-    selection = pruner(view, torch.tensor(counts))
+    # Out of mixed precision: the choice must be the one that the exported model makes.
+    with torch.autocast(hidden_BND.device.type, enabled=False):
+        selection = pruner(view, torch.tensor(counts))
     if selection.vision_BVD is not None:
         hidden_BND = put_tokens(hidden_BND, cell_RV, rows.valid_RV, selection.vision_BVD, rows.ragged)
     local_BN, cut = None, selection.gate_BV is None
