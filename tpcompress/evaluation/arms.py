@@ -43,7 +43,11 @@ class Run:
         data: held-out rows.
         packed: the same rows collated once.
         report: the rows so far.
+        batch_size: sequences per evaluation call.
         vision_tokens: tokens of one image out of the projector.
+        separate: one question per sequence, for pruners that read the prompt.
+        controlled: the dense model after the same steps.
+        shown: how to make the model of each pruner of the figure.
     """
 
     folder: Path
@@ -56,6 +60,7 @@ class Run:
     report: Report
     batch_size: int
     vision_tokens: int
+    separate: Prepared | None = None
     controlled: nn.Module | None = None
     shown: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
@@ -181,7 +186,9 @@ class Run:
 
     def _evaluate(self, model: nn.Module, blank: bool = False) -> Scores:
         one_by_one = is_attached(model) and plan_of(model).reads_prompt
-        data = self.data if one_by_one else self.packed
+        if one_by_one and self.separate is None:
+            self.separate = prepare(self.processor, self.data, batch_size=self.batch_size, pack=False)
+        data = self.separate if one_by_one and self.separate is not None else self.packed
         return evaluate(model, self.processor, data, batch_size=self.batch_size, blank=blank)
 
     def _controlled(self, recipe: str) -> nn.Module:
