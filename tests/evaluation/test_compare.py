@@ -51,7 +51,17 @@ def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
     free = {p for a, p in arms if a == "training_free"}
     assert free == {"random", "uniform", "pool", "divprune", "novelty", "dart", "fastv"}
     assert {p for a, p in arms if a == "training_aware"} == {"pool", "divprune", "learned_gate"}
-    assert {("dense", None), ("dense_ft", None), ("dense_ft", "pool"), ("dense_ft", "divprune")} <= set(arms)
+    assert {
+        ("dense", None),
+        ("dense_ft", None),
+        ("dense_ft", "pool"),
+        ("dense_ft", "divprune"),
+        ("dense_ft", "novelty"),
+    } <= set(arms)
+    (gate,) = [row for row in report["rows"] if row["pruner"] == "learned_gate"]
+    (control,) = [row for row in report["rows"] if (row["arm"], row["pruner"]) == ("dense_ft", "novelty")]
+    assert gate["control_score"] == control["score"]
+    assert gate["control_gain"][0] == pytest.approx(gate["score"] - control["score"])
     assert all(row["vision_tokens"] == 144 for row in report["rows"])
     assert {row["retained_tokens"] for row in report["rows"]} == {144, 16}
     assert report["export"] == {"dir": str(folder / "export"), "verified": True}

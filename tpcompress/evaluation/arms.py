@@ -108,8 +108,8 @@ class Run:
         """The dense model after the same extra steps: alone, and pruned without training as the aware rows are."""
         self._row("dense_ft", None, 0, lambda: self._controlled(recipe))
         for aware, budget in trained:
-            plan = recipe_plan(aware, budget)
-            if not any(stage.rule.learned for stage in plan.stages):  # an untrained scorer is no pruner
+            plan = control_plan(recipe_plan(aware, budget))
+            if plan is not None:
                 self._row("dense_ft", plan, 0, partial(self._pruned_control, recipe, plan))
 
     def training_aware(self, recipe: str, budget: Budget, seed: int) -> None:
@@ -167,18 +167,27 @@ class Run:
             seed=seed,
             seconds=round(seconds, 1) if arm in ("dense_ft", "training_aware") else None,
         )
-        if arm == "training_aware":
-            gain, over_control = (self._gain(scores, other, row) for other in ("training_free", "dense_ft"))
-            row = replace(row, gain=gain, control_gain=over_control)
+        if arm == "training_aware" and plan is not None:
+            row = self._against(row, scores, plan)
         self.report.add(row)
         self.report.write(self.folder)
         what = arm if pruner is None else f"{arm} · {pruner} · {keep}"
         self.console.print(f"  {what}: {100 * scores.score:.1f} % ± {100 * scores.ci95:.1f}", highlight=False)
 
-    def _gain(self, scores: Scores, arm: str, row: Row) -> tuple[float, float, float] | None:
-        """Paired difference to another arm's row on the same images."""
-        twin = self.report.twin(row, arm)
-        path = None if twin is None else self._scores_path(*twin.key)
+    def _against(self, row: Row, scores: Scores, plan: PruningPlan) -> Row:
+        """A trained row with its paired differences to the training-free one and to the control."""
+        row = replace(row, gain=self._over(self.report.twin(row, "training_free"), scores))
+        control = control_plan(plan)
+        start = None if control is None else control.stages[-1].rule.name
+        same = self.report.find("dense_ft", start, row.keep_tokens, row.layer, 0)
+        if start is None or same is None:
+            return row
+        note = "" if start == row.pruner else f"its control is {start}, which it equals before training"
+        return replace(row, control_score=same.score, control_gain=self._over(same, scores), note=note)
+
+    def _over(self, other: Row | None, scores: Scores) -> tuple[float, float, float] | None:
+        """Paired difference to another row on the same images."""
+        path = None if other is None else self._scores_path(*other.key)
         return scores.difference(Scores.load(path)) if path is not None and path.is_file() else None
 
     def _scores_path(self, arm: str, pruner: str | None, keep: float | None, layer: int, seed: int) -> Path:
@@ -250,6 +259,17 @@ def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
     stage = plan.stages[0]
     new = Stage(stage.rule.config(), stage.layer, budget.keep_ratio, budget.keep_tokens)
     return PruningPlan([new], plan.positions, plan.scope)
+
+
+def control_plan(plan: PruningPlan) -> PruningPlan | None:
+    """The plan without training: itself, or what its learned pruner starts as; None if that is nothing."""
+    stage = plan.stages[-1]
+    if not stage.rule.learned:
+        return plan
+    if stage.rule.starts_as is None:
+        return None
+    start = Stage(stage.rule.starts_as, stage.layer, stage.keep_ratio, stage.keep_tokens)
+    return PruningPlan([start], plan.positions, plan.scope)
 
 
 def budget_of(value: float) -> Budget:

@@ -98,6 +98,8 @@ class Pruner(nn.Module):
     name: ClassVar[str]
     merges: ClassVar[bool] = False
     """Retained tokens absorb dropped ones."""
+    starts_as: ClassVar[str | None] = None
+    """The training-free pruner that a learned one equals before its training: its control in comparisons."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -29,6 +29,7 @@ class LearnedGate(Pruner):
     """
 
     name = "learned_gate"
+    starts_as = "novelty"
 
     def __init__(
         self,
