@@ -54,7 +54,7 @@ def test_good_folder(exported: Path) -> None:
     report = verify(exported)
     assert report.ok
     assert report.replay is not None
-    assert report.replay.logit_gap == 0.0
+    assert report.replay.logit_gap <= 1e-6  # the alignment of loaded weights decides the last bit
     assert [(stage.retained, stage.agree) for stage in report.replay.stages] == [(32, 32), (8, 8)]
     assert "same vision tokens (32, 8 in the probe)" in str(report)
 
@@ -105,8 +105,7 @@ def test_positions_policy(folder: Path) -> None:
 
 def test_changed_scorer(folder: Path) -> None:
     def perturb(tensors: dict[str, torch.Tensor]) -> None:
-        weight = tensors["token_pruners.0.scorer.reduce.weight"]
-        weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.5
+        tensors["token_pruners.0.scorer.start.weight"].neg_()
 
     edit_weights(folder, perturb)
     line = one_line(verify(folder))

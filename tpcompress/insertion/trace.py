@@ -12,7 +12,7 @@ from torch import Tensor
 from tpcompress.pruners import Selection, TokenView
 
 if TYPE_CHECKING:
-    from tpcompress.insertion.attach import Controller
+    from tpcompress.insertion.hooks import Controller
 
 
 @dataclass(frozen=True, eq=False)
