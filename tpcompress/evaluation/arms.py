@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from torch import nn
 
@@ -24,6 +23,7 @@ from tpcompress.insertion.attach import attach, detach, is_attached, plan_of
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.training.checkpoint import load_trained
 from tpcompress.training.module import load_base, load_processor
+from tpcompress.training.produce import plan_in
 from tpcompress.training.run import run_recipe
 
 PICTURES = 4
@@ -127,20 +127,16 @@ class Run:
         self.console.print(f"[bold]{self.folder}[/bold]: {files}", soft_wrap=True)
         return self.report
 
-    def run_folder(self, plan: PruningPlan | None, seed: int) -> Path:
+    def run_folder(self, pruner: str | None, layer: int, keep: float | None, seed: int) -> Path:
         """Where the training run of a row lives."""
-        stages = [] if plan is None else plan.stages
-        name = "-".join(f"{s.rule.name}-l{s.layer}-{s.keep_tokens or s.keep_ratio}" for s in stages) or "dense"
+        name = "dense" if pruner is None else f"{pruner}-l{layer}-{keep}"
         return self.folder / "train" / f"{name}-seed{seed}"
 
     # ------------------------------------------------------------------ how a row is made
 
     def _row(self, arm: str, plan: PruningPlan | None, seed: int, make: Callable[[], nn.Module]) -> None:
         """Make the model of a row, score it and write the report; a row that is there already costs nothing."""
-        stage = None if plan is None else plan.stages[-1]
-        pruner = None if stage is None else stage.rule.name
-        keep = None if stage is None else (stage.keep_tokens or stage.keep_ratio)
-        layer = 0 if stage is None else stage.layer
+        pruner, layer, keep = _key(plan)
         if plan is not None and arm != "dense_ft":
             self.shown.setdefault(f"{pruner}, trained" if arm == "training_aware" else str(pruner), make)
         if self.report.find(arm, pruner, keep, layer, seed) is not None:
@@ -210,7 +206,7 @@ class Run:
 
     def _train(self, recipe: str, plan: PruningPlan | None, seed: int) -> nn.Module:
         """Train a recipe, or take the finished run of an earlier attempt, or go on with an interrupted one."""
-        folder = self.run_folder(plan, seed)
+        folder = self.run_folder(*_key(plan), seed)
         last = folder / "checkpoints" / "last.ckpt"
         resume = []
         if last.is_file():
@@ -247,11 +243,7 @@ def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
     Raises:
         ValueError: the recipe has no plan, or one of several stages.
     """
-    values = yaml.safe_load(Path(find_config(recipe)).read_text())
-    given = (values.get("model") or {}).get("plan")
-    if given is None:
-        raise ValueError(f"{recipe} has no model.plan; list it under `control`, not `training_aware`.")
-    plan = PruningPlan.from_dict(given)
+    plan = plan_in(find_config(recipe))
     if len(plan.stages) != 1:
         raise ValueError(
             f"{recipe}: a comparison sets the budget of plans with one stage, this has {len(plan.stages)}."
@@ -275,3 +267,11 @@ def control_plan(plan: PruningPlan) -> PruningPlan | None:
 def budget_of(value: float) -> Budget:
     """16 is a count, 0.111 a ratio."""
     return Budget(keep_tokens=value) if isinstance(value, int) else Budget(keep_ratio=value)
+
+
+def _key(plan: PruningPlan | None) -> tuple[str | None, int, float | None]:
+    """Pruner, layer and nominal budget of the last stage: what tells rows of an arm apart."""
+    if plan is None:
+        return None, 0, None
+    stage = plan.stages[-1]
+    return stage.rule.name, stage.layer, stage.keep_tokens or stage.keep_ratio

@@ -45,7 +45,7 @@ def run_quickstart(folder: Path, console: Console, config: str = CONFIG) -> int:
 
 def export_best(run: Run, best: Row) -> tuple[Path, bool]:
     """Export the run behind a row and verify it in a fresh process."""
-    source = run.folder / "train" / f"{best.pruner}-l{best.layer}-{best.keep_tokens}-seed{best.seed}"
+    source = run.run_folder(best.pruner, best.layer, best.keep_tokens, best.seed)
     with run.console.status(f"exporting {best.pruner} and verifying it in a fresh process"):
         out = export_run(source, run.folder / "export", overwrite=True)
         report = verify_in_fresh_process(out)

@@ -61,9 +61,7 @@ def load_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Datas
     Raises:
         ValueError: if there is no such split, or ``num_images`` is not positive.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
-    _check_split(split)
+    _check_request(split, num_images)
     columns = _columns(_rows(split, seed, num_images))
     # Encoded here, once and lightly: `datasets` would do it several times over.
     columns["images"] = [[{"bytes": _png(image), "path": None} for image in images] for images in columns["images"]]
@@ -76,9 +74,7 @@ def draw_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Datas
     Raises:
         ValueError: if there is no such split, or ``num_images`` is not positive.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
-    _check_split(split)
+    _check_request(split, num_images)
     index = datasets.Dataset.from_dict({"index": list(range(num_images))}, split=datasets.NamedSplit(split))
     return index.with_transform(partial(_drawn, split, seed))
 
@@ -158,6 +154,12 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _check_request(split: str, num_images: int) -> None:
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
+    _check_split(split)
 
 
 def _check_split(split: str) -> None:
