@@ -1,0 +1,105 @@
+"""Qwen2-VL: any size of image or video, patches merged two by two, positions in time, height and width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2VLConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Grid, Layout
+from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+
+SIZES = {"image": (1, 16, 16), "wide": (1, 8, 20), "video": (2, 8, 12)}
+"""(frames, rows, columns) of a tiny model's pictures in patches."""
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """One rectangle per image, as `image_grid_thw` says."""
+    return merged_grids(config, inputs["image_grid_thw"], sizes, video=False)
+
+
+def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """One rectangle per frame (a pair of them after the temporal patch), as `video_grid_thw` says."""
+    return merged_grids(config, inputs["video_grid_thw"], sizes, video=True)
+
+
+def merged_grids(config: Any, grid_thw: Tensor, sizes: Sequence[int], video: bool) -> list[Layout]:
+    """Layouts of grids of patches (pictures, 3) that the tower merges to squares of `spatial_merge_size`.
+
+    Raises:
+        ValueError: the encoder returned other numbers of tokens than the grids have.
+    """
+    merge, grids = config.vision_config.spatial_merge_size, grid_thw.tolist()
+    layouts = [Layout((Grid(rows // merge, cols // merge),) * frames, video=video) for frames, rows, cols in grids]
+    counts = [layout.placeholders for layout in layouts]
+    if counts != list(sizes):
+        raise ValueError(
+            f"Grids {grids} merge to {counts} vision tokens, but the encoder returned {list(sizes)}; "
+            "pass pixels and grids as the processor makes them."
+        )
+    return layouts
+
+
+def tiny_config(sliding: bool = False) -> Qwen2VLConfig:
+    """64 tokens per image; with `sliding`, every other decoder layer sees the last 48 tokens."""
+    kinds = ["sliding_attention" if sliding and layer % 2 else "full_attention" for layer in range(6)]
+    window = {"use_sliding_window": sliding, "sliding_window": 48, "layer_types": kinds}
+    return Qwen2VLConfig(
+        text_config=tiny_text("qwen2_vl_text", rope_parameters=dict(MROPE), **window),
+        vision_config={
+            "depth": 3, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4,
+        },
+        **tiny_ids(),
+    )  # fmt: skip
+
+
+def tiny_ids() -> dict[str, int]:
+    """Special ids of a tiny config."""
+    return {
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+    }  # fmt: skip
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Flat patches and grids of all images, and of all videos."""
+    vision = config.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    inputs: dict[str, Any] = {}
+    for pixels, grid, video in (("pixel_values", "image", False), ("pixel_values_videos", "video", True)):
+        shapes = [SIZES[kind] for kinds in samples for kind in kinds if (kind == "video") == video]
+        if shapes:
+            grids = torch.tensor(shapes)
+            inputs[pixels] = torch.randn(int(grids.prod(-1).sum()), width, generator=generator)
+            inputs[f"{grid}_grid_thw"] = grids
+    return inputs
+
+
+def tiny_run(config: Any, kind: str) -> list[int]:
+    """Placeholders between a start and an end; a video is one run."""
+    frames, rows, cols = SIZES[kind]
+    count = frames * rows * cols // config.vision_config.spatial_merge_size**2
+    return [START] + [VIDEO if kind == "video" else IMAGE] * count + [END]
+
+
+def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """1 at images, 2 at videos: the model computes positions from it."""
+    kinds = (input_ids == config.image_token_id).long() + 2 * (input_ids == config.video_token_id).long()
+    return {"mm_token_type_ids": kinds}
+
+
+QWEN2_VL = Family(
+    name="qwen2_vl",
+    model_types=("qwen2_vl",),
+    vision_tower="model.visual",
+    projector="model.visual.merger",
+    image_layouts=image_layouts,
+    video_layouts=video_layouts,
+    positions="mrope",
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, variants=((), (True,))),
+)

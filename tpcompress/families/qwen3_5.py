@@ -1,0 +1,39 @@
+"""Qwen3.5, dense and MoE: most decoder layers are linear attention, whose state passes over retained tokens only."""
+
+from __future__ import annotations
+
+from transformers import Qwen3_5Config, Qwen3_5MoeConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_ids, tiny_pixels, token_types, video_layouts
+from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, stamped_run, tiny_tower
+from tpcompress.families.tiny import tiny_text
+
+
+def tiny_config(moe: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
+    """64 tokens per image, full attention in layers 1 and 4, half of a head rotated; `moe` as in Qwen3-VL."""
+    kind, make = ("qwen3_5_moe_text", Qwen3_5MoeConfig) if moe else ("qwen3_5_text", Qwen3_5Config)
+    linear = {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }  # fmt: skip
+    rope = INTERLEAVED | {"partial_rotary_factor": 0.5}
+    experts = EXPERTS | {"shared_expert_intermediate_size": 24} if moe else {}
+    return make(
+        text_config=tiny_text(kind, head_dim=32, rope_parameters=rope, **linear, **experts),
+        vision_config=tiny_tower(),
+        **tiny_ids(),
+    )
+
+
+QWEN3_5 = Family(
+    name="qwen3_5",
+    model_types=("qwen3_5", "qwen3_5_moe"),
+    vision_tower="model.visual",
+    projector="model.visual.merger",
+    image_layouts=image_layouts,
+    video_layouts=video_layouts,
+    positions="mrope",
+    limits=("With output_router_logits, the MoE model's load balancing loss needs as many tokens in every layer.",),
+    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, variants=((), (True,))),
+)
