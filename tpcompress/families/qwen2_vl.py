@@ -59,7 +59,7 @@ def tiny_config(sliding: bool = False) -> Qwen2VLConfig:
     )  # fmt: skip
 
 
-def tiny_ids() -> dict[str, int]:
+def tiny_ids() -> dict[str, Any]:
     """Special ids of a tiny config."""
     return {
         "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,

@@ -1,0 +1,93 @@
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: positions as in Qwen2-VL; the frames of a video stand in the prompt like images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Glm4vConfig, Glm4vMoeConfig, Glm46VConfig, PretrainedConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_pixels, video_layouts
+from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+
+VIDEO_START, VIDEO_END, TIMESTAMP = 105, 106, 107
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+
+EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "glm4v": (Glm4vConfig, "glm4v_text", {}),
+    "glm4v_moe": (Glm4vMoeConfig, "glm4v_moe_text", EXPERTS),
+    "glm46v": (Glm46VConfig, "glm4v_text", {}),
+}
+
+
+def tiny_config(model_type: str = "glm4v", pictures: str = "images") -> PretrainedConfig:
+    """64 tokens per image, half of a head rotated. With `pictures="videos"` every tiny picture is a video.
+
+    The models cannot tell images from videos in one batch, so tests of videos need a config of their own.
+    """
+    make, text_type, experts = KINDS[model_type]
+    config: PretrainedConfig = make(
+        text_config=tiny_text(text_type, rope_parameters=dict(ROPE), **experts),
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "image_size": 32,
+            "out_hidden_size": 64,
+        },
+        image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
+        video_start_token_id=VIDEO_START, video_end_token_id=VIDEO_END, tiny_pictures=pictures,
+    )  # fmt: skip
+    return config
+
+
+def pictures_or_videos(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Patches and grids of images, or of videos with one frame for `image` and two for `wide`."""
+    inputs = tiny_pixels(config, samples, generator)
+    if config.tiny_pictures == "images" or not inputs:
+        return inputs
+    grids = inputs["image_grid_thw"]
+    grids[:, 0] = torch.tensor([1 + (kind == "wide") for kinds in samples for kind in kinds])
+    width, count = inputs["pixel_values"].shape[1], int(grids.prod(-1).sum())
+    return {"pixel_values_videos": torch.randn(count, width, generator=generator), "video_grid_thw": grids}
+
+
+def frames_run(config: Any, kind: str) -> list[int]:
+    """An image between start and end; a video's frames are such runs with timestamps after them."""
+    _, rows, cols = SIZES[kind]
+    frame = [START] + [IMAGE] * (rows * cols // config.vision_config.spatial_merge_size**2) + [END]
+    if config.tiny_pictures == "images":
+        return frame
+    return [VIDEO_START] + (frame + [TIMESTAMP]) * (1 + (kind == "wide")) + [VIDEO_END]
+
+
+def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """1 at images, 2 at the frames of videos: the model computes positions from it."""
+    starts = (input_ids == config.video_start_token_id).cumsum(1)
+    ends = (input_ids == config.video_end_token_id).cumsum(1)
+    return {"mm_token_type_ids": (input_ids == config.image_token_id) * (1 + (starts > ends).long())}
+
+
+GLM4V = Family(
+    name="glm4v",
+    model_types=tuple(KINDS),
+    vision_tower="model.visual",
+    projector="model.visual.merger",
+    image_layouts=image_layouts,
+    video_token="image_token_id",
+    video_layouts=video_layouts,
+    positions="mrope",
+    limits=(
+        "Images and videos do not go into one batch: transformers gives both the same placeholder.",
+        "With output_router_logits, the MoE model's load balancing loss needs as many tokens in every layer.",
+    ),
+    tiny=Tiny(
+        tiny_config, pictures_or_videos, frames_run, ("image", "wide"), token_types,
+        variants=(*((kind,) for kind in KINDS), ("glm4v", "videos")),
+    ),
+)  # fmt: skip
