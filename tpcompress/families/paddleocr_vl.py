@@ -1,0 +1,46 @@
+"""PaddleOCR-VL: images only, of any size; a separate projector merges patches two by two, positions as in Qwen2-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PaddleOCRVLConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.qwen2_vl import MROPE, SIZES, image_layouts, tiny_ids, tiny_run, token_types
+from tpcompress.families.tiny import tiny_text
+
+
+def tiny_config() -> PaddleOCRVLConfig:
+    """64 tokens per image, a three-layer tower of width 32 with 4 x 4 patches."""
+    return PaddleOCRVLConfig(
+        text_config=tiny_text("paddleocr_vl_text", head_dim=16, rope_parameters=dict(MROPE)),
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 64, "patch_size": 4,
+        },
+        **tiny_ids(),
+    )  # fmt: skip
+
+
+def square_patches(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Patches (patches, 3, size, size) and grids of all images."""
+    shapes = [SIZES[kind] for kinds in samples for kind in kinds]
+    if not shapes:
+        return {}
+    grids, side = torch.tensor(shapes), config.vision_config.patch_size
+    pixels = torch.randn(int(grids.prod(-1).sum()), 3, side, side, generator=generator)
+    return {"pixel_values": pixels, "image_grid_thw": grids}
+
+
+PADDLEOCR_VL = Family(
+    name="paddleocr_vl",
+    model_types=("paddleocr_vl",),
+    vision_tower="model.visual",
+    projector="model.projector",
+    image_layouts=image_layouts,
+    positions="mrope",
+    tiny=Tiny(tiny_config, square_patches, tiny_run, ("image", "wide"), token_types),
+)
