@@ -1,0 +1,60 @@
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; frames of a video pooled, one after the other, without any newline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import LlavaNextVideoConfig
+
+from tpcompress.families import llava_next
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Grid, Layout
+from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
+
+FRAMES = 10
+"""Frames of a tiny model's video."""
+
+
+def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """One square per frame; the pooling drops a row and a column that its stride does not reach."""
+    side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
+    frames = inputs["pixel_values_videos"].shape[1]
+    return [Layout((Grid(side, side),) * frames, video=True)] * len(sizes)
+
+
+def tiny_config() -> LlavaNextVideoConfig:
+    """Tiles of 4 x 4 vision tokens, frames of 2 x 2."""
+    return LlavaNextVideoConfig(
+        text_config=tiny_text(),
+        vision_config=tiny_vision(image_size=16),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=llava_next.PINPOINTS,
+    )
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Tiles of the images as in LLaVA-NeXT, frames of the videos (videos, frames, 3, size, size)."""
+    inputs = llava_next.tiny_pixels(config, samples, generator)
+    videos, size = sum(kind == "video" for kinds in samples for kind in kinds), config.vision_config.image_size
+    if videos:
+        inputs["pixel_values_videos"] = torch.randn(videos, FRAMES, 3, size, size, generator=generator)
+    return inputs
+
+
+def tiny_ids(config: Any, kind: str) -> list[int]:
+    """Placeholders of an image, or of the frames of a video."""
+    return [VIDEO] * 4 * FRAMES if kind == "video" else llava_next.tiny_ids(config, kind)
+
+
+LLAVA_NEXT_VIDEO = Family(
+    name="llava_next_video",
+    model_types=("llava_next_video",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=llava_next.image_layouts,
+    video_layouts=video_layouts,
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide", "video")),
+)
