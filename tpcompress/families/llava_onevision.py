@@ -1,0 +1,75 @@
+"""LLaVA-OneVision: tiles as in LLaVA-NeXT, shrunk where they are many; one tile per image where images are several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import LlavaOnevisionConfig
+
+from tpcompress.families import llava_next, llava_next_video
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Grid, Layout
+from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
+
+COUNTS = {"image": 16 + 4 * (6 + 1), "wide": 16 + 2 * (8 + 1), "video": 4 * llava_next_video.FRAMES + 1}
+"""Placeholders of a tiny model's pictures; the 6 x 8 tiles of `image` are shrunk to 4 x 6."""
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """Overview and tiles of an image alone in its sample, or one square and a newline for each of several."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    tiles = int((inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
+    image_sizes = llava_next.as_lists(inputs["image_sizes"])
+    per_sample = inputs.get("batch_num_images")
+    alone = [True] * len(image_sizes)
+    if per_sample is not None:  # without it the model takes every image for an only one
+        alone = [int(count) == 1 for count in per_sample for _ in range(int(count))]
+    several = Layout((Grid(side, side),), tail=1)
+    return [
+        llava_next.overview_and_tiles(side, *shrunk(*llava_next.unpadded(config, side, size), tiles * side**2))
+        if only else several
+        for size, only in zip(image_sizes, alone, strict=True)
+    ]  # fmt: skip
+
+
+def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """Frames of half the side, rounded up, and one newline after the last."""
+    side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+    frames = inputs["pixel_values_videos"].shape[1]
+    return [Layout((Grid(side, side),) * frames, tail=1, video=True)] * len(sizes)
+
+
+def shrunk(rows: int, cols: int, most: int) -> tuple[int, int]:
+    """Rows and columns after the interpolation that keeps tiles near `most` tokens."""
+    ratio = math.sqrt(rows * cols / most)
+    return (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else (rows, cols)
+
+
+def tiny_config() -> LlavaOnevisionConfig:
+    """Tiles of 4 x 4 vision tokens, shrunk above two of them, and frames of 2 x 2."""
+    return LlavaOnevisionConfig(
+        text_config=tiny_text("qwen2"),
+        vision_config=tiny_vision("siglip_vision_model", image_size=16, vision_use_head=False),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_aspect_ratio="anyres_max_2",
+        image_grid_pinpoints=llava_next.PINPOINTS,
+    )
+
+
+def tiny_ids(config: Any, kind: str) -> list[int]:
+    """Placeholders of an image or a video, newlines among them."""
+    return [VIDEO if kind == "video" else IMAGE] * COUNTS[kind]
+
+
+LLAVA_ONEVISION = Family(
+    name="llava_onevision",
+    model_types=("llava_onevision",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=image_layouts,
+    video_layouts=video_layouts,
+    tiny=Tiny(tiny_config, llava_next_video.tiny_pixels, tiny_ids, kinds=("image", "wide", "video")),
+)
