@@ -1,0 +1,60 @@
+"""InternVL 2.5 to 3.5: square tiles without a gap, overview last, four patches to a token; frames are images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import InternVLConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Layout, square
+from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+
+TILES = {"image": 1, "wide": 3}
+"""Tiles of a tiny model's images."""
+
+TEXTS = ("qwen2", "qwen3", "qwen3_moe")
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """A square per tile; the encoder itself makes squares of its patches before it shuffles them."""
+    return square(sizes)
+
+
+def tiny_config(text: str = "qwen2") -> InternVLConfig:
+    """36 vision tokens per tile (24 px, patch 2)."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": []}
+    heads = {} if text == "qwen2" else {"head_dim": 16}
+    return InternVLConfig(
+        text_config=tiny_text(text, **heads, **(experts if text == "qwen3_moe" else {})),
+        vision_config=tiny_vision("internvl_vision", image_size=24, patch_size=2),
+        image_token_id=IMAGE,
+        image_seq_length=36,
+        downsample_ratio=0.5,
+    )
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Tiles of all images (tiles, 3, size, size)."""
+    tiles, size = sum(TILES[kind] for kinds in samples for kind in kinds), config.vision_config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return {"pixel_values": torch.randn(tiles, 3, height, width, generator=generator)} if tiles else {}
+
+
+def tiny_ids(config: Any, kind: str) -> list[int]:
+    """The tiles of an image between two marks."""
+    return [START] + [IMAGE] * 36 * TILES[kind] + [END]
+
+
+INTERNVL = Family(
+    name="internvl",
+    model_types=("internvl",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=image_layouts,
+    joins_tiles=True,
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide"), variants=tuple((text,) for text in TEXTS)),
+    limits=("A frame of a video counts as an image of its own: the prompt has words between frames.",),
+)
