@@ -1,0 +1,30 @@
+"""ViP-LLaVA: LLaVA whose projector takes several layers of the tower side by side; tokens lie the same way."""
+
+from __future__ import annotations
+
+from transformers import VipLlavaConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.llava import image_layouts
+from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+
+
+def tiny_config() -> VipLlavaConfig:
+    """64 vision tokens per image from three layers of the tower."""
+    return VipLlavaConfig(
+        text_config=tiny_text(),
+        vision_config=tiny_vision(),
+        image_token_index=IMAGE,
+        image_seq_length=64,
+        vision_feature_layer=[-1, -2, 1],
+    )
+
+
+VIPLLAVA = Family(
+    name="vipllava",
+    model_types=("vipllava",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=image_layouts,
+    tiny=Tiny(tiny_config, fixed_pixels, run_of_64),
+)
