@@ -1,0 +1,70 @@
+"""LFM2-VL: images, or tiles of them, of any size; most decoder layers are short convolutions over retained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Lfm2VlConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Layout, plain
+from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+
+TILES = {"image": ((6, 8),), "wide": ((4, 6), (4, 6), (3, 7))}
+"""Rows and columns of tokens of the tiny model's pictures: one image, or tiles and a small overview."""
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """One token per square of patches; every tile is an image of its own."""
+    step = config.downsample_factor
+    return [plain(rows // step, cols // step) for rows, cols in inputs["spatial_shapes"].tolist()]
+
+
+def tiny_config(text: str = "lfm2") -> Lfm2VlConfig:
+    """4 px patches, 2 x 2 of them per token; attention in layers 1, 3 and 4, convolution elsewhere."""
+    kinds = ["conv", "full_attention", "conv", "full_attention", "full_attention", "conv"]
+    more: dict[str, Any] = {"layer_types": kinds, "block_auto_adjust_ff_dim": False}
+    if text == "lfm2_moe":
+        more = {"layer_types": kinds, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        more["num_dense_layers"] = 2
+    return Lfm2VlConfig(
+        text_config=tiny_text(text, **more),
+        vision_config=tiny_vision("siglip2_vision_model", num_patches=64, vision_use_head=False),
+        image_token_id=IMAGE,
+        projector_hidden_size=64,
+    )
+
+
+def tiny_run(config: Any, kind: str) -> list[int]:
+    """Placeholders of every tile behind a mark of its own."""
+    tiles = enumerate(TILES[kind])
+    return [START, *[token for i, (rows, cols) in tiles for token in (105 + i, *[IMAGE] * rows * cols)], END]
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Patches of every tile, filled up to the most, with their shapes (tiles, 2) and which patches are real."""
+    step = config.downsample_factor
+    shapes = [(r * step, c * step) for sample in samples for kind in sample for r, c in TILES[kind]]
+    if not shapes:
+        return {}
+    counts = torch.tensor([rows * cols for rows, cols in shapes])
+    real = torch.arange(int(counts.max()) + 5) < counts[:, None]
+    pixels = torch.randn(*real.shape, 3 * config.vision_config.patch_size**2, generator=generator)
+    return {
+        "pixel_values": pixels * real[..., None],
+        "spatial_shapes": torch.tensor(shapes),
+        "pixel_attention_mask": real.long(),
+    }
+
+
+LFM2_VL = Family(
+    name="lfm2_vl",
+    model_types=("lfm2_vl",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=image_layouts,
+    input_norm="operator_norm",
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), variants=(("lfm2",), ("lfm2_moe",))),
+)

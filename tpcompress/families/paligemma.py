@@ -1,0 +1,63 @@
+"""PaliGemma 1 and 2: one square of tokens per image, and a prefix of images and question that attends both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PaliGemmaConfig
+
+from tpcompress.families.base import Blocks, Family, Tiny
+from tpcompress.families.layout import Layout, square
+from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """Every patch of the tower is a token."""
+    return square(sizes)
+
+
+def prefix_block(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Everything before the answer is one block: token type 0."""
+    types = arguments.get("token_type_ids")
+    return None if types is None else torch.where(types == 0, 0, -1)
+
+
+def tiny_config(text: str = "gemma") -> PaliGemmaConfig:
+    """64 vision tokens per image; `gemma2` (PaliGemma 2) alternates windows of 48 with full attention."""
+    more: dict[str, Any] = {"head_dim": 16}
+    if text == "gemma2":
+        more |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 48}
+        more |= {"query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0}
+    return PaliGemmaConfig(
+        text_config=tiny_text(text, **more),
+        vision_config=tiny_vision("siglip_vision_model", vision_use_head=False),
+        image_token_index=IMAGE,
+        projection_dim=64,
+        hidden_size=64,
+    )
+
+
+def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """0 on images and the two tokens after the last of them, 1 on what follows: the answer."""
+    place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = torch.where(input_ids == IMAGE, place, -3).amax(1, keepdim=True)
+    return {"token_type_ids": (place > last + 2).long()}
+
+
+PALIGEMMA = Family(
+    name="paligemma",
+    model_types=("paligemma",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=image_layouts,
+    masks_in_core=True,
+    blocks=Blocks(prefix_block, beyond_window=True),
+    tiny=Tiny(tiny_config, fixed_pixels, run_of_64, arguments=token_types, variants=(("gemma",), ("gemma2",))),
+    limits=(
+        "Without token_type_ids (its processor makes them) transformers itself attends both ways over unpadded prompts "
+        "with sdpa, but causally over padded ones and with eager attention.",
+    ),
+)

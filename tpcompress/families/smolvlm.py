@@ -1,0 +1,28 @@
+"""SmolVLM 1 and 2: the tiles of Idefics 3; the frames of a video come as images."""
+
+from __future__ import annotations
+
+from transformers import SmolVLMConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.idefics3 import LIMITS, TILES, image_layouts, tiny_pixels, tiny_run
+from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
+
+
+def tiny_config() -> SmolVLMConfig:
+    """16 vision tokens per tile: 32 px, patches of 4, 2 x 2 of them per token."""
+    vision = tiny_vision("smolvlm_vision")
+    return SmolVLMConfig(text_config=tiny_text(), vision_config=vision, image_token_id=IMAGE, scale_factor=2)
+
+
+SMOLVLM = Family(
+    name="smolvlm",
+    model_types=("smolvlm",),
+    vision_tower="model.vision_model",
+    projector="model.connector",
+    language_model="model.text_model",
+    layers="model.text_model.layers",
+    image_layouts=image_layouts,
+    limits=LIMITS,
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES)),
+)
