@@ -11,6 +11,7 @@ from transformers import Glm4vConfig, Glm4vMoeConfig, Glm46VConfig, PretrainedCo
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_pixels, video_layouts
+from tpcompress.families.qwen3_vl import ROUTER_LOSS
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
 
 VIDEO_START, VIDEO_END, TIMESTAMP = 105, 106, 107
@@ -84,7 +85,7 @@ GLM4V = Family(
     positions="mrope",
     limits=(
         "Images and videos do not go into one batch: transformers gives both the same placeholder.",
-        "With output_router_logits, the MoE model's load balancing loss needs as many tokens in every layer.",
+        ROUTER_LOSS,
     ),
     tiny=Tiny(
         tiny_config, pictures_or_videos, frames_run, ("image", "wide"), token_types,

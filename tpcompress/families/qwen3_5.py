@@ -6,7 +6,7 @@ from transformers import Qwen3_5Config, Qwen3_5MoeConfig
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_ids, tiny_pixels, token_types, video_layouts
-from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, stamped_run, tiny_tower
+from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, ROUTER_LOSS, stamped_run, tiny_tower
 from tpcompress.families.tiny import tiny_text
 
 
@@ -34,6 +34,6 @@ QWEN3_5 = Family(
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",
-    limits=("With output_router_logits, the MoE model's load balancing loss needs as many tokens in every layer.",),
+    limits=(ROUTER_LOSS,),
     tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, variants=((), (True,))),
 )

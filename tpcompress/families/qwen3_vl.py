@@ -21,6 +21,8 @@ INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+ROUTER_LOSS = "The load balancing loss of MoE models wants all tokens in every layer: leave output_router_logits off."
+
 TIMESTAMP = 105
 """The word that stands for a timestamp before every frame of a tiny model's video."""
 
@@ -60,6 +62,6 @@ QWEN3_VL = Family(
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",
-    limits=("With output_router_logits, the MoE model's load balancing loss needs as many tokens in every layer.",),
+    limits=(ROUTER_LOSS,),
     tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, variants=((), (True,))),
 )
