@@ -1,0 +1,156 @@
+"""Gemma 4: images and frames of any size; larger models let vision tokens see both ways in sliding layers only.
+
+Smaller ones have further inputs of every layer, and late layers that reuse keys of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Gemma4Config
+
+from tpcompress.families.base import Blocks, Family, Tiny
+from tpcompress.families.gemma3 import number_runs
+from tpcompress.families.layout import Grid, Layout
+from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+
+SIZES = {"image": (6, 8), "wide": (4, 11), "video": (4, 5)}
+"""Rows and columns of tokens of the tiny model's pictures."""
+
+FRAMES = 3
+"""Frames of the tiny model's videos."""
+
+
+def grids(config: Any, places: Tensor) -> list[Grid]:
+    """One rectangle per image or frame, from the places (x, y) of its patches (images, patches, 2); padding is -1."""
+    step = config.vision_config.pooling_kernel_size
+    sizes = (places.amax(1) + 1) // step
+    return [Grid(rows, cols) for cols, rows in sizes.tolist()]
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """One token per square of patches."""
+    return [Layout((grid,)) for grid in grids(config, inputs["image_position_ids"])]
+
+
+def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """Frames as images; time stamps stand between them."""
+    frames = iter(grids(config, inputs["video_position_ids"]))
+    return [
+        Layout(tuple(next(frames) for _ in range(count)), video=True)
+        for count in inputs["num_frames_per_video"].tolist()
+    ]
+
+
+def vision_blocks(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Every run of image or video tokens is a block."""
+    types = arguments.get("mm_token_type_ids")
+    return None if types is None else number_runs((types == 1) | (types == 2))
+
+
+def keys_of(config: Any, layer: int) -> int:
+    """The last layers reuse keys and values of the last layer of their kind before them."""
+    text = config.get_text_config()
+    first = text.num_hidden_layers - text.num_kv_shared_layers
+    if layer < first:
+        return layer
+    return max(i for i in range(first) if text.layer_types[i] == text.layer_types[layer])
+
+
+def refuse(config: Any) -> str | None:
+    """Encoders made of a decoder, and models without eyes."""
+    if config.vision_config is None:
+        return "it has no vision tower; a config with vision_config is needed."
+    if config.get_text_config().use_bidirectional_attention == "all":
+        return "its text attends both ways; use_bidirectional_attention 'vision' and None are supported."
+    return None
+
+
+def tiny_config(size: str = "small") -> Gemma4Config:
+    """3 x 3 patches per token, windows of 48.
+
+    `small`: further inputs of layers, layers 4 and 5 with keys of 3 and 1. `large`: blocks of vision tokens, experts,
+    keys that are values in layers 1 and 5.
+    """
+    sliding, full = "sliding_attention", "full_attention"
+    more: dict[str, Any] = {
+        "head_dim": 16, "global_head_dim": 32, "sliding_window": 48,
+        "layer_types": [sliding, full, sliding, sliding, sliding, full],
+    }  # fmt: skip
+    if size == "small":
+        more |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 2}
+        more |= {"use_double_wide_mlp": True}
+    else:
+        more |= {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "attention_k_eq_v": True}
+        more |= {"num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+        more |= {"moe_intermediate_size": 32}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "patch_size": 2, "position_embedding_size": 64,
+    }  # fmt: skip
+    return Gemma4Config(
+        text_config=tiny_text("gemma4_text", **more),
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=106,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+
+
+def tiny_run(config: Any, kind: str) -> list[int]:
+    """Placeholders between two marks; a time stamp before every frame."""
+    rows, cols = SIZES[kind]
+    if kind == "video":
+        return [token for frame in range(FRAMES) for token in (3 + frame, START, *[VIDEO] * rows * cols, END)]
+    return [START, *[IMAGE] * rows * cols, END]
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Patches in [0, 1] of every image and frame, filled up to the most, with their places (x, y)."""
+    kinds = [kind for sample in samples for kind in sample]
+    videos = kinds.count("video")
+    inputs = patches(config, [SIZES[kind] for kind in kinds if kind != "video"], generator, "pixel_values", "image")
+    if videos:
+        inputs |= patches(config, [SIZES["video"]] * videos * FRAMES, generator, "pixel_values_videos", "video")
+        inputs["num_frames_per_video"] = torch.full((videos,), FRAMES)
+    return inputs
+
+
+def patches(config: Any, sizes: Sequence[tuple[int, int]], generator: Any, name: str, modality: str) -> dict[str, Any]:
+    """What the processor makes of pictures of so many (rows, columns) of tokens."""
+    if not sizes:
+        return {}
+    step, depth = config.vision_config.pooling_kernel_size, 3 * config.vision_config.patch_size**2
+    most = max(rows * cols for rows, cols in sizes) * step**2
+    pixels, places = torch.zeros(len(sizes), most, depth), torch.full((len(sizes), most, 2), -1)
+    for i, (rows, cols) in enumerate(sizes):
+        grid = torch.cartesian_prod(torch.arange(rows * step), torch.arange(cols * step)).flip(1)
+        places[i, : len(grid)] = grid
+        pixels[i, : len(grid)] = torch.rand(len(grid), depth, generator=generator)
+    return {name: pixels, f"{modality}_position_ids": places}
+
+
+def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """1 on image tokens, 2 on video tokens."""
+    return {"mm_token_type_ids": (input_ids == IMAGE) + 2 * (input_ids == VIDEO)}
+
+
+GEMMA4 = Family(
+    name="gemma4",
+    model_types=("gemma4",),
+    vision_tower="model.vision_tower",
+    projector="model.embed_vision",
+    image_layouts=image_layouts,
+    video_layouts=video_layouts,
+    masks_in_core=True,
+    blocks=Blocks(vision_blocks, kinds=("sliding_attention",)),
+    keys_of=keys_of,
+    refuse=refuse,
+    limits=("Audio tokens are never dropped.",),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, variants=(("small",), ("large",))),
+)
