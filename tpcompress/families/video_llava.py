@@ -1,0 +1,68 @@
+"""Video-LLaVA: one square per image; frames without a gap, each with the class token of its own tower in front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import VideoLlavaConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Grid, Layout, square
+from tpcompress.families.tiny import IMAGE, VIDEO, fixed_pixels, tiny_text, tiny_vision
+
+FRAMES = 3
+"""Frames of a tiny model's video."""
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """A square per image, or one row with the class token in front."""
+    return square(sizes)
+
+
+def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """One row per frame: its class token stands among the others."""
+    return [Layout((Grid(1, size),), video=True) for size in sizes]
+
+
+def tiny_config() -> VideoLlavaConfig:
+    """36 vision tokens per image, 37 per frame."""
+    return VideoLlavaConfig(
+        text_config=tiny_text(),
+        vision_config=tiny_vision(image_size=24),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_seq_length=36,
+        video_seq_length=37 * FRAMES,
+    )
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Images of one size, and videos (videos, frames, 3, size, size)."""
+    inputs = fixed_pixels(config, [[kind for kind in kinds if kind == "image"] for kinds in samples], generator)
+    videos, size = sum(kind == "video" for kinds in samples for kind in kinds), config.vision_config.image_size
+    if videos:
+        inputs["pixel_values_videos"] = torch.randn(videos, FRAMES, 3, size, size, generator=generator)
+    return inputs
+
+
+def tiny_ids(config: Any, kind: str) -> list[int]:
+    """Placeholders of an image, or of all frames."""
+    return [VIDEO] * 37 * FRAMES if kind == "video" else [IMAGE] * 36
+
+
+VIDEO_LLAVA = Family(
+    name="video_llava",
+    model_types=("video_llava",),
+    vision_tower="model.image_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=image_layouts,
+    video_layouts=video_layouts,
+    joins_tiles=True,
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "video")),
+    limits=(
+        "Training vision_tower trains the tower of images; the tower of videos stays as it is.",
+        "Videos that follow each other without a word between them count as one, and so do images.",
+    ),
+)
