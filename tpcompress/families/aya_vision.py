@@ -1,0 +1,47 @@
+"""Aya Vision: square tiles, overview last, four patches to a token; a word of the prompt before every tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AyaVisionConfig
+
+from tpcompress.families import internvl
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+
+TILE = 105
+"""Id of the word before a tile in a tiny model's prompt."""
+
+TILES_APART = "A tile counts as an image of its own: the prompt has a token between tiles."
+
+
+def tiny_config() -> AyaVisionConfig:
+    """36 vision tokens per tile (24 px, patch 2), two of three decoder layers with a window of 48 tokens."""
+    return AyaVisionConfig(
+        text_config=tiny_cohere2(),
+        vision_config=tiny_vision("siglip_vision_model", image_size=24, patch_size=2, vision_use_head=False),
+        image_token_index=IMAGE,
+    )
+
+
+def tiny_cohere2() -> dict[str, Any]:
+    """A Cohere2 that mixes layers with a window and layers without, which have no positions either."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    return tiny_text("cohere2", sliding_window=48, layer_types=kinds)
+
+
+def tiny_ids(config: Any, kind: str) -> list[int]:
+    """The tiles of an image, each behind its word, between two marks."""
+    return [START] + ([TILE] + [IMAGE] * 36) * internvl.TILES[kind] + [END]
+
+
+AYA_VISION = Family(
+    name="aya_vision",
+    model_types=("aya_vision",),
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    image_layouts=internvl.image_layouts,
+    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, kinds=("image", "wide")),
+    limits=(TILES_APART,),
+)
