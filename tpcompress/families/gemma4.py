@@ -1,16 +1,18 @@
 """Gemma 4: images and frames of any size; larger models let vision tokens see both ways in sliding layers only.
 
-Smaller ones have further inputs of every layer, and late layers that reuse keys of earlier ones.
+Smaller ones have further inputs of every layer, and late layers that reuse keys of earlier ones. Gemma 4 Unified has no
+tower: the projector reads pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Gemma4Config
+from transformers import Gemma4Config, Gemma4UnifiedConfig
 
 from tpcompress.families.base import Blocks, Family, Tiny
 from tpcompress.families.gemma3 import number_runs
@@ -24,10 +26,14 @@ FRAMES = 3
 """Frames of the tiny model's videos."""
 
 
+def patches_per_side(config: Any) -> int:
+    """Side of the square of patches that a token stands for."""
+    return 1 if config.model_type == "gemma4_unified" else int(config.vision_config.pooling_kernel_size)
+
+
 def grids(config: Any, places: Tensor) -> list[Grid]:
     """One rectangle per image or frame, from the places (x, y) of its patches (images, patches, 2); padding is -1."""
-    step = config.vision_config.pooling_kernel_size
-    sizes = (places.amax(1) + 1) // step
+    sizes = (places.amax(1) + 1) // patches_per_side(config)
     return [Grid(rows, cols) for cols, rows in sizes.tolist()]
 
 
@@ -91,15 +97,23 @@ def tiny_config(size: str = "small") -> Gemma4Config:
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 16, "patch_size": 2, "position_embedding_size": 64,
     }  # fmt: skip
-    return Gemma4Config(
-        text_config=tiny_text("gemma4_text", **more),
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=106,
-        boi_token_id=START,
-        eoi_token_id=END,
-    )
+    return Gemma4Config(text_config=tiny_text("gemma4_text", **more), vision_config=vision, **tiny_ids())
+
+
+def tiny_ids() -> dict[str, int]:
+    """Ids of pictures and their marks."""
+    return {
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 106, "boi_token_id": START,
+        "eoi_token_id": END,
+    }  # fmt: skip
+
+
+def tiny_unified() -> Gemma4UnifiedConfig:
+    """6 x 6 pixels per token, windows of 48, blocks of vision tokens."""
+    text = tiny_text("gemma4_unified_text", head_dim=16, global_head_dim=32, sliding_window=48)
+    text["layer_types"] = ["sliding_attention", "full_attention"] * 3
+    vision = {"patch_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32}
+    return Gemma4UnifiedConfig(text_config=text, vision_config=vision, **tiny_ids())
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
@@ -125,7 +139,8 @@ def patches(config: Any, sizes: Sequence[tuple[int, int]], generator: Any, name:
     """What the processor makes of pictures of so many (rows, columns) of tokens."""
     if not sizes:
         return {}
-    step, depth = config.vision_config.pooling_kernel_size, 3 * config.vision_config.patch_size**2
+    vision, step = config.vision_config, patches_per_side(config)
+    depth = 3 * (vision.patch_size * vision.pooling_kernel_size // step) ** 2
     most = max(rows * cols for rows, cols in sizes) * step**2
     pixels, places = torch.zeros(len(sizes), most, depth), torch.full((len(sizes), most, 2), -1)
     for i, (rows, cols) in enumerate(sizes):
@@ -153,4 +168,13 @@ GEMMA4 = Family(
     refuse=refuse,
     limits=("Audio tokens are never dropped.",),
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, variants=(("small",), ("large",))),
+)
+
+GEMMA4_UNIFIED = replace(
+    GEMMA4,
+    name="gemma4_unified",
+    model_types=("gemma4_unified",),
+    vision_tower="model.embed_vision",
+    projector="model.embed_vision.multimodal_embedder",
+    tiny=Tiny(tiny_unified, tiny_pixels, tiny_run, tuple(SIZES), token_types),
 )

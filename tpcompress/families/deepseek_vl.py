@@ -1,0 +1,55 @@
+"""DeepSeek-VL, also with a second tower for high resolution: one fixed grid per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import DeepseekVLConfig, DeepseekVLHybridConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Layout, square
+from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """Every patch of the tower is a token; the second tower adds to its width."""
+    return square(sizes)
+
+
+def tiny_config(hybrid: bool = False) -> DeepseekVLConfig | DeepseekVLHybridConfig:
+    """64 vision tokens per image; `hybrid` has a tower for 64 x 64 pixels beside the one for 32 x 32."""
+    parts = {
+        "text_config": tiny_text(),
+        "vision_config": tiny_vision("siglip_vision_model", vision_use_head=False),
+        "image_token_id": IMAGE,
+    }
+    if not hybrid:
+        return DeepseekVLConfig(**parts)
+    second = {
+        "model_type": "sam_vision_model", "hidden_size": 32, "mlp_dim": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 64, "patch_size": 8, "output_channels": 8, "window_size": 4,
+        "global_attn_indexes": [1],
+    }  # fmt: skip
+    return DeepseekVLHybridConfig(**parts, high_res_vision_config=second)
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Images of one size, and once more at high resolution where the model wants them."""
+    inputs = fixed_pixels(config, samples, generator)
+    second = getattr(config, "high_res_vision_config", None)
+    if inputs and second is not None:
+        shape = (len(inputs["pixel_values"]), 3, second.image_size, second.image_size)
+        inputs["high_res_pixel_values"] = torch.randn(shape, generator=generator)
+    return inputs
+
+
+DEEPSEEK_VL = Family(
+    name="deepseek_vl",
+    model_types=("deepseek_vl", "deepseek_vl_hybrid"),
+    vision_tower="model.vision_model",
+    projector="model.aligner",
+    image_layouts=image_layouts,
+    tiny=Tiny(tiny_config, tiny_pixels, run_of_64, variants=((), (True,))),
+)

@@ -1,0 +1,69 @@
+"""Idefics 2: a resampler makes equally many tokens, without a grid, of every image; a feature holds a whole sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import Idefics2Config
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.idefics3 import LIMITS
+from tpcompress.families.layout import Grid, Layout
+from tpcompress.families.tiny import IMAGE, START, tiny_text, tiny_vision
+
+SIZES = {"image": (32, 32), "wide": (20, 44)}
+"""Height and width in pixels of the tiny model's pictures."""
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """As many images as the feature of each sample holds; a sample without images has none."""
+    count = config.perceiver_config.resampler_n_latents
+    # Even nothing is a rectangle, so that its table of tokens has columns.
+    return [Layout((Grid(1, count),) * (size // count) or (Grid(0, count),)) for size in sizes]
+
+
+def tiny_config(window: int | None = None) -> Idefics2Config:
+    """40 vision tokens per image; with a `window`, every decoder layer is sliding."""
+    return Idefics2Config(
+        text_config=tiny_text("mistral", head_dim=16, sliding_window=window),
+        vision_config=tiny_vision("idefics2_vision", image_size=48),
+        perceiver_config={
+            "hidden_size": 64, "resampler_n_latents": 40, "resampler_depth": 1, "resampler_n_heads": 4,
+            "resampler_head_dim": 16, "num_key_value_heads": 2,
+        },
+        image_token_id=IMAGE,
+    )  # fmt: skip
+
+
+def tiny_run(config: Any, kind: str) -> list[int]:
+    """Placeholders between two marks, which are the same."""
+    return [START, *[IMAGE] * config.perceiver_config.resampler_n_latents, START]
+
+
+def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+    """Images of every sample, filled up to the most and the largest, and which of their pixels are real."""
+    sizes = [[SIZES[kind] for kind in sample] for sample in samples]
+    flat = [size for sample in sizes for size in sample]
+    if not flat:
+        return {}
+    height, width = max(h for h, _ in flat), max(w for _, w in flat)
+    pixels = torch.zeros(len(samples), max(map(len, sizes)), 3, height, width)
+    for row, sample in zip(pixels, sizes, strict=True):
+        for image, (h, w) in zip(row, sample, strict=False):
+            image[:, :h, :w] = torch.randn(3, h, w, generator=generator)
+    return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
+
+
+IDEFICS2 = Family(
+    name="idefics2",
+    model_types=("idefics2",),
+    vision_tower="model.vision_model",
+    projector="model.connector",
+    language_model="model.text_model",
+    layers="model.text_model.layers",
+    image_layouts=image_layouts,
+    limits=LIMITS,
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,))),
+)

@@ -1,0 +1,48 @@
+"""Janus and Janus-Pro, as far as they read images: one fixed grid per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import JanusConfig
+
+from tpcompress.families.base import Family, Tiny
+from tpcompress.families.layout import Layout, square
+from tpcompress.families.tiny import END, IMAGE, START, fixed_pixels, run_of_64, tiny_text, tiny_vision
+
+
+def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
+    """Every patch of the tower is a token."""
+    return square(sizes)
+
+
+def tiny_config() -> JanusConfig:
+    """64 vision tokens per image, and as little of an image generator as there can be."""
+    return JanusConfig(
+        text_config=tiny_text(),
+        vision_config=tiny_vision(
+            "janus_vision_model", num_hidden_layers=2, mlp_ratio=1.5, projection_dim=64, num_image_tokens=64
+        ),
+        vq_config={
+            "num_embeddings": 16, "latent_channels": 32, "base_channels": 32, "channel_multiplier": [1],
+            "num_res_blocks": 1, "projection_dim": 16, "num_hidden_layers": 1, "image_token_embed_dim": 64,
+        },
+        image_token_id=IMAGE,
+    )  # fmt: skip
+
+
+def tiny_run(config: Any, kind: str) -> list[int]:
+    """64 placeholders between two marks."""
+    return [START, *run_of_64(config, kind), END]
+
+
+JANUS = Family(
+    name="janus",
+    model_types=("janus",),
+    vision_tower="model.vision_model",
+    projector="model.aligner",
+    image_layouts=image_layouts,
+    limits=("Only answers in text: generation_mode='image' is not pruned.",),
+    tiny=Tiny(tiny_config, fixed_pixels, tiny_run),
+)
