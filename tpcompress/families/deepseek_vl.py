@@ -20,7 +20,7 @@ def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
 
 def tiny_config(hybrid: bool = False) -> DeepseekVLConfig | DeepseekVLHybridConfig:
     """64 vision tokens per image; `hybrid` has a tower for 64 x 64 pixels beside the one for 32 x 32."""
-    parts = {
+    parts: dict[str, Any] = {
         "text_config": tiny_text(),
         "vision_config": tiny_vision("siglip_vision_model", vision_use_head=False),
         "image_token_id": IMAGE,

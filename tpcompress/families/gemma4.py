@@ -100,7 +100,7 @@ def tiny_config(size: str = "small") -> Gemma4Config:
     return Gemma4Config(text_config=tiny_text("gemma4_text", **more), vision_config=vision, **tiny_ids())
 
 
-def tiny_ids() -> dict[str, int]:
+def tiny_ids() -> dict[str, Any]:
     """Ids of pictures and their marks."""
     return {
         "image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 106, "boi_token_id": START,
