@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tpcompress.families import list_families
-from tpcompress.families.llava import TOWERS
-from tpcompress.insertion.trace import StageTrace, Trace
-from tpcompress.pruners import Pruner, Selection, TokenView, create, list_pruners
+from tpcompress.families.tiny import IMAGE, VIDEO
+from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dart": [
@@ -105,60 +102,81 @@ def pad_view(view: TokenView, padding: int, canvas: tuple[int, int]) -> TokenVie
 
 # --------------------------------------------------------------------------------------------------------- models
 
-PLACEHOLDER = 100
+PLACEHOLDER, VIDEO_PLACEHOLDER = IMAGE, VIDEO
 TOKENS = 64
-"""Vision tokens per image of every tiny model."""
+"""Vision tokens per image of a tiny LLaVA."""
+
+Sample = tuple[int, int | Sequence[str], int]
+"""Words before the pictures, pictures (a number of images, or their kinds), words at the end."""
+
+Case = tuple[str, tuple[Any, ...]]
 
 
-def model_cases() -> list[tuple[str, tuple[Any, ...]]]:
-    """Every family with its tiny config, and LLaVA with each of its towers."""
-    cases: list[tuple[str, tuple[Any, ...]]] = [(name, ()) for name in list_families() if name != "llava"]
-    return cases + [("llava", (tower,)) for tower in TOWERS]
+def model_cases() -> list[Case]:
+    """Every family with each variant of its tiny config."""
+    return [(name, variant) for name, family in list_families().items() for variant in family.tiny.variants]
+
+
+def case_id(case: Case) -> str:
+    return "-".join([case[0], *map(str, case[1])])
 
 
 def tiny_model(family: str = "llava", *arguments: Any, impl: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     """A random model of a family. Its last logits depend on its images by design, so that no test is vacuous."""
-    config = list_families()[family].tiny_config(*arguments)
+    config = list_families()[family].tiny.config(*arguments)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation=impl).eval()
+    try:
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=impl).eval()
+    except ValueError:  # Gemma 2 caps its logits, which only eager attention can
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     scramble(model, seed + 1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
 
 
-def batch(samples: Sequence[tuple[int, int, int]], side: str = "left", seed: int = 0) -> dict[str, Tensor]:
+def batch(
+    samples: Sequence[Sample], side: str = "left", seed: int = 0, family: str = "llava", config: Any = None
+) -> dict[str, Any]:
     """Inputs of one call.
 
     Args:
-        samples: per sample, text before the images, number of images (two words after each), text at the end.
+        samples: what each sample holds; two words follow each picture.
         side: where shorter samples are padded.
+        seed: of words and pixels.
+        family: whose inputs.
+        config: of the model; the family's first tiny config without it.
     """
+    tiny = list_families()[family].tiny
+    config = config or tiny.config(*tiny.variants[0])
     g = torch.Generator().manual_seed(seed)
+    pictures = [["image"] * kinds if isinstance(kinds, int) else list(kinds) for _, kinds, _ in samples]
     rows = []
-    for before, images, after in samples:
+    for (before, _, after), kinds in zip(samples, pictures, strict=True):
         row = _words(before, g)
-        for _ in range(images):
-            row += [PLACEHOLDER] * TOKENS + _words(2, g)
+        for kind in kinds:
+            row += tiny.ids(config, kind) + _words(2, g)
         rows.append(row + _words(after, g))
     width = max(map(len, rows))
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     for b, row in enumerate(rows):
         where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[b, where], mask[b, where] = torch.tensor(row), 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    images = sum(n for _, n, _ in samples)
-    if images:
-        inputs["pixel_values"] = torch.randn(images, 3, 32, 32, generator=g)
-    return inputs
+    pixels = tiny.pixels(config, pictures, g)
+    return {"input_ids": ids, "attention_mask": mask} | tiny.arguments(config, ids) | pixels
 
 
 def _words(count: int, g: torch.Generator) -> list[int]:
     return torch.randint(3, 90, (count,), generator=g).tolist()
 
 
+def is_placeholder(ids: Tensor) -> Tensor:
+    """bool: where the ids of a tiny model stand for vision tokens or their separators."""
+    return (ids == PLACEHOLDER) | (ids == VIDEO_PLACEHOLDER)
+
+
 def one_sample(inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
-    """Sample b alone, without padding."""
+    """Sample b of a tiny LLaVA's batch alone, without padding."""
     real = inputs["attention_mask"][b].bool()
     alone = {k: inputs[k][b][real][None] for k in ("input_ids", "attention_mask")}
     images = (inputs["input_ids"] == PLACEHOLDER).sum(1) // TOKENS
@@ -178,7 +196,7 @@ def answer_labels(inputs: dict[str, Tensor], words: int = 4) -> Tensor:
 
 def generate(model: Any, inputs: dict[str, Any], new: int = 5, **more: Any) -> Any:
     """Greedy generation that never produces the placeholder, with its logits."""
-    options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": [PLACEHOLDER]} | more
+    options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": [PLACEHOLDER, VIDEO_PLACEHOLDER]} | more
     with torch.no_grad():
         return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
 
@@ -197,125 +215,6 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
-
-
-# ------------------------------------------------------------------------------------------------------ reference
-
-
-@dataclass
-class Reference:
-    """The full-length model in which layers from K on cannot see what was dropped, made from the base alone.
-
-    Attributes:
-        dropped_SBL: per stage, bool (B, S): positions that are gone from its layer on.
-        layers: first layer of each stage.
-        values: per stage, {(sample, position): new value} of merged tokens.
-        compact: whether positions are renumbered from the stage on.
-    """
-
-    dropped: list[Tensor]
-    layers: list[int]
-    values: list[dict[tuple[int, int], Tensor]]
-    compact: bool = False
-
-    @classmethod
-    def of(cls, trace: Trace, inputs: dict[str, Any], compact: bool = False) -> Reference:
-        """Read what was retained out of a trace; everything else is worked out here, from the ids."""
-        dropped, layers, values = [], [], []
-        for stage in trace.stages:
-            spots = row_positions(inputs["input_ids"], stage)
-            gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-            for r, places in enumerate(spots):
-                for v, (b, s) in enumerate(places):
-                    gone[b, s] = not bool(stage.retained_RV[r, v])
-            dropped.append(gone)
-            layers.append(stage.layer)
-            values.append(merged_values(stage.selection, spots, gone, dropped[-2] if len(dropped) > 1 else None))
-        return cls(dropped, layers, values, compact)
-
-    @property
-    def kept(self) -> Tensor:
-        """bool (B, S): what is left at the end."""
-        return ~self.dropped[-1]
-
-    @contextmanager
-    def on(self, model: Any, mask: Tensor | None = None) -> Iterator[None]:
-        """Put the reference into an unattached model for a block.
-
-        Args:
-            model: the base.
-            mask: the caller's 2-D mask.
-        """
-        language_model = model.model.language_model
-        hooks = [
-            layer.register_forward_pre_hook(self._hook(i, language_model, mask), with_kwargs=True)
-            for i, layer in enumerate(language_model.layers)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hook(self, index: int, language_model: Any, mask: Tensor | None) -> Any:
-        def pre(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            at = [n for n, k in enumerate(self.layers) if k <= index]
-            if not at:
-                return None
-            hidden = (args[0] if args else kwargs["hidden_states"]).clone()
-            B, S, _ = hidden.shape
-            if self.layers[at[-1]] == index:
-                for (b, s), value in self.values[at[-1]].items():
-                    hidden[b, s] = value
-            alive = ~self.dropped[at[-1]]
-            seen = alive if mask is None else alive & mask.bool()
-            allowed = torch.ones(S, S, dtype=torch.bool).tril() & seen[:, None, None]
-            allowed = allowed | torch.eye(S, dtype=torch.bool)
-            kwargs = dict(kwargs)
-            if self.compact:
-                # Positions lose what was dropped before them.
-                positions = kwargs["position_ids"].expand(B, S) - (~alive).cumsum(1)
-                kwargs["position_embeddings"] = language_model.rotary_emb(hidden, position_ids=positions)
-            low = torch.finfo(hidden.dtype).min
-            kwargs["attention_mask"] = torch.zeros(B, 1, S, S).masked_fill(~allowed, low)
-            return (hidden, *args[1:]), kwargs | ({} if args else {"hidden_states": hidden})
-
-        return pre
-
-
-def row_positions(ids: Tensor, stage: StageTrace) -> list[list[tuple[int, int]]]:
-    """(sample, position) of every vision token that the projector made, budget row by budget row."""
-    places = [(b, s) for b, s in (ids == PLACEHOLDER).nonzero().tolist()]
-    rows, first = [], 0
-    for owner, total in zip(stage.owner, stage.total, strict=True):
-        rows.append(places[first : first + total])
-        assert {b for b, _ in rows[-1]} == {owner}
-        first += total
-    return rows
-
-
-def merged_values(
-    selection: Selection | None, spots: list[list[tuple[int, int]]], gone: Tensor, before: Tensor | None
-) -> dict[tuple[int, int], Tensor]:
-    """Where the values that a pruner wrote belong."""
-    if selection is None or selection.vision_BVD is None:
-        return {}
-    found = {}
-    for r, places in enumerate(spots):
-        here = [(b, s) for b, s in places if before is None or not before[b, s]]
-        found |= {(b, s): selection.vision_BVD[r, v] for v, (b, s) in enumerate(here) if not gone[b, s]}
-    return found
-
-
-def aligned(full: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What is kept of a full-length tensor (B, S, ...), right-aligned to `width`, and where it is (B, width)."""
-    out = full.new_zeros(len(full), width, *full.shape[2:])
-    there = torch.zeros(len(full), width, dtype=torch.bool)
-    for b in range(len(full)):
-        part = full[b][kept[b]]
-        out[b, width - len(part) :] = part
-        there[b, width - len(part) :] = True
-    return out, there
 
 
 def stir(model: Any) -> Any:

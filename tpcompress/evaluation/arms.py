@@ -20,6 +20,7 @@ from tpcompress.evaluation.report import Report, Row
 from tpcompress.evaluation.score import Prepared, Scores, evaluate, learnt_families, prepare
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, is_attached, plan_of
+from tpcompress.insertion.encode import layouts_of
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.training.checkpoint import load_trained
 from tpcompress.training.module import load_base, load_processor
@@ -83,9 +84,8 @@ class Run:
         with console.status(f"drawing {num_images} held-out pictures"):
             data = load_benchmark("test", num_images, seed)
             packed = prepare(processor, data, batch_size=batch_size)
-        images = resolve(model).family.image_tokens(model.config, packed.batches[0])
-        assert images is not None
-        return cls(folder, console, base, model, processor, data, packed, report, batch_size, images.counts[0])
+        num_tokens = layouts_of(resolve(model), packed.batches[0])["image"][0].count
+        return cls(folder, console, base, model, processor, data, packed, report, batch_size, num_tokens)
 
     # ------------------------------------------------------------------ rows
 

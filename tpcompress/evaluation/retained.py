@@ -59,12 +59,11 @@ def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]
             batch.pop("meta")
             with record(model) as trace:
                 model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
-            images = controller.parts.family.image_tokens(controller.parts.model.config, batch)
-            if images is None or not trace.stages:
+            if not trace.stages:
                 raise ValueError(
                     f"Row {number} shows nothing: it has no image, or the plan is off; give rows with one."
                 )
-            sample = _retained(trace.stages, images.grids[0], batch, processor, controller.pruners)
+            sample = _retained(trace.stages, trace.stages[0].layouts[0][0].canvas, batch, processor, controller.pruners)
             question = str(row["conversations"][0][0]["content"]).replace(IMAGE_MARKER, "").strip()
             samples.append(dataclasses.replace(sample, question=question))
     return samples

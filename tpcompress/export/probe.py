@@ -149,10 +149,10 @@ def _answer(base: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     pad = base.generation_config.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    placeholder = controller_of(base).parts.placeholder_id
+    placeholders = sorted(controller_of(base).parts.placeholder_ids.values())
     options = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, use_cache=True, eos_token_id=eos, pad_token_id=pad,
-        suppress_tokens=[placeholder], return_dict_in_generate=True, output_logits=True,
+        suppress_tokens=placeholders, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     out = base.generate(**moved, generation_config=options)
     return out.logits[0].float(), out.sequences[:, length:]

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,23 +14,70 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tpcompress.families.layout import Layout
+
+Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
+"""(config, arguments of the encoder by name, tokens of each of its features) -> one layout per image or video."""
+
+MODALITIES = ("image", "video")
+
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """Vision tokens that each image of a call brings, known to the host from shapes alone.
+class Blocks:
+    """Vision tokens that attend to each other in both directions.
 
     Attributes:
-        counts: tokens of each image, in the order of their placeholders.
-        grids: (rows, columns) of each image; (1, count) where its tokens are no grid.
+        ids: (arguments of the core model by name) -> int (B, S): equal numbers >= 0 see each other; None if no such
+            argument was given.
+        kinds: the kinds of layers that do so, as `config.layer_types` calls them.
+        beyond_window: a sliding window does not cut a block.
     """
 
-    counts: list[int]
-    grids: list[tuple[int, int]]
+    ids: Callable[[Mapping[str, Any]], Tensor | None]
+    kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
+    beyond_window: bool = False
 
 
 def supported(config: Any) -> str | None:
     """Nothing to refuse. A function with a name, because a model with a plan attached can be pickled."""
     return None
+
+
+def own_keys(config: Any, layer: int) -> int:
+    """Every layer computes its own keys."""
+    return layer
+
+
+def rotary_only(config: Any) -> bool:
+    """Layers know positions from the rotary embedding alone."""
+    return False
+
+
+def no_arguments(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """Nothing beside ids, mask and pixels."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random model of a few thousand parameters and inputs for it, for the tests that every family gets.
+
+    Attributes:
+        config: (any arguments) -> config of six decoder layers (or as few as the family allows), vocabulary 128, width
+            64; words are ids 3 to 89.
+        pixels: (config, kinds of pictures per sample, generator) -> what the processor makes of them, by name.
+        ids: (config, kind) -> the run of ids that one picture has in the prompt, separators included.
+        kinds: kinds of pictures: `image` always; `wide`, an image of another size, and `video` where the family has them.
+        arguments: (config, input ids (B, S)) -> further arguments that the processor derives from the ids.
+        variants: positional arguments of `config` worth a run of all tests.
+    """
+
+    config: Callable[..., PretrainedConfig]
+    pixels: Callable[[Any, Sequence[Sequence[str]], Any], dict[str, Any]]
+    ids: Callable[[Any, str], list[int]]
+    kinds: tuple[str, ...] = ("image",)
+    arguments: Callable[[Any, Tensor], dict[str, Tensor]] = no_arguments
+    variants: tuple[tuple[Any, ...], ...] = ((),)
 
 
 @dataclass(frozen=True)
@@ -40,30 +87,58 @@ class Family:
     Attributes:
         name: the word used in tables and errors.
         model_types: values of `config.model_type` that it covers.
+        vision_tower, projector: where they are; a tower that projects by itself names its merger.
+        image_layouts: layouts of the images of one call of `core.get_image_features`.
+        tiny: a tiny model and its inputs.
         core: the model that merges vision tokens into the sequence.
-        vision_tower, projector, language_model, layers: the parts, in the order of the tensor's life.
-        placeholder: config attribute with the id that vision tokens have in `input_ids`.
-        image_tokens: (config, forward arguments) -> `ImageTokens`, or None if the call brings no image.
-        tiny_config: a random model of a few thousand parameters, for tests.
+        language_model, layers: the text model and its decoder layers.
+        image_token, video_token: config attributes with the ids that vision tokens have in `input_ids`.
+        video_layouts: the same as `image_layouts` for `core.get_video_features`; None if the family has no videos.
+        positions: `1d`, or `mrope` for rows of time, height and width.
+        masks_in_core: the core model builds attention masks before it calls the text model.
+        blocks: vision tokens see each other both ways.
+        joins_tiles: features whose placeholders follow each other without a gap are tiles of one image.
+        keys_of: (config, layer) -> the layer whose keys and values a layer attends to.
+        reads_positions: (config) -> whether layers read position ids beside the rotary embedding.
+        input_norm: name of the norm before a layer's attention.
         refuse: (config) -> reason why a variant is not supported, or None.
+        limits: what is known not to work, one sentence each.
     """
 
     name: str
     model_types: tuple[str, ...]
-    core: str
     vision_tower: str
     projector: str
-    language_model: str
-    layers: str
-    placeholder: str
-    image_tokens: Callable[[Any, Mapping[str, Any]], ImageTokens | None]
-    tiny_config: Callable[..., PretrainedConfig]
+    image_layouts: Layouts
+    tiny: Tiny
+    core: str = "model"
+    language_model: str = "model.language_model"
+    layers: str = "model.language_model.layers"
+    image_token: str = "image_token_id"
+    video_token: str = "video_token_id"
+    video_layouts: Layouts | None = None
+    positions: str = "1d"
+    masks_in_core: bool = False
+    blocks: Blocks | None = None
+    joins_tiles: bool = False
+    keys_of: Callable[[Any, int], int] = own_keys
+    reads_positions: Callable[[Any], bool] = rotary_only
+    input_norm: str = "input_layernorm"
     refuse: Callable[[Any], str | None] = supported
+    limits: tuple[str, ...] = ()
+
+    def layouts(self, modality: str) -> Layouts | None:
+        """The function that lays out images or videos; None if the family has none."""
+        return self.image_layouts if modality == "image" else self.video_layouts
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A family resolved on one model."""
+    """A family resolved on one model.
+
+    Attributes:
+        placeholder_ids: the id of vision tokens by modality (`image`, `video`).
+    """
 
     family: Family
     model: PreTrainedModel
@@ -72,12 +147,17 @@ class Parts:
     projector: nn.Module
     language_model: nn.Module
     layers: nn.ModuleList
-    placeholder_id: int
+    placeholder_ids: dict[str, int]
+
+    @property
+    def text_config(self) -> Any:
+        """Config of the language model."""
+        return self.model.config.get_text_config()
 
     @property
     def hidden_size(self) -> int:
         """Width of the language model."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return int(self.text_config.hidden_size)
 
 
 @cache
@@ -121,12 +201,14 @@ def resolve(model: PreTrainedModel) -> Parts:
     part = model.get_submodule
     layers = part(family.layers)
     assert isinstance(layers, nn.ModuleList)
+    names = {"image": family.image_token, "video": family.video_token}
+    ids = {m: int(getattr(model.config, names[m])) for m in MODALITIES if family.layouts(m) is not None}
     return Parts(
         family, model, part(family.core), part(family.vision_tower), part(family.projector),
-        part(family.language_model), layers, int(getattr(model.config, family.placeholder)),
+        part(family.language_model), layers, ids,
     )  # fmt: skip
 
 
-def rotary_of(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The rotary function that an attention module itself calls: `apply_rotary_pos_emb(q, k, cos, sin)`."""
+def rotary_of(attention: nn.Module) -> Callable[..., Any]:
+    """The rotary function that an attention module itself calls."""
     return sys.modules[type(attention).__module__].apply_rotary_pos_emb

@@ -1,30 +1,32 @@
-"""What is known during one forward call, and what a request carries from its prefill to its decode steps."""
+"""What is known during one forward call, and what a request carries from one call to the next.
+
+B samples, S columns of a call, P columns of the conversation before it, N columns that some layer holds.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpcompress.insertion.encode import Encoded
 from tpcompress.insertion.sequence import Frame, Rows
 from tpcompress.insertion.views import LayerInput
-
-STATE = "_tpcompress_state"
-"""Attribute of a KV cache that carries the request's `Prefix`."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What decode steps must know of one stage. B samples, N columns that its layers hold after the prefill.
+    """What later calls must know of one stage.
 
     Attributes:
         layer: first layer with the shortened cache.
-        width: N.
+        width: N, columns that those layers hold of the conversation so far.
         padding_BN: True on real columns; None if all are.
         whole: no column is a filler or hidden, so only the caller's own padding can be in `padding_BN`.
-        lost_B1: tokens that the sample lost since the language model's input; compact positions are behind by it.
+        lost_B1: positions that the sample lost since the language model's input; compact positions are behind by it.
     """
 
     layer: int
@@ -34,25 +36,37 @@ class Cut:
     lost_B1: Tensor
 
     @classmethod
-    def of(cls, layer: int, frame: Frame, padding_BN: Tensor | None) -> Cut:
+    def of(cls, layer: int, frame: Frame, padding_BN: Tensor | None, lost_B1: Tensor) -> Cut:
         """The cut that led to a frame."""
-        lost_B1 = torch.tensor(frame.lost, device=frame.index_BN.device)[:, None]
         return cls(layer, frame.width, padding_BN, frame.present_BN is None, lost_B1)
 
     def padding(self, new_BQ: Tensor | None) -> Tensor | None:
-        """The 2-D mask of prefill and later columns together, bool (B, N + Q); None if all are real."""
-        if new_BQ is None:
-            return None
-        old_BN = new_BQ.new_ones(new_BQ.shape[0], self.width) if self.padding_BN is None else self.padding_BN
-        return torch.cat([old_BN, new_BQ], 1)
+        """The 2-D mask of these columns and of later ones, bool (B, N + Q); None if all are real."""
+        return None if new_BQ is None else join(self.padding_BN, self.width, new_BQ, new_BQ.shape[1])
+
+    def after(self, before: Cut) -> Cut:
+        """This cut of a later call behind what its layers already held."""
+        padding_BN = join(before.padding_BN, before.width, self.padding_BN, self.width)
+        lost_B1 = self.lost_B1 + before.lost_B1
+        return Cut(self.layer, before.width + self.width, padding_BN, before.whole and self.whole, lost_B1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prefix:
-    """What a request's cache carries: the original prompt length and the cuts of its prefill."""
+    """What a request's cache carries.
+
+    Attributes:
+        length: P, columns of the conversation when the last prompt with images had been read.
+        cuts: the stages that acted in it, at rising layers.
+        mask_BP: the caller's 2-D mask of those columns.
+        rope_deltas: what an M-RoPE model would add to the positions of later text. Transformers keeps it on the model,
+            where another request overwrites it.
+    """
 
     length: int
-    cuts: list[Cut] = field(default_factory=list)
+    cuts: tuple[Cut, ...] = ()
+    mask_BP: Tensor | None = None
+    rope_deltas: Tensor | None = None
 
     def at_input(self) -> Cut | None:
         """The cut before the language model, if there was one."""
@@ -62,6 +76,30 @@ class Prefix:
         """The last cut inside the language model that a layer stands behind."""
         return next((cut for cut in reversed(self.cuts) if 0 < cut.layer <= layer), None)
 
+    def held(self, layer: int) -> int:
+        """Columns of the conversation that a layer holds."""
+        cut = self.at_layer(layer) or self.at_input()
+        return self.length if cut is None else cut.width
+
+    def before(self, layer: int, device: torch.device) -> Cut:
+        """What a layer holds, as a cut, whether or not there was one."""
+        cut = self.at_layer(layer) if layer else self.at_input()
+        if cut is not None:
+            return cut
+        entry, nothing = self.at_input(), torch.zeros(1, 1, dtype=torch.long, device=device)
+        if entry is not None:
+            return replace(entry, lost_B1=nothing)
+        return Cut(layer, self.length, self.mask_BP, True, nothing)
+
+    def grown(self, steps: int, new_BQ: Tensor | None) -> Prefix:
+        """The same request after `steps` more columns."""
+        cuts = tuple(
+            replace(cut, width=cut.width + steps, padding_BN=join(cut.padding_BN, cut.width, new_BQ, steps))
+            for cut in self.cuts
+        )
+        mask_BP = join(self.mask_BP, self.length, new_BQ, steps)
+        return Prefix(self.length + steps, cuts, mask_BP, self.rope_deltas)
+
 
 @dataclass
 class Call:
@@ -69,28 +107,45 @@ class Call:
 
     Attributes:
         labels_BS: the caller's labels.
-        mask_BS: the caller's 2-D mask over the original sequence (prefill).
+        mask_BS: the caller's 2-D mask over the call's columns (prefill).
+        places: by modality, where placeholders stand (prefill).
+        encoded: by modality, what is known of the features that fill them.
         rows, frame: vision tokens and sequence at hand; None in a call without images.
         last_prompt_B: original position of the last prompt token.
-        prefix: what the cache carries: being written in a prefill, read in a decode step.
-        new_BQ: 2-D mask of everything after the prompt (decode); None if all of it and of the prompt is real.
+        blocks_BS: numbers of blocks that attend both ways; None if there are none.
+        prefix: the conversation before this call; None if there was nothing, or nothing of ours in it.
+        new_BQ: 2-D mask of everything after the prefix (decode); None if all of it and of the prefix is real.
         custom_mask: a caller's 4-D mask over the language model's input.
-        cut_inside: a stage inside the language model has acted, so later layers need shortened arguments.
+        positions: position ids of the language model's input, as it got them.
+        real_BN: False on padding among those columns; None if there is none.
+        layer_positions: position ids of the columns at hand inside the language model.
+        cuts: what this call leaves for later ones.
         before: input of the layer before the next stage, if that stage reads keys or attention.
         memo: shortened copies of arguments that the layers share.
     """
 
     labels_BS: Tensor | None = None
     mask_BS: Tensor | None = None
+    places: Mapping[str, Tensor] = field(default_factory=dict)
+    encoded: dict[str, Encoded] = field(default_factory=dict)
     rows: Rows | None = None
     frame: Frame | None = None
     last_prompt_B: Tensor | None = None
+    blocks_BS: Tensor | None = None
     prefix: Prefix | None = None
     new_BQ: Tensor | None = None
     custom_mask: Tensor | None = None
-    cut_inside: bool = False
+    positions: Tensor | None = None
+    real_BN: Tensor | None = None
+    layer_positions: Tensor | None = None
+    cuts: list[Cut] = field(default_factory=list)
     before: LayerInput | None = None
     memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the call brings images."""
+        return bool(self.places)
 
     def once(self, name: str, source: Any, make: Any) -> Any:
         """`make(source)`, computed once for all layers that pass the same object."""
@@ -98,6 +153,33 @@ class Call:
         if key not in self.memo:
             self.memo[key] = (source, make(source))
         return self.memo[key][1]
+
+    def end(self, rope_deltas: Tensor | None = None) -> Prefix:
+        """What the request's cache must carry after this prefill."""
+        assert self.frame is not None
+        before = self.prefix or Prefix(0)
+        cuts = {cut.layer: cut for cut in before.cuts}
+        for cut in self.cuts:
+            cuts[cut.layer] = cut.after(before.before(cut.layer, cut.lost_B1.device))
+        mask_BP = join(before.mask_BP, before.length, self.mask_BS, self.frame.length)
+        return Prefix(before.length + self.frame.length, tuple(cuts[layer] for layer in sorted(cuts)), mask_BP, rope_deltas)
+
+
+def join(old_BN: Tensor | None, width: int, new_BQ: Tensor | None, steps: int) -> Tensor | None:
+    """Two neighbouring 2-D masks as one bool (B, N + Q); None if both are all True.
+
+    Args:
+        old_BN: the left one, None if all True.
+        width: N.
+        new_BQ: the right one, None if all True.
+        steps: Q.
+    """
+    given = old_BN if new_BQ is None else new_BQ
+    if given is None:
+        return None
+    old_BN = given.new_ones(len(given), width, dtype=torch.bool) if old_BN is None else old_BN.bool()
+    new_BQ = given.new_ones(len(given), steps, dtype=torch.bool) if new_BQ is None else new_BQ.bool()
+    return torch.cat([old_BN, new_BQ], 1)
 
 
 def last_prompt_token(labels_BS: Tensor | None, mask_BS: Tensor | None, B: int, S: int, device: torch.device) -> Tensor:
@@ -112,24 +194,8 @@ def last_prompt_token(labels_BS: Tensor | None, mask_BS: Tensor | None, B: int, 
     return torch.where(labelled_BS.any(1), first_B, last_B).clamp(min=0)
 
 
-def num_steps(kwargs: dict) -> int:
+def num_steps(kwargs: Mapping[str, Any]) -> int:
     """New columns of a call."""
     ids = kwargs.get("input_ids")
     given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
     return given.shape[1]
-
-
-def on_host(length: Any, steps: int) -> bool:
-    """A static cache knows its length on the device only; asking makes the host wait, so not at every decode step."""
-    return isinstance(length, int) or steps > 1
-
-
-def emptied(cache: Any, steps: int) -> bool:
-    """Whether a cache was reset since the request that it remembers."""
-    length = cache.get_seq_length()
-    return on_host(length, steps) and int(length) == 0
-
-
-def packed(positions: Tensor | None) -> bool:
-    """Whether transformers would read position ids as packed sequences."""
-    return positions is not None and bool((positions.diff(dim=-1) != 1).any())

@@ -1,6 +1,7 @@
 """Attention masks of shortened layers: made by transformers for the layer's own cache, or re-indexed if custom.
 
-B samples, N columns, S columns of the language model's input, L keys in the layer's cache.
+B samples, N columns, S columns of the language model's input, L keys in the layer's cache. A sliding window counts the
+columns that are there: it is the window of the same decoder fed with the short sequence.
 """
 
 from __future__ import annotations
@@ -9,33 +10,70 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
+from torch.nn import functional as F
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    blockwise_overlay,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 
+from tpcompress.families.base import Blocks
 from tpcompress.insertion.sequence import Frame, take_square
+
+RECURRENT = ("conv", "linear_attention")
+"""Kinds of layers that carry a state from column to column: nothing can be hidden from them."""
+
+
+def layer_kind(config: Any, layer: int) -> str:
+    """The kind of a decoder layer, as transformers names the masks of a language model."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return str(kinds[layer])
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
 
 
 def layer_mask(
     config: Any,
+    kind: str,
     hidden_BND: Tensor,
     padding_BL: Tensor | None,
     cache: Any,
     layer: int,
-    base_mask: Any,
+    blocks_BL: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Any:
-    """The causal mask of one pruned layer, in whatever form its attention implementation takes.
+    """The mask of one pruned layer, in whatever form its attention implementation takes.
 
     Args:
         config: the language model's config.
+        kind: the layer's kind.
         hidden_BND: input of the layer; shape, dtype and device are read.
         padding_BL: True on real keys, old and new; None if all are.
         cache: the request's cache, or None.
-        layer: index of the layer, whose own cache length counts.
-        base_mask: what the language model made for its own input. None means that nothing is padded and the
-            kernel's own causal flag serves; the same then holds here.
+        layer: the layer whose cache counts.
+        blocks_BL: int, numbers of blocks that attend both ways, -1 elsewhere; None without such blocks.
+        blocks: the family's rule for them.
     """
-    if base_mask is None and padding_BL is None:
-        return None
-    return create_causal_mask(config, hidden_BND, padding_BL, cache, position_ids=None, layer_idx=layer)
+    given: Any = {"position_ids": None, "layer_idx": layer}
+    if blocks is None or blocks_BL is None or kind not in blocks.kinds:
+        make: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+        return make(config, hidden_BND, padding_BL, cache, **given)
+    if kind == "full_attention":
+        return create_causal_mask(config, hidden_BND, padding_BL, cache, block_sequence_ids=blocks_BL, **given)
+    if blocks.beyond_window:
+        return create_sliding_window_causal_mask(
+            config, hidden_BND, padding_BL, cache, block_sequence_ids=blocks_BL, **given
+        )
+    keys = blocks_BL.shape[1]
+    if cache is not None:
+        keys = sum(cache.get_mask_sizes(hidden_BND.shape[1], layer))
+    padded_BL = F.pad(blocks_BL, (0, max(0, keys - blocks_BL.shape[1])), value=-1)
+    return create_causal_mask(
+        config, hidden_BND, padding_BL, cache, or_mask_function=blockwise_overlay(padded_BL),
+        and_mask_function=sliding_window_overlay(config.sliding_window), **given,
+    )  # fmt: skip
 
 
 def custom_mask(mask_BHSS: Tensor, frame: Frame) -> Tensor:

@@ -7,12 +7,14 @@ except `locate` and `Frame.full` for a batch of several samples (once per prefil
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tpcompress.families import ImageTokens
+from tpcompress.families import Layout
 
 
 @dataclass(frozen=True)
@@ -23,22 +25,24 @@ class Rows:
         owner: sample of each row.
         total: tokens that the projector produced for each row.
         count: tokens of each row that are still there.
+        layouts: the images or videos of each row; one, except under the scope of a prompt.
         owner_R: `owner` on the device.
         index_RV: position of each token in the original sequence.
         token_RV: number of each token within its row, 0 .. total - 1.
         valid_RV: False where a shorter row is padded.
-        cols_R: width of the grid that the row's tokens came from.
-        canvas: (rows, columns) that hold every grid.
+        table_RV4: canvas row, canvas column, rectangle (tile or frame) and image of each token, counted in its row.
+        canvas: (rows, columns) that hold every row's rectangles standing on top of each other.
     """
 
     owner: list[int]
     total: list[int]
     count: list[int]
+    layouts: list[tuple[Layout, ...]]
     owner_R: Tensor
     index_RV: Tensor
     token_RV: Tensor
     valid_RV: Tensor
-    cols_R: Tensor
+    table_RV4: Tensor
     canvas: tuple[int, int]
 
     @property
@@ -55,6 +59,7 @@ class Rows:
             index_RV=self.index_RV.gather(1, order_RK),
             token_RV=self.token_RV.gather(1, order_RK),
             valid_RV=keep_RV.gather(1, order_RK),
+            table_RV4=self.table_RV4.gather(1, order_RK[..., None].expand(-1, -1, 4)),
         )
 
     def retained_RV(self) -> Tensor:
@@ -63,58 +68,98 @@ class Rows:
         return kept_RV.scatter_(1, self.token_RV.masked_fill(~self.valid_RV, max(self.total)), True)[:, :-1]
 
 
-def locate(placeholder_BS: Tensor, images: ImageTokens, scope: str) -> Rows:
-    """Find the vision tokens of every image.
+@dataclass(frozen=True)
+class _Run:
+    """Placeholders of one image, or of adjacent tiles of one, in the list of all placeholders of a call."""
+
+    owner: int
+    start: int
+    layout: Layout
+
+
+def locate(
+    places: Mapping[str, Tensor], layouts: Mapping[str, Sequence[Layout]], scope: str, joins_tiles: bool = False
+) -> Rows:
+    """Find the vision tokens of every image and video.
 
     Args:
-        placeholder_BS: True where the sequence holds a vision token.
-        images: how many tokens each image brings, in the order of the placeholders.
-        scope: `image` for one row per image, `prompt` for one row per sample.
+        places: by modality, bool (B, S): True where the sequence holds a placeholder.
+        layouts: by modality, how the placeholders of each image or video lie, in their order.
+        scope: `image` for one row per image or video, `prompt` for one row per sample.
+        joins_tiles: layouts whose placeholders follow each other without a gap are tiles of one image.
 
-    Raises:
-        ValueError: more vision tokens than positions. (Other mismatches are found by transformers, a moment later.)
+    Transformers has found before that their numbers fit.
     """
-    B, S = placeholder_BS.shape
-    if sum(images.counts) > B * S:
-        raise ValueError(
-            f"{len(images.counts)} images bring {sum(images.counts)} vision tokens, but the batch has only {B * S} "
-            f"positions; pass the images that its placeholders name."
-        )
-    device = placeholder_BS.device
-    # A stable sort instead of `nonzero`: the number of placeholders is known, so the host need not ask for it.
-    place_T = (~placeholder_BS.reshape(-1)).to(torch.int8).argsort(stable=True)[: sum(images.counts)]
-    starts = [sum(images.counts[:i]) for i in range(len(images.counts))]
-    owner = [0] * len(starts)
-    if B > 1:
-        owner = (place_T[torch.tensor(starts, device=device)] // S).cpu().numpy().tolist()
-    groups = [(o, s, c, g) for o, s, c, g in zip(owner, starts, images.counts, images.grids, strict=True)]
+    B, S = next(iter(places.values())).shape
+    runs: list[_Run] = []
+    found, first = [], 0
+    for modality, given in layouts.items():
+        listed = [layout for layout in given if layout.count]  # a sample without images may have features of no token
+        # A stable sort instead of `nonzero`: the number of placeholders is known, so the host need not ask for it.
+        length = sum(layout.placeholders for layout in listed)
+        place_T = (~places[modality].reshape(-1)).to(torch.int8).argsort(stable=True)[:length]
+        runs += [replace(run, start=run.start + first) for run in _runs(place_T, listed, B, S, joins_tiles)]
+        found.append(place_T)
+        first += length
+    place_T, device = torch.cat(found), found[0].device
+    groups = [[run] for run in runs]
     if scope == "prompt":
-        groups = [_stack([g for g in groups if g[0] == sample]) for sample in dict.fromkeys(owner)]
-    counts = [count for _, _, count, _ in groups]
-    token_V = torch.arange(max(counts), device=device)
-    count_R1 = torch.tensor(counts, device=device)[:, None]
-    start_R1 = torch.tensor([start for _, start, _, _ in groups], device=device)[:, None]
-    valid_RV = token_V < count_R1
-    index_RV = place_T[(start_R1 + token_V.minimum(count_R1 - 1))] % S
+        groups = [[run for run in runs if run.owner == sample] for sample in dict.fromkeys(run.owner for run in runs)]
+    tables = [_table(group) for group in groups]
+    total_R = [len(table) for table in tables]
+    # One tensor and one copy to the device: everything that is known of the tokens beforehand.
+    table_RV5 = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).to(device)
+    token_V = torch.arange(max(total_R), device=device)
+    count_R1 = torch.tensor(total_R, device=device)[:, None]
+    token_RV = token_V.minimum(count_R1 - 1)
+    table_RV5 = table_RV5.gather(1, token_RV[..., None].expand_as(table_RV5))
+    index_RV, table_RV4 = place_T[table_RV5[..., 0]] % S, table_RV5[..., 1:]
+    if scope == "prompt" and len(layouts) > 1:  # images and videos were listed apart; their rows follow the sequence
+        order_RV = index_RV.masked_fill(token_V >= count_R1, S).argsort(dim=1, stable=True)
+        index_RV, table_RV4 = index_RV.gather(1, order_RV), table_RV4.gather(1, order_RV[..., None].expand_as(table_RV4))
+    canvases = [[sum(run.layout.canvas[0] for run in group) for group in groups]]
+    canvases.append([max(run.layout.canvas[1] for run in group) for group in groups])
     return Rows(
-        owner=[o for o, *_ in groups],
-        total=counts,
-        count=counts,
-        owner_R=torch.tensor([o for o, *_ in groups], device=device),
+        owner=[group[0].owner for group in groups],
+        total=total_R,
+        count=total_R,
+        layouts=[tuple(run.layout for run in group) for group in groups],
+        owner_R=torch.tensor([group[0].owner for group in groups], device=device),
         index_RV=index_RV,
-        token_RV=token_V.expand_as(index_RV).minimum(count_R1 - 1),
-        valid_RV=valid_RV,
-        cols_R=torch.tensor([grid[1] for *_, grid in groups], device=device),
-        canvas=(max(grid[0] for *_, grid in groups), max(grid[1] for *_, grid in groups)),
+        token_RV=token_RV,
+        valid_RV=token_V < count_R1,
+        table_RV4=table_RV4,
+        canvas=(max(canvases[0]), max(canvases[1])),
     )
 
 
-def _stack(images: list[tuple[int, int, int, tuple[int, int]]]) -> tuple[int, int, int, tuple[int, int]]:
-    """One row of a prompt's images: grids of one width stand on top of each other, others form a single run."""
-    count = sum(c for _, _, c, _ in images)
-    widths = {grid[1] for *_, grid in images}
-    grid = (sum(g[0] for *_, g in images), widths.pop()) if len(widths) == 1 else (1, count)
-    return images[0][0], images[0][1], count, grid
+def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tiles: bool) -> list[_Run]:
+    """Whose each layout is; the host reads positions only where shapes do not tell (B > 1, tiles to join)."""
+    ends = list(accumulate(layout.placeholders for layout in layouts))
+    starts = [0, *ends[:-1]]
+    joins = joins_tiles and len(layouts) > 1
+    edge_2R = [[0] * len(starts)] * 2
+    if B > 1 or joins:
+        edge_2R = place_T[torch.tensor([starts, [end - 1 for end in ends]], device=place_T.device)].cpu().numpy().tolist()
+    runs: list[_Run] = []
+    for begin, last, start, layout in zip(*edge_2R, starts, layouts, strict=True):
+        if joins and runs and begin == previous + 1 and begin % S:
+            runs[-1] = replace(runs[-1], layout=Layout(runs[-1].layout.grids + layout.grids))
+        else:
+            runs.append(_Run(begin // S, start, layout))
+        previous = last
+    return runs
+
+
+def _table(group: Sequence[_Run]) -> Tensor:
+    """(V, 5): place in the list of placeholders, canvas row and column, rectangle, image; several images stack up."""
+    parts, top, tiles = [], 0, 0
+    for number, run in enumerate(group):
+        offset = torch.tensor([run.start, top, 0, tiles])
+        table = run.layout.table + offset
+        parts.append(torch.cat([table, torch.full((len(table), 1), number)], 1))
+        top, tiles = top + run.layout.canvas[0], tiles + len(run.layout.grids)
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -230,24 +275,26 @@ def take(x: Tensor, index_BN: Tensor, dim: int) -> Tensor:
     """Columns of a tensor along its sequence dimension, sample by sample.
 
     Args:
-        x: (B or 1, ..., S, ...); the batch is dimension 0, or the one before `dim` if that is not 0 (M-RoPE rows).
+        x: (..., B or 1, S, ...): samples stand in the dimension before the sequence (position rows of M-RoPE, too).
         index_BN: wanted columns.
         dim: the sequence dimension.
     """
     dim = dim % x.ndim
-    batch = 0 if x.shape[0] in (1, index_BN.shape[0]) or dim == 0 else dim - 1
-    if x.shape[batch] != index_BN.shape[0]:
-        x = x.expand(*[index_BN.shape[0] if i == batch else -1 for i in range(x.ndim)])
-    view = [1] * x.ndim
-    view[batch], view[dim] = index_BN.shape
-    target = list(x.shape)
-    target[dim] = index_BN.shape[1]
-    return x.gather(dim, index_BN.view(view).expand(target))
+    return _gather(x, index_BN, dim - 1, dim)
 
 
 def take_square(mask_BHSS: Tensor, index_BN: Tensor) -> Tensor:
     """Rows and columns of a 4-D mask (B or 1, H or 1, S, S)."""
-    return take(take(mask_BHSS, index_BN, 2), index_BN, 3)
+    return _gather(_gather(mask_BHSS, index_BN, 0, 2), index_BN, 0, 3)
+
+
+def _gather(x: Tensor, index_BN: Tensor, batch: int, dim: int) -> Tensor:
+    if x.shape[batch] != index_BN.shape[0]:
+        x = x.expand(*[index_BN.shape[0] if i == batch else -1 for i in range(x.ndim)])
+    view, target = [1] * x.ndim, list(x.shape)
+    view[batch], view[dim] = index_BN.shape
+    target[dim] = index_BN.shape[1]
+    return x.gather(dim, index_BN.view(view).expand(target))
 
 
 def put_tokens(hidden_BND: Tensor, cell_RV: Tensor, valid_RV: Tensor, value_RVD: Tensor, ragged: bool) -> Tensor:

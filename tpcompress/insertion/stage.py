@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpcompress.insertion.call import Call, Cut
+from tpcompress.insertion.call import Call
+from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.sequence import put_tokens, take
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views import build_view
@@ -36,7 +37,7 @@ def run_stage(
         changed. A budget that keeps everything does not ask the pruner, so that the model is the base bit for bit.
     """
     rows, frame = call.rows, call.frame
-    assert rows is not None and frame is not None and call.last_prompt_B is not None and call.prefix is not None
+    assert rows is not None and frame is not None and call.last_prompt_B is not None
     counts = [min(controller.budgets[number].count(t), c) for t, c in zip(rows.total, rows.count, strict=True)]
     if counts == rows.count:
         _note(controller, number, call, rows.count, frame.width, None, None)
@@ -53,14 +54,32 @@ def run_stage(
         hidden_BND = put_tokens(hidden_BND, cell_RV, rows.valid_RV, selection.vision_BVD, rows.ragged)
     local_BN, cut = None, selection.gate_BV is None
     if cut:
+        if hide:
+            _check_hiding(controller, number, frame.width)
         call.frame, local_BN = frame.cut(rows, selection.keep_BV, counts, hide)
         call.rows = rows.retain(selection.keep_BV, counts)
         if local_BN is not None:
             hidden_BND = take(hidden_BND, local_BN, 1)
-        layer = controller.plan.stages[number].layer
-        call.prefix.cuts.append(Cut.of(layer, call.frame, call.frame.padding(call.mask_BS)))
     _note(controller, number, call, rows.count, frame.width, view, selection)
     return hidden_BND, local_BN, cut
+
+
+def _check_hiding(controller: Controller, number: int, width: int) -> None:
+    """Mode `mask` must equal mode `drop`: refuse layers whose state or window would count hidden columns.
+
+    Raises:
+        ValueError: such a layer stands behind the stage.
+    """
+    config, first = controller.parts.text_config, controller.plan.stages[number].layer
+    kinds = {layer_kind(config, layer) for layer in range(first, len(controller.parts.layers))}
+    what = next((kind for kind in RECURRENT if kind in kinds), None)
+    if "sliding_attention" in kinds and width > config.sliding_window:
+        what = f"sliding_attention (a window of {config.sliding_window} over {width} columns)"
+    if what:
+        raise ValueError(
+            f"Mode mask cannot hide tokens from layers of kind {what}; use mode drop, or train a learned pruner, whose "
+            f"gates hide nothing."
+        )
 
 
 def _note(
@@ -86,6 +105,7 @@ def _note(
                 sequence_out=call.frame.width,
                 retained_RV=call.rows.retained_RV(),
                 owner=call.rows.owner,
+                layouts=call.rows.layouts,
                 view=view,
                 selection=selection,
             )

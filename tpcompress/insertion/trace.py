@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tpcompress.families import Layout
 from tpcompress.pruners import Selection, TokenView
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class StageTrace:
         sequence_in, sequence_out: columns of the batch before and after.
         retained_RV: bool, which of the projector's tokens each row still has.
         owner: sample of each row.
+        layouts: how the tokens of each row lie: one image or video, or all of a prompt.
         view, selection: what the pruner saw and said; None if the budget kept everything and it was not asked.
     """
 
@@ -39,6 +41,7 @@ class StageTrace:
     sequence_out: int
     retained_RV: Tensor
     owner: list[int]
+    layouts: list[tuple[Layout, ...]]
     view: TokenView | None = None
     selection: Selection | None = None
 

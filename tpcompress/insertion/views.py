@@ -104,8 +104,8 @@ def build_view(
     view = TokenView(
         vision_BVD=vision_RVD,
         valid_BV=rows.valid_RV,
-        row_BV=rows.token_RV // rows.cols_R[:, None],
-        col_BV=rows.token_RV % rows.cols_R[:, None],
+        row_BV=rows.table_RV4[..., 0],
+        col_BV=rows.table_RV4[..., 1],
         canvas=rows.canvas,
         soft=soft,
         **optional,

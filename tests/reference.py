@@ -1,0 +1,224 @@
+"""The reference of every exactness test: the base at full length, in which layers from K on cannot see dropped tokens.
+
+Nothing of the insertion is used here but the record of which tokens were retained.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpcompress.families import resolve
+from tpcompress.insertion.trace import StageTrace, Trace
+from tpcompress.pruners import Selection
+
+Spot = tuple[int, int]
+"""(sample, position)."""
+
+
+@dataclass
+class Reference:
+    """What is hidden where.
+
+    Attributes:
+        dropped: per stage, bool (B, S): positions that are gone from its layer on.
+        layers: first layer of each stage.
+        values: per stage, new values of merged tokens.
+        compact: whether positions close up at each stage.
+    """
+
+    dropped: list[Tensor]
+    layers: list[int]
+    values: list[dict[Spot, Tensor]]
+    compact: bool = False
+    positions: Any = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, trace: Trace, inputs: dict[str, Any], model: Any, compact: bool = False) -> Reference:
+        """Read what was retained out of a trace; everything else is worked out here, from the ids."""
+        dropped: list[Tensor] = []
+        layers, values = [], []
+        for stage in trace.stages:
+            spots = row_positions(inputs["input_ids"], stage, resolve(model).placeholder_ids)
+            gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+            for r, places in enumerate(spots):
+                for v, (b, s) in enumerate(places):
+                    gone[b, s] = not bool(stage.retained_RV[r, v])
+            values.append(merged_values(stage.selection, spots, gone, dropped[-1] if dropped else None))
+            dropped.append(gone)
+            layers.append(stage.layer)
+        return cls(dropped, layers, values, compact)
+
+    @property
+    def kept(self) -> Tensor:
+        """bool (B, S): what is left at the end."""
+        return ~self.dropped[-1]
+
+    @contextmanager
+    def on(self, model: Any, inputs: dict[str, Any]) -> Iterator[None]:
+        """Put the reference into an unattached model for one call with these inputs."""
+        parts = resolve(model)
+        blocks = None if parts.family.blocks is None else parts.family.blocks.ids(inputs)
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        with ExitStack() as stack:
+            hook = parts.language_model.register_forward_pre_hook(self._at_input, with_kwargs=True)
+            stack.callback(hook.remove)
+            for i, layer in enumerate(parts.layers):
+                at = [n for n, k in enumerate(self.layers) if k <= i]
+                if not at:
+                    continue
+                kind = kind_of(parts.text_config, i)
+                if kind in ("conv", "linear_attention"):
+                    stack.enter_context(self._alone(layer, i, at[-1], real))
+                    continue
+                hook = layer.register_forward_pre_hook(
+                    self._hook(parts, i, at[-1], kind, real, blocks), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            yield
+
+    def _at_input(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self.positions = kwargs.get("position_ids")
+        if self.layers[0] == 0 and self.values[0]:
+            kwargs = kwargs | {"inputs_embeds": _with_values(kwargs["inputs_embeds"], self.values[0])}
+        return args, kwargs
+
+    def _hook(self, parts: Any, index: int, stage: int, kind: str, real: Tensor, blocks: Tensor | None) -> Any:
+        def pre(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self.layers[stage] == index > 0:
+                hidden = _with_values(hidden, self.values[stage])
+            kwargs = dict(kwargs)
+            alive = ~self.dropped[stage]
+            allowed = self._allowed(parts, kind, alive & real, blocks)
+            if self.compact:
+                positions = self._closed(hidden, alive, real)
+                embed = getattr(parts.language_model, "rotary_emb", None) or parts.language_model.pos_emb
+                more = (kind,) if "layer_type" in inspect.signature(type(embed).forward).parameters else ()
+                kwargs["position_embeddings"] = embed(hidden, positions, *more)
+                kwargs["position_ids"] = positions
+            low = torch.finfo(hidden.dtype).min
+            kwargs["attention_mask"] = torch.zeros(allowed.shape)[:, None].masked_fill(~allowed[:, None], low)
+            return (hidden, *args[1:]), kwargs if args else kwargs | {"hidden_states": hidden}
+
+        return pre
+
+    @staticmethod
+    def _allowed(parts: Any, kind: str, seen: Tensor, blocks: Tensor | None) -> Tensor:
+        """bool (B, S, S): who looks at whom."""
+        S = seen.shape[1]
+        allowed = torch.ones(S, S, dtype=torch.bool).tril().expand(len(seen), S, S)
+        rule = parts.family.blocks
+        both_ways = None
+        if rule is not None and blocks is not None and kind in rule.kinds:
+            both_ways = (blocks[:, :, None] == blocks[:, None]) & (blocks[:, None] >= 0)
+            allowed = allowed | both_ways
+        if kind == "sliding_attention":
+            # A window counts what is there.
+            rank = seen.cumsum(1)
+            inside = rank[:, :, None] - rank[:, None] < parts.text_config.sliding_window
+            allowed = allowed & inside
+            if both_ways is not None and rule.beyond_window:
+                allowed = allowed | both_ways
+        return (allowed & seen[:, None]) | torch.eye(S, dtype=torch.bool)
+
+    def _closed(self, hidden: Tensor, alive: Tensor, real: Tensor) -> Tensor:
+        """Position ids without the values that nobody has any more, in plain loops."""
+        B, S = alive.shape
+        positions = torch.arange(S)[None] if self.positions is None else self.positions
+        if positions.ndim == 3:
+            positions = positions[-3:].expand(3, B, S).clone()
+            for b in range(B):
+                used = set(positions[:, b][:, real[b]].flatten().tolist())
+                still = set(positions[:, b][:, real[b] & alive[b]].flatten().tolist())
+                freed = sorted(used - still)
+                for axis in range(3):
+                    for s in range(S):
+                        value = int(positions[axis, b, s])
+                        positions[axis, b, s] = value - sum(f < value for f in freed)
+            return positions
+        return positions.expand(B, S) - (~alive).cumsum(1)
+
+    @contextmanager
+    def _alone(self, layer: Any, index: int, stage: int, real: Tensor) -> Iterator[None]:
+        """Layers that carry a state get each sample's retained columns and nothing else."""
+        own = layer.forward
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.layers[stage] == index > 0:
+                hidden = _with_values(hidden, self.values[stage])
+            out = hidden.clone()
+            kwargs = kwargs | {"attention_mask": None, "past_key_values": None}
+            for b in range(len(hidden)):
+                left = (real[b] & ~self.dropped[stage][b]).nonzero()[:, 0]
+                out[b, left] = own(hidden[b : b + 1, left], *args, **kwargs)[0]
+            return out
+
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            del layer.forward
+
+
+def kind_of(config: Any, index: int) -> str:
+    """Full or sliding attention, or a layer that carries a state."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return str(kinds[index])
+    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def _with_values(hidden: Tensor, values: dict[Spot, Tensor]) -> Tensor:
+    hidden = hidden.clone()
+    for (b, s), value in values.items():
+        hidden[b, s] = value
+    return hidden
+
+
+def row_positions(ids: Tensor, stage: StageTrace, tokens: dict[str, int]) -> list[list[Spot]]:
+    """Where the vision tokens of each budget row stand; separators are none."""
+    places = {name: [(b, s) for b, s in (ids == token).nonzero().tolist()] for name, token in tokens.items()}
+    first: dict[str, int] = {}
+    found: dict[int, list[Spot]] = {}
+    for r, layouts in enumerate(stage.layouts):
+        for layout in layouts:
+            name = "video" if layout.video else "image"
+            start = first.get(name, 0)
+            found.setdefault(r, []).extend(places[name][start + int(v)] for v in layout.table[:, 0])
+            first[name] = start + layout.placeholders
+    assert all(len(places[name]) == end for name, end in first.items()), "every placeholder belongs to a picture"
+    rows = [sorted(found[r]) for r in range(len(stage.layouts))]
+    assert [len(row) for row in rows] == stage.total
+    assert [{b for b, _ in row} for row in rows] == [{owner} for owner in stage.owner]
+    return rows
+
+
+def merged_values(
+    selection: Selection | None, spots: list[list[Spot]], gone: Tensor, before: Tensor | None
+) -> dict[Spot, Tensor]:
+    """Where the values that a pruner wrote belong."""
+    if selection is None or selection.vision_BVD is None:
+        return {}
+    found = {}
+    for r, places in enumerate(spots):
+        here = [(b, s) for b, s in places if before is None or not before[b, s]]
+        found |= {(b, s): selection.vision_BVD[r, v] for v, (b, s) in enumerate(here) if not gone[b, s]}
+    return found
+
+
+def aligned(full: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What is kept of a full-length tensor (B, S, ...), right-aligned to `width`, and where it is (B, width)."""
+    out = full.new_zeros(len(full), width, *full.shape[2:])
+    there = torch.zeros(len(full), width, dtype=torch.bool)
+    for b in range(len(full)):
+        part = full[b][kept[b]]
+        out[b, width - len(part) :] = part
+        there[b, width - len(part) :] = True
+    return out, there
