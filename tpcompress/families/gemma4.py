@@ -78,13 +78,13 @@ def refuse(config: Any) -> str | None:
 def tiny_config(size: str = "small") -> Gemma4Config:
     """3 x 3 patches per token, windows of 48.
 
-    `small`: further inputs of layers, layers 4 and 5 with keys of 3 and 1. `large`: blocks of vision tokens, experts,
-    keys that are values in layers 1 and 5.
+    `small`: further inputs of layers, layers 4 and 5 with keys of 3 and 2. `large`: blocks of vision tokens, experts,
+    keys that are values in layers 2 and 5.
     """
     sliding, full = "sliding_attention", "full_attention"
     more: dict[str, Any] = {
         "head_dim": 16, "global_head_dim": 32, "sliding_window": 48,
-        "layer_types": [sliding, full, sliding, sliding, sliding, full],
+        "layer_types": [sliding, sliding, full, sliding, sliding, full],
     }  # fmt: skip
     if size == "small":
         more |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 2}
