@@ -64,7 +64,6 @@ class Reference:
     def on(self, model: Any, inputs: dict[str, Any]) -> Iterator[None]:
         """Put the reference into an unattached model for one call with these inputs."""
         parts = resolve(model)
-        blocks = None if parts.family.blocks is None else parts.family.blocks.ids(inputs)
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         with ExitStack() as stack:
             hook = parts.language_model.register_forward_pre_hook(self._at_input, with_kwargs=True)
@@ -77,9 +76,7 @@ class Reference:
                 if kind in ("conv", "linear_attention"):
                     stack.enter_context(self._alone(layer, i, at[-1], real))
                     continue
-                hook = layer.register_forward_pre_hook(
-                    self._hook(parts, i, at[-1], kind, real, blocks), with_kwargs=True
-                )
+                hook = layer.register_forward_pre_hook(self._hook(parts, i, at[-1], kind, real), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
@@ -89,14 +86,14 @@ class Reference:
             kwargs = kwargs | {"inputs_embeds": _with_values(kwargs["inputs_embeds"], self.values[0])}
         return args, kwargs
 
-    def _hook(self, parts: Any, index: int, stage: int, kind: str, real: Tensor, blocks: Tensor | None) -> Any:
+    def _hook(self, parts: Any, index: int, stage: int, kind: str, real: Tensor) -> Any:
         def pre(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             hidden = args[0] if args else kwargs["hidden_states"]
             if self.layers[stage] == index > 0:
                 hidden = _with_values(hidden, self.values[stage])
             kwargs = dict(kwargs)
             alive = ~self.dropped[stage]
-            allowed = self._allowed(parts, kind, alive & real, blocks)
+            allowed = self._allowed(parts, kind, alive & real, kwargs.get("attention_mask"))
             if self.compact:
                 positions = self._closed(hidden, alive, real)
                 embed = getattr(parts.language_model, "rotary_emb", None) or parts.language_model.pos_emb
@@ -110,22 +107,25 @@ class Reference:
         return pre
 
     @staticmethod
-    def _allowed(parts: Any, kind: str, seen: Tensor, blocks: Tensor | None) -> Tensor:
-        """bool (B, S, S): who looks at whom."""
+    def _allowed(parts: Any, kind: str, seen: Tensor, own: Tensor | None) -> Tensor:
+        """bool (B, S, S): who looks at whom, from what the base itself allows at full length."""
         S = seen.shape[1]
-        allowed = torch.ones(S, S, dtype=torch.bool).tril().expand(len(seen), S, S)
-        rule = parts.family.blocks
-        both_ways = None
-        if rule is not None and blocks is not None and kind in rule.kinds:
-            both_ways = (blocks[:, :, None] == blocks[:, None]) & (blocks[:, None] >= 0)
+        causal = torch.ones(S, S, dtype=torch.bool).tril()
+        allowed = causal.expand(len(seen), S, S)
+        both_ways, far = None, torch.zeros(S, S, dtype=torch.bool)
+        if own is not None:
+            opened = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2)[:, 0]
+            forward = opened & ~causal
+            both_ways = forward | forward.mT
             allowed = allowed | both_ways
         if kind == "sliding_attention":
-            # A window counts what is there.
-            rank = seen.cumsum(1)
-            inside = rank[:, :, None] - rank[:, None] < parts.text_config.sliding_window
-            allowed = allowed & inside
-            if both_ways is not None and rule.beyond_window:
-                allowed = allowed | both_ways
+            # A window counts what is there; blocks that the base lets reach beyond it still do.
+            window = parts.text_config.sliding_window
+            rank, place = seen.cumsum(1), torch.arange(S)
+            far = place[:, None] - place >= window
+            inside = rank[:, :, None] - rank[:, None] < window
+            beyond = both_ways is not None and bool((opened & both_ways & far).any())
+            allowed = allowed & (inside | both_ways) if beyond else allowed & inside
         return (allowed & seen[:, None]) | torch.eye(S, dtype=torch.bool)
 
     def _closed(self, hidden: Tensor, alive: Tensor, real: Tensor) -> Tensor:

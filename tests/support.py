@@ -175,6 +175,27 @@ def is_placeholder(ids: Tensor) -> Tensor:
     return (ids == PLACEHOLDER) | (ids == VIDEO_PLACEHOLDER)
 
 
+def alone(
+    inputs: dict[str, Any], samples: Sequence[Sample], b: int, family: str = "llava", config: Any = None
+) -> dict[str, Any]:
+    """Sample b of a `batch` as a batch of its own: same words and pixels, no padding."""
+    tiny = list_families()[family].tiny
+    config = config or tiny.config(*tiny.variants[0])
+    real = inputs["attention_mask"][b].bool()
+    single = {k: inputs[k][b][real][None] for k in ("input_ids", "attention_mask")}
+    single |= tiny.arguments(config, single["input_ids"])
+    g = torch.Generator().manual_seed(0)
+    pictures = [["image"] * kinds if isinstance(kinds, int) else list(kinds) for _, kinds, _ in samples]
+    shapes = [tiny.pixels(config, [kinds], g) for kinds in pictures]
+    for name, own in shapes[b].items():
+        # What the samples before it bring comes first; what other samples made wider is cropped.
+        first = sum(len(other.get(name, ())) for other in shapes[:b])
+        if len(inputs[name]) == len(samples) and len(own) == 1:  # one entry per sample, images or not
+            first = b
+        single[name] = inputs[name][first : first + len(own)][tuple(slice(0, n) for n in own.shape)]
+    return single
+
+
 def one_sample(inputs: dict[str, Tensor], b: int) -> dict[str, Tensor]:
     """Sample b of a tiny LLaVA's batch alone, without padding."""
     real = inputs["attention_mask"][b].bool()

@@ -27,13 +27,13 @@ class Blocks:
     """Vision tokens that attend to each other in both directions.
 
     Attributes:
-        ids: (arguments of the core model by name) -> int (B, S): equal numbers >= 0 see each other; None if no such
-            argument was given.
+        ids: (config, arguments of the core model by name) -> int (B, S): equal numbers >= 0 see each other; None if
+            nothing does.
         kinds: the kinds of layers that do so, as `config.layer_types` calls them.
         beyond_window: a sliding window does not cut a block.
     """
 
-    ids: Callable[[Mapping[str, Any]], Tensor | None]
+    ids: Callable[[Any, Mapping[str, Any]], Tensor | None]
     kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
     beyond_window: bool = False
 
@@ -81,6 +81,27 @@ class Tiny:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """What layers of a vision tower show, and which vision tokens its patches become.
+
+    Attributes:
+        layers: dotted path of the layers, from the tower.
+        attention: name of the attention of such a layer.
+        to_tokens: (core model, modality, arguments of the encoder by name, values (T, P, C) of the patches of T
+            images, tiles or frames, or of all patches behind each other with T = 1) -> values (placeholders, C) of
+            each feature of the encoder, weighted as the model weighs patches; separators may hold anything.
+        has_class: (config) -> whether a class token stands before the patches.
+        refuse: (config) -> reason why patches cannot be told apart in a variant, or None.
+    """
+
+    layers: str
+    attention: str
+    to_tokens: Callable[[Any, str, Mapping[str, Any], Tensor], Sequence[Tensor]]
+    has_class: Callable[[Any], bool]
+    refuse: Callable[[Any], str | None] = supported
+
+
+@dataclass(frozen=True)
 class Family:
     """What tpcompress must know of a model family. Paths are dotted names from the outermost model.
 
@@ -88,6 +109,7 @@ class Family:
         name: the word used in tables and errors.
         model_types: values of `config.model_type` that it covers.
         vision_tower, projector: where they are; a tower that projects by itself names its merger.
+        tower: what pruners may see of the tower's layers; None if its patches cannot be followed to vision tokens.
         image_layouts: layouts of the images of one call of `core.get_image_features`.
         tiny: a tiny model and its inputs.
         core: the model that merges vision tokens into the sequence.
@@ -119,6 +141,7 @@ class Family:
     video_layouts: Layouts | None = None
     positions: str = "1d"
     masks_in_core: bool = False
+    tower: Tower | None = None
     blocks: Blocks | None = None
     joins_tiles: bool = False
     keys_of: Callable[[Any, int], int] = own_keys
@@ -153,6 +176,12 @@ class Parts:
     def text_config(self) -> Any:
         """Config of the language model."""
         return self.model.config.get_text_config()
+
+    @property
+    def stage_layers(self) -> list[int]:
+        """Layers before which a stage may act: none behind may read the keys of a layer that saw more."""
+        keys = [self.family.keys_of(self.text_config, layer) for layer in range(len(self.layers))]
+        return [layer for layer in range(len(keys)) if layer == 0 or min(keys[layer:]) >= layer]
 
     @property
     def hidden_size(self) -> int:

@@ -30,7 +30,7 @@ def number_runs(vision: Tensor) -> Tensor:
     return torch.where(vision, starts.cumsum(1) - 1, -1)
 
 
-def image_blocks(arguments: Mapping[str, Any]) -> Tensor | None:
+def image_blocks(config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
     """Every run of image tokens is a block."""
     types = arguments.get("token_type_ids")
     return None if types is None else number_runs(types == 1)

@@ -51,10 +51,11 @@ def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
     ]
 
 
-def vision_blocks(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Every run of image or video tokens is a block."""
+def vision_blocks(config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Every run of image or video tokens is a block, in models whose config says so."""
     types = arguments.get("mm_token_type_ids")
-    return None if types is None else number_runs((types == 1) | (types == 2))
+    both_ways = config.get_text_config().use_bidirectional_attention == "vision"
+    return None if types is None or not both_ways else number_runs((types == 1) | (types == 2))
 
 
 def keys_of(config: Any, layer: int) -> int:
@@ -176,5 +177,6 @@ GEMMA4_UNIFIED = replace(
     model_types=("gemma4_unified",),
     vision_tower="model.embed_vision",
     projector="model.embed_vision.multimodal_embedder",
+    blocks=Blocks(vision_blocks, beyond_window=True),
     tiny=Tiny(tiny_unified, tiny_pixels, tiny_run, tuple(SIZES), token_types),
 )

@@ -57,11 +57,17 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
+def reads_positions(config: Any) -> bool:
+    """Ministral 3 scales queries by their position."""
+    return bool(config.get_text_config().model_type == "ministral3")
+
+
 MISTRAL3 = Family(
     name="mistral3",
     model_types=("mistral3",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
+    reads_positions=reads_positions,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=(("mistral",), ("ministral3",))),
 )

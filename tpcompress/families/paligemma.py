@@ -12,6 +12,7 @@ from transformers import PaliGemmaConfig
 from tpcompress.families.base import Blocks, Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.towers import CLIP_LIKE
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -19,7 +20,7 @@ def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
     return square(sizes)
 
 
-def prefix_block(arguments: Mapping[str, Any]) -> Tensor | None:
+def prefix_block(config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
     """Everything before the answer is one block: token type 0."""
     types = arguments.get("token_type_ids")
     return None if types is None else torch.where(types == 0, 0, -1)
@@ -52,6 +53,7 @@ PALIGEMMA = Family(
     model_types=("paligemma",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=CLIP_LIKE,
     image_layouts=image_layouts,
     masks_in_core=True,
     blocks=Blocks(prefix_block, beyond_window=True),

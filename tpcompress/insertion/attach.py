@@ -56,6 +56,11 @@ def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module
             raise ValueError(
                 f"Stage {number} acts at layer {stage.layer}, but the model has {depth} (0 to {depth - 1})."
             )
+        if stage.layer not in parts.stage_layers:
+            raise ValueError(
+                f"Stage {number} acts at layer {stage.layer}, but layers behind it read the keys of a layer before it; "
+                f"this model can be pruned at layers 0 to {parts.stage_layers[-1]}."
+            )
         missing = stage.rule.needs & LAYER_VIEWS
         if stage.layer == 0 and missing:
             fit = ", ".join(name for name, cls in list_pruners().items() if not cls().needs & LAYER_VIEWS)

@@ -5,7 +5,7 @@ B samples, S columns of a call, P columns of the conversation before it, N colum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,7 +121,8 @@ class Call:
         layer_positions: position ids of the columns at hand inside the language model.
         cuts: what this call leaves for later ones.
         before: input of the layer before the next stage, if that stage reads keys or attention.
-        memo: shortened copies of arguments that the layers share.
+        memo: shortened arguments, by what they are and for which kind of layer: layers of a kind share them. (Also
+            because a layer that reuses another's keys asks when those are already in the cache.)
     """
 
     labels_BS: Tensor | None = None
@@ -140,19 +141,18 @@ class Call:
     layer_positions: Tensor | None = None
     cuts: list[Cut] = field(default_factory=list)
     before: LayerInput | None = None
-    memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_prefill(self) -> bool:
         """Whether the call brings images."""
         return bool(self.places)
 
-    def once(self, name: str, source: Any, make: Any) -> Any:
-        """`make(source)`, computed once for all layers that pass the same object."""
-        key = (name, id(source))
-        if key not in self.memo:
-            self.memo[key] = (source, make(source))
-        return self.memo[key][1]
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed once for all layers that share it."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
 
     def end(self, rope_deltas: Tensor | None = None) -> Prefix:
         """What the request's cache must carry after this prefill."""
@@ -162,7 +162,9 @@ class Call:
         for cut in self.cuts:
             cuts[cut.layer] = cut.after(before.before(cut.layer, cut.lost_B1.device))
         mask_BP = join(before.mask_BP, before.length, self.mask_BS, self.frame.length)
-        return Prefix(before.length + self.frame.length, tuple(cuts[layer] for layer in sorted(cuts)), mask_BP, rope_deltas)
+        return Prefix(
+            before.length + self.frame.length, tuple(cuts[layer] for layer in sorted(cuts)), mask_BP, rope_deltas
+        )
 
 
 def join(old_BN: Tensor | None, width: int, new_BQ: Tensor | None, steps: int) -> Tensor | None:

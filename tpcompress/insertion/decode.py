@@ -97,13 +97,14 @@ def layer_arguments(controller: Controller, call: Call, index: int, hidden_BND: 
     parts = controller.parts
     kind = layer_kind(parts.text_config, index)
 
-    def turned(source: Any) -> Any:
+    def turned() -> Any:
         assert call.positions is not None
         return rotary(parts.language_model, hidden_BND, call.positions - cut.lost_B1, kind)
 
-    def masked(source: Any) -> Any:
-        padding_BN = None if source is None and cut.whole else cut.padding(call.new_BQ)
-        if source is None and padding_BN is None:
+    def masked() -> Any:
+        unmasked = kwargs.get("attention_mask") is None
+        padding_BN = None if unmasked and cut.whole else cut.padding(call.new_BQ)
+        if unmasked and padding_BN is None:
             return None
         layer = parts.family.keys_of(parts.text_config, index)
         return layer_mask(parts.text_config, kind, hidden_BND, padding_BN, kwargs["past_key_values"], layer)
@@ -111,5 +112,5 @@ def layer_arguments(controller: Controller, call: Call, index: int, hidden_BND: 
     if controller.plan.positions == "compact":
         if parts.family.reads_positions(parts.model.config) and call.positions is not None:
             kwargs["position_ids"] = call.positions - cut.lost_B1
-        kwargs["position_embeddings"] = call.once(f"rotary {kind} {cut.layer}", kwargs["position_embeddings"], turned)
-    kwargs["attention_mask"] = call.once(f"mask {kind} {cut.layer}", kwargs.get("attention_mask"), masked)
+        kwargs["position_embeddings"] = call.once(f"rotary {kind} {cut.layer}", turned)
+    kwargs["attention_mask"] = call.once(f"mask {kind} {cut.layer}", masked)

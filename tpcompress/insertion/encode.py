@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpcompress.families import Layout, Parts
+from tpcompress.insertion.tower import TowerValues
 
 if TYPE_CHECKING:
     from tpcompress.insertion.hooks import Controller
@@ -26,13 +27,16 @@ class Encoded:
 
     Attributes:
         layouts: one per feature of its `pooler_output`.
+        tower: what pruners see of the vision tower, feature by feature.
     """
 
     layouts: list[Layout]
+    tower: TowerValues = field(default_factory=dict)
 
     def reordered(self, index: list[int]) -> Encoded:
         """The same features in another order, some perhaps several times (beams)."""
-        return Encoded([self.layouts[i] for i in index])
+        tower = {key: [values[i] for i in index] for key, values in self.tower.items()}
+        return Encoded([self.layouts[i] for i in index], tower)
 
 
 class EncoderTap:
@@ -47,8 +51,10 @@ class EncoderTap:
         return getattr(type(self.controller.parts.core), f"get_{self.modality}_features")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parts, outermost = self.controller.parts, not self.controller.encoding
+        parts, outermost, tower = self.controller.parts, not self.controller.encoding, self.controller.tower
         self.controller.encoding = True
+        if outermost and self.controller.mode != "off":
+            tower.open()
         try:
             output = self._plain(parts.core, *args, **kwargs)
         finally:
@@ -57,7 +63,10 @@ class EncoderTap:
         # Some models encode videos through their image function; a plain tuple is only the caller's own business.
         if not outermost or features is None:
             return output
-        note = Encoded(lay_out(parts, self.modality, self.__signature__.bind(*args, **kwargs).arguments, features))
+        arguments = self.__signature__.bind(*args, **kwargs).arguments
+        layouts = lay_out(parts, self.modality, arguments, features)
+        named = {**arguments, **arguments.get("kwargs", {})}
+        note = Encoded(layouts, tower.close(self.modality, named, [layout.placeholders for layout in layouts]))
         setattr(output, NOTE, note)
         if self.controller.call is not None:
             self.controller.call.encoded[self.modality] = note
@@ -72,21 +81,21 @@ class ExpandTap:
         self.__signature__ = unbound_signature(type(model)._expand_multimodal_outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plain: Any = type(self.model)._expand_multimodal_outputs  # type: ignore[attr-defined]
+        kind: Any = type(self.model)
+        plain = kind._expand_multimodal_outputs
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         outputs = arguments["mm_encoder_output"]
         notes = {m: getattr(output, NOTE) for m, output in outputs.items() if hasattr(output, NOTE)}
-        # The order is transformers' own: its function is asked to expand numbers instead of features.
-        numbered = {
-            modality: SimpleNamespace(
-                pooler_output=[torch.full((len(x),), i) for i, x in enumerate(outputs[modality].pooler_output)]
-            )
+        # The order is transformers' own: its function is asked to expand stand-ins, which it repeats as objects.
+        stand_ins = {
+            modality: SimpleNamespace(pooler_output=[torch.empty(len(x), 0) for x in outputs[modality].pooler_output])
             for modality in notes
         }
-        numbered = plain(self.model, **(arguments | {"mm_encoder_output": numbered}))
+        place = {id(x): i for stand_in in stand_ins.values() for i, x in enumerate(stand_in.pooler_output)}
+        stand_ins = plain(self.model, **(arguments | {"mm_encoder_output": stand_ins}))
         outputs = plain(self.model, **arguments)
         for modality, note in notes.items():
-            order = [int(x[0]) for x in numbered[modality].pooler_output]
+            order = [place[id(x)] for x in stand_ins[modality].pooler_output]
             setattr(outputs[modality], NOTE, note.reordered(order))
         return outputs
 

@@ -1,6 +1,6 @@
 """Positions of a shortened sequence: kept as they were, or closed up.
 
-B samples, S columns of the language model's input, N columns that are left, A rows of position ids (none, or 3 of M-RoPE).
+B samples, S columns of the language model's input, N columns that are left, A = 3 rows of M-RoPE position ids.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _places(controller: Controller, kwargs: Mapping[str, Any]) -> dict[str, Tens
 def _blocks(controller: Controller, kwargs: Mapping[str, Any], steps: int) -> Tensor | None:
     """Numbers of the call's blocks that attend both ways; of a longer conversation, its last columns."""
     blocks = controller.parts.family.blocks
-    ids_BP = None if blocks is None else blocks.ids(kwargs)
+    ids_BP = None if blocks is None else blocks.ids(controller.parts.model.config, kwargs)
     return None if ids_BP is None else ids_BP[:, -steps:]
 
 
@@ -243,34 +243,35 @@ def _layer_arguments(
     assert frame is not None
     kind = layer_kind(controller.parts.text_config, index)
 
-    def placed(source: Any) -> Tensor:
+    def placed() -> Tensor:
         compact = controller.plan.positions == "compact" and call.layer_positions is not None
+        assert call.positions is not None
         positions = call.layer_positions if compact else take(call.positions, frame.base_BN, -1)
         assert positions is not None
         if compact and call.prefix is not None:
             positions = positions - call.prefix.before(index, positions.device).lost_B1
         return positions
 
-    def turned(source: Any) -> Any:
+    def turned() -> Any:
         if controller.plan.positions == "original" or call.layer_positions is None:
-            return _take_rotary(source, frame.base_BN)
-        return rotary(controller.parts.language_model, hidden_BND, call.once("positions", None, placed), kind)
+            return _take_rotary(kwargs.get("position_embeddings"), frame.base_BN)
+        return rotary(controller.parts.language_model, hidden_BND, call.once("positions", placed), kind)
 
-    def masked(source: Any) -> Any:
+    def masked() -> Any:
         if call.custom_mask is not None:
             return custom_mask(call.custom_mask, frame)
-        if source is None and frame.present_BN is None and call.prefix is None:
+        if kwargs.get("attention_mask") is None and frame.present_BN is None and call.prefix is None:
             return None  # nothing was padded and nothing is now: spare the host the look at a mask of ones
         return _made_mask(controller, call, index, hidden_BND, kwargs, index)
 
-    kwargs["position_embeddings"] = call.once(f"rotary {kind}", kwargs.get("position_embeddings"), turned)
-    kwargs["attention_mask"] = call.once(f"mask {kind}", kwargs.get("attention_mask"), masked)
+    kwargs["position_embeddings"] = call.once(f"rotary {kind}", turned)
+    kwargs["attention_mask"] = call.once(f"mask {kind}", masked)
     for name, dim in LAYER_ROWS.items():
         if kwargs.get(name) is not None:
             kwargs[name] = take(kwargs[name], frame.base_BN, dim)
     # Flash attention reads packed sequences out of gaps in the ids; the rotary embedding is all that most layers need.
     reads = controller.parts.family.reads_positions(controller.parts.model.config)
-    kwargs["position_ids"] = call.once("positions", None, placed) if reads else None
+    kwargs["position_ids"] = call.once("positions", placed) if reads else None
 
 
 def _take_rotary(source: Any, index_BN: Tensor) -> Any:

@@ -116,7 +116,10 @@ def locate(
     index_RV, table_RV4 = place_T[table_RV5[..., 0]] % S, table_RV5[..., 1:]
     if scope == "prompt" and len(layouts) > 1:  # images and videos were listed apart; their rows follow the sequence
         order_RV = index_RV.masked_fill(token_V >= count_R1, S).argsort(dim=1, stable=True)
-        index_RV, table_RV4 = index_RV.gather(1, order_RV), table_RV4.gather(1, order_RV[..., None].expand_as(table_RV4))
+        index_RV, table_RV4 = (
+            index_RV.gather(1, order_RV),
+            table_RV4.gather(1, order_RV[..., None].expand_as(table_RV4)),
+        )
     canvases = [[sum(run.layout.canvas[0] for run in group) for group in groups]]
     canvases.append([max(run.layout.canvas[1] for run in group) for group in groups])
     return Rows(
@@ -140,11 +143,15 @@ def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tile
     joins = joins_tiles and len(layouts) > 1
     edge_2R = [[0] * len(starts)] * 2
     if B > 1 or joins:
-        edge_2R = place_T[torch.tensor([starts, [end - 1 for end in ends]], device=place_T.device)].cpu().numpy().tolist()
+        edge_2R = (
+            place_T[torch.tensor([starts, [end - 1 for end in ends]], device=place_T.device)].cpu().numpy().tolist()
+        )
     runs: list[_Run] = []
+    previous = -1
     for begin, last, start, layout in zip(*edge_2R, starts, layouts, strict=True):
         if joins and runs and begin == previous + 1 and begin % S:
-            runs[-1] = replace(runs[-1], layout=Layout(runs[-1].layout.grids + layout.grids))
+            whole = replace(layout, grids=runs[-1].layout.grids + layout.grids)
+            runs[-1] = replace(runs[-1], layout=whole)
         else:
             runs.append(_Run(begin // S, start, layout))
         previous = last

@@ -46,7 +46,8 @@ def run_stage(
     last_B = frame.column_of(call.last_prompt_B[:, None])[:, 0]
     pruner: Any = controller.pruners[number]
     hide = controller.mode == "mask"
-    view, cell_RV = build_view(pruner, rows, frame, hidden_BND, padding_BN, last_B, call.before, soft=hide)
+    view, cell_RV = build_view(pruner, call, hidden_BND, padding_BN, last_B, soft=hide)
+    call.before = None  # it holds the queries and keys of a whole layer
     # Out of mixed precision: the choice must be the one that the exported model makes.
     with torch.autocast(hidden_BND.device.type, enabled=False):
         selection = pruner(view, torch.tensor(counts))

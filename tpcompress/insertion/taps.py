@@ -52,7 +52,7 @@ class ShortenedLoss:
 
 
 class DeepstackTap:
-    """Stands in for a text model's `_deepstack_process`: features of deeper tower layers meet the tokens that are left."""
+    """Stands in for a text model's `_deepstack_process`: features of earlier tower layers meet what is left."""
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller

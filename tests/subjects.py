@@ -1,0 +1,60 @@
+"""One variant of a family under test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from support import Case, Sample, batch
+
+from tpcompress.families import Family, list_families, resolve
+from tpcompress.insertion.plan import PruningPlan, Stage
+
+
+@dataclass
+class Subject:
+    """One variant of a family under test.
+
+    Attributes:
+        case: its name and the arguments of its config.
+        model: to attach plans to.
+        base: with the same weights; stays unattached.
+    """
+
+    case: Case
+    model: Any
+    base: Any
+
+    @property
+    def family(self) -> Family:
+        return list_families()[self.case[0]]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Every kind of picture that the family knows."""
+        return list(self.family.tiny.kinds)
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def hides(self) -> bool:
+        """Mode `mask` works at any length: no layer counts columns or carries a state."""
+        kinds = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        window = getattr(self.config.get_text_config(), "sliding_window", None)
+        return not (set(kinds) & {"conv", "linear_attention", "sliding_attention"} or (window and not kinds))
+
+    def batch(self, *samples: Sample, side: str = "left", seed: int = 0) -> dict[str, Any]:
+        """Inputs of one call."""
+        return batch(samples, side, seed, self.case[0], self.config)
+
+    def plan(self, stages: Sequence[Stage], **policies: Any) -> PruningPlan:
+        """Stages moved to layers where this model can be pruned."""
+        possible = resolve(self.base).stage_layers
+        moved: dict[int, Stage] = {}
+        for stage in stages:
+            layer = min(stage.layer, possible[-1])
+            moved.setdefault(layer, replace(stage, layer=layer))
+        return PruningPlan(list(moved.values()), **policies)
