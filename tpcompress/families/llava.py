@@ -10,6 +10,7 @@ from transformers import LlavaConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.towers import CLIP_LIKE
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -45,6 +46,7 @@ LLAVA = Family(
     model_types=("llava",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=CLIP_LIKE,
     image_layouts=image_layouts,
     refuse=refuse,
     tiny=Tiny(tiny_config, fixed_pixels, run_of_64, variants=tuple((tower,) for tower in TOWERS)),

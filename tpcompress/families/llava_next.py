@@ -13,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
+from tpcompress.families.towers import TILED
 
 SIZES = {"image": (24, 32), "wide": (20, 64)}
 """(height, width) of a tiny model's images, in pixels before resizing."""
@@ -89,6 +90,7 @@ LLAVA_NEXT = Family(
     model_types=("llava_next",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=TILED,
     image_layouts=image_layouts,
     tiny=Tiny(
         tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide"),

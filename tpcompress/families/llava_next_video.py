@@ -12,6 +12,7 @@ from tpcompress.families import llava_next
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
+from tpcompress.families.towers import POOLING
 
 FRAMES = 10
 """Frames of a tiny model's video."""
@@ -54,6 +55,7 @@ LLAVA_NEXT_VIDEO = Family(
     model_types=("llava_next_video",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=POOLING,
     image_layouts=llava_next.image_layouts,
     video_layouts=video_layouts,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide", "video")),

@@ -12,6 +12,7 @@ from tpcompress.families import llava_next, llava_next_video
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
+from tpcompress.families.towers import SHRINKING
 
 COUNTS = {"image": 16 + 4 * (6 + 1), "wide": 16 + 2 * (8 + 1), "video": 4 * llava_next_video.FRAMES + 1}
 """Placeholders of a tiny model's pictures; the 6 x 8 tiles of `image` are shrunk to 4 x 6."""
@@ -69,6 +70,7 @@ LLAVA_ONEVISION = Family(
     model_types=("llava_onevision",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=SHRINKING,
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     tiny=Tiny(tiny_config, llava_next_video.tiny_pixels, tiny_ids, kinds=("image", "wide", "video")),

@@ -20,6 +20,7 @@ from tpcompress.families.qwen2_vl import (
     video_layouts,
 )
 from tpcompress.families.tiny import tiny_text
+from tpcompress.families.towers import WINDOWED
 
 
 def tiny_config(sliding: bool = False) -> Qwen2_5_VLConfig:
@@ -49,6 +50,7 @@ QWEN2_5_VL = Family(
     model_types=("qwen2_5_vl",),
     vision_tower="model.visual",
     projector="model.visual.merger",
+    tower=WINDOWED,
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",

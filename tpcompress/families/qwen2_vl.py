@@ -12,6 +12,7 @@ from transformers import Qwen2VLConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.towers import MERGING
 
 SIZES = {"image": (1, 16, 16), "wide": (1, 8, 20), "video": (2, 8, 12)}
 """(frames, rows, columns) of a tiny model's pictures in patches."""
@@ -98,6 +99,7 @@ QWEN2_VL = Family(
     model_types=("qwen2_vl",),
     vision_tower="model.visual",
     projector="model.visual.merger",
+    tower=MERGING,
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",

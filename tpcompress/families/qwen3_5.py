@@ -8,6 +8,7 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_ids, tiny_pixels, token_types, video_layouts
 from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, ROUTER_LOSS, stamped_run, tiny_tower
 from tpcompress.families.tiny import tiny_text
+from tpcompress.families.towers import MERGING
 
 
 def tiny_config(moe: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
@@ -31,6 +32,7 @@ QWEN3_5 = Family(
     model_types=("qwen3_5", "qwen3_5_moe"),
     vision_tower="model.visual",
     projector="model.visual.merger",
+    tower=MERGING,
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",

@@ -16,6 +16,7 @@ from tpcompress.families.qwen2_vl import (
     video_layouts,
 )
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.towers import MERGING
 
 INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
 
@@ -59,6 +60,7 @@ QWEN3_VL = Family(
     model_types=("qwen3_vl", "qwen3_vl_moe"),
     vision_tower="model.visual",
     projector="model.visual.merger",
+    tower=MERGING,
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",

@@ -7,6 +7,7 @@ from transformers import VipLlavaConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.llava import image_layouts
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.towers import CLIP_LIKE
 
 
 def tiny_config() -> VipLlavaConfig:
@@ -25,6 +26,7 @@ VIPLLAVA = Family(
     model_types=("vipllava",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=CLIP_LIKE,
     image_layouts=image_layouts,
     tiny=Tiny(tiny_config, fixed_pixels, run_of_64),
 )

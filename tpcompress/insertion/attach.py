@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 
 from tpcompress.families import resolve
 from tpcompress.insertion.hooks import MODES, Controller
+from tpcompress.insertion.offers import check_views
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace, recording
-from tpcompress.insertion.views import LAYER_VIEWS
-from tpcompress.pruners import list_pruners
 
 CONTROLLER = "_tpcompress"
 PRUNERS = "token_pruners"
@@ -61,13 +60,7 @@ def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module
                 f"Stage {number} acts at layer {stage.layer}, but layers behind it read the keys of a layer before it; "
                 f"this model can be pruned at layers 0 to {parts.stage_layers[-1]}."
             )
-        missing = stage.rule.needs & LAYER_VIEWS
-        if stage.layer == 0 and missing:
-            fit = ", ".join(name for name, cls in list_pruners().items() if not cls().needs & LAYER_VIEWS)
-            raise ValueError(
-                f"Pruner '{stage.rule.name}' needs {' and '.join(sorted(missing))} of the layer before, which do not "
-                f"exist at layer 0; set layer >= 1, or use one of: {fit}."
-            )
+    check_views(parts, plan)
     pruners = nn.ModuleList(copy.deepcopy(stage.rule) for stage in plan.stages)
     weight = next(parts.language_model.parameters())
     for stage, pruner in zip(plan.stages, pruners, strict=True):

@@ -53,10 +53,9 @@ class EncoderTap:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parts, outermost, tower = self.controller.parts, not self.controller.encoding, self.controller.tower
         self.controller.encoding = True
-        if outermost and self.controller.mode != "off":
-            tower.open()
         try:
-            output = self._plain(parts.core, *args, **kwargs)
+            with tower.watching(outermost and self.controller.mode != "off") as seen:
+                output = self._plain(parts.core, *args, **kwargs)
         finally:
             self.controller.encoding = not outermost
         features = getattr(output, "pooler_output", None)
@@ -66,7 +65,8 @@ class EncoderTap:
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         layouts = lay_out(parts, self.modality, arguments, features)
         named = {**arguments, **arguments.get("kwargs", {})}
-        note = Encoded(layouts, tower.close(self.modality, named, [layout.placeholders for layout in layouts]))
+        sizes = [layout.placeholders for layout in layouts]
+        note = Encoded(layouts, tower.values(seen, self.modality, named, sizes))
         setattr(output, NOTE, note)
         if self.controller.call is not None:
             self.controller.call.encoded[self.modality] = note
@@ -78,7 +78,8 @@ class ExpandTap:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.__signature__ = unbound_signature(type(model)._expand_multimodal_outputs)
+        plain: Any = type(model)
+        self.__signature__ = unbound_signature(plain._expand_multimodal_outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind: Any = type(self.model)

@@ -18,10 +18,12 @@ from tpcompress.insertion import decode, prefill
 from tpcompress.insertion.cache import counted_layer, remember
 from tpcompress.insertion.call import Call
 from tpcompress.insertion.encode import EncoderTap, ExpandTap, has_pixels
+from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.taps import DeepstackTap, ForwardTap, ShortenedLoss
+from tpcompress.insertion.tower import TowerWatch
 from tpcompress.insertion.trace import Trace
-from tpcompress.insertion.views import LAYER_VIEWS, LayerInput
+from tpcompress.insertion.views import LAYER_VIEWS
 
 MODES = ("drop", "mask", "off")
 
@@ -40,6 +42,7 @@ class Controller:
         self.handles: list[RemovableHandle] = []
         self.replaced: list[tuple[nn.Module, str, Any]] = []
         self.stage_at = {stage.layer: number for number, stage in enumerate(plan.stages)}
+        self.tower = TowerWatch(parts, [stage.rule for stage in plan.stages])
         self.watched = {s.layer - 1 for s in plan.stages if s.layer and s.rule.needs & LAYER_VIEWS}
 
     def set_mode(self, mode: str) -> None:
@@ -61,6 +64,7 @@ class Controller:
             parts.core.register_forward_pre_hook(self._core_pre, **pre),
             parts.language_model.register_forward_pre_hook(self._language_model_pre, **pre),
             parts.language_model.register_forward_hook(self._language_model_post),
+            *self.tower.install(),
         ]
         inside = [layer for layer in self.stage_at if layer > 0]
         first = min(inside, default=len(parts.layers))
@@ -138,7 +142,7 @@ class Controller:
         if call.is_prefill:
             hidden_BND = prefill.shorten_layer(self, call, index, hidden_BND, kwargs)
             if index in self.watched:
-                call.before = LayerInput(layer, hidden_BND, kwargs["position_embeddings"], kwargs.get("attention_mask"))
+                call.before = LayerInput(layer, index, hidden_BND, kwargs)
         else:
             decode.layer_arguments(self, call, index, hidden_BND, kwargs)
         return ((hidden_BND,), kwargs) if args else (args, {first: hidden_BND} | kwargs)

@@ -1,111 +1,87 @@
 """Builds the `TokenView` of a stage: only what its pruner `needs`, and nothing twice.
 
-B samples, N columns, R budget rows, V vision tokens, H query heads, G key heads, d width of a head.
+B samples, N columns, R budget rows, V vision tokens, H query heads, Q queries, L layers of the vision tower.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tpcompress.families import rotary_of
+from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.sequence import Frame, Rows, get_tokens
 from tpcompress.pruners import Pruner, TokenView
+from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
 
-LAYER_VIEWS = frozenset({"keys", "attention"})
+if TYPE_CHECKING:
+    from tpcompress.insertion.call import Call
+
+ATTENTION_VIEWS = frozenset({"attention", "attention_prompt", "attention_last_vision"})
+"""Rows of attention in the layer before the stage."""
+
+LAYER_VIEWS = ATTENTION_VIEWS | {"keys"}
 """Views of the layer before the stage: they do not exist before the language model."""
 
-
-@dataclass
-class LayerInput:
-    """What one decoder layer was called with; its queries and keys are recomputed from this, at most once."""
-
-    layer: Any
-    hidden_BND: Tensor
-    rotary: tuple[Tensor, Tensor]
-    mask: Any
-    memo: dict[str, Tensor] = field(default_factory=dict)
-
-    def keys(self) -> Tensor:
-        """Keys of all columns after rotary embedding (B, G, N, d)."""
-        if "keys" not in self.memo:
-            attention = self.layer.self_attn
-            key_BGNd = _heads(attention, "k", self._normed())
-            self.memo["keys"] = rotary_of(attention)(key_BGNd, key_BGNd, *self.rotary)[1]
-        return self.memo["keys"]
-
-    def attention(self, query_B: Tensor, padding_BN: Tensor | None) -> Tensor:
-        """Attention of one query column per sample to every column, fp32 (B, H, N): softmax(q k / sqrt(d))."""
-        attention = self.layer.self_attn
-        batch_B = torch.arange(len(query_B), device=query_B.device)
-        query_BHNd = _heads(attention, "q", self._normed()[batch_B, query_B][:, None])
-        cos, sin = (x.expand(len(query_B), -1, -1)[batch_B, query_B][:, None] for x in self.rotary)
-        query_BH1d = rotary_of(attention)(query_BHNd, query_BHNd, cos, sin)[0]
-        key_BGNd = self.keys()
-        repeat = query_BH1d.shape[1] // key_BGNd.shape[1]
-        logits_BHN = (query_BH1d @ key_BGNd.repeat_interleave(repeat, 1).mT)[:, :, 0].float() * attention.scaling
-        seen_BN = torch.arange(key_BGNd.shape[2], device=query_B.device) <= query_B[:, None]
-        if padding_BN is not None:
-            seen_BN = seen_BN & padding_BN
-        if isinstance(self.mask, Tensor) and self.mask.ndim == 4 and self.mask.shape[-1] == seen_BN.shape[1]:
-            row_BN = self.mask.expand(len(query_B), -1, -1, -1)[batch_B, 0, query_B]
-            seen_BN = seen_BN & (row_BN if row_BN.dtype == torch.bool else row_BN >= 0)
-        return logits_BHN.masked_fill(~seen_BN[:, None], -torch.inf).softmax(-1)
-
-    def _normed(self) -> Tensor:
-        if "normed" not in self.memo:
-            self.memo["normed"] = self.layer.input_layernorm(self.hidden_BND)
-        return self.memo["normed"]
+TOWER_VIEWS = frozenset({"tower_cls", "tower_received", "tower_keys", "tower_features"})
+"""Views of layers of the vision tower."""
 
 
 def build_view(
-    pruner: Pruner,
-    rows: Rows,
-    frame: Frame,
-    hidden_BND: Tensor,
-    padding_BN: Tensor | None,
-    last_prompt_B: Tensor,
-    before: LayerInput | None,
-    soft: bool,
+    pruner: Pruner, call: Call, hidden_BND: Tensor, padding_BN: Tensor | None, last_prompt_B: Tensor, soft: bool
 ) -> tuple[TokenView, Tensor]:
     """What a pruner may look at, and the flat columns (R, V) of the tokens that it judges.
 
     Args:
         pruner: its `needs` decide what is built.
-        rows: vision tokens still in the sequence.
-        frame: the sequence at hand.
+        call: the prefill under way.
         hidden_BND: hidden states at the stage.
         padding_BN: True on real columns; None if all are.
         last_prompt_B: column of the last prompt token of each sample: nothing after it is ever shown.
-        before: the layer before the stage; None before the language model.
         soft: see `TokenView.soft`.
+
+    Raises:
+        ValueError: the pruner needs views of the vision tower, and the tower of this modality shows none.
     """
+    rows, frame, needs = call.rows, call.frame, pruner.needs
+    assert rows is not None and frame is not None
     cell_RV = frame.cells(rows)
-    vision_RVD = get_tokens(hidden_BND, cell_RV)
+    column_RV = cell_RV - rows.owner_R[:, None] * frame.width
     optional: dict[str, Tensor] = {}
-    if "text" in pruner.needs:
-        optional["text_BSD"] = hidden_BND[rows.owner_R]
-        optional["text_valid_BS"] = _question(rows, cell_RV, frame, padding_BN, last_prompt_B)
+    if needs & {"text", "attention_prompt"}:
+        text_BN = _prompt_text(call, frame, padding_BN, last_prompt_B)
+        role_RN = _roles(rows, column_RV, text_BN)
+        if "text" in needs:
+            optional["text_BSD"], optional["text_role_BS"] = hidden_BND[rows.owner_R], role_RN
+            instruction_RN = role_RN == INSTRUCTION
+            optional["text_valid_BS"] = torch.where(instruction_RN.any(1, keepdim=True), instruction_RN, role_RN > 0)
     with torch.no_grad():
-        if "keys" in pruner.needs:
+        if needs & LAYER_VIEWS:
+            before = call.before
             assert before is not None
-            key_BNd = before.keys().transpose(1, 2).flatten(2)
-            optional["keys_BVD"] = get_tokens(key_BNd, cell_RV)
-            optional["text_keys_BSD"] = key_BNd[rows.owner_R]
-        if "attention" in pruner.needs:
-            assert before is not None
-            weight_BHN = before.attention(last_prompt_B, padding_BN)
-            column_RV = cell_RV - rows.owner_R[:, None] * frame.width
-            index_RHV = column_RV[:, None].expand(-1, weight_BHN.shape[1], -1)
-            optional["attention_BHV"] = weight_BHN[rows.owner_R].gather(2, index_RHV)
+            held = 0 if call.prefix is None else call.prefix.held(before.index)
+            if "keys" in needs:
+                key_BNd = before.keys().transpose(1, 2).flatten(2)
+                optional["keys_BVD"], optional["text_keys_BSD"] = get_tokens(key_BNd, cell_RV), key_BNd[rows.owner_R]
+            if "attention" in needs:
+                weight_BHQN = before.attention(last_prompt_B[:, None], held)
+                optional["attention_BHV"] = _to_tokens(weight_BHQN[rows.owner_R], column_RV)[:, :, 0]
+            if "attention_prompt" in needs:
+                optional |= _prompt_rows(before, rows, frame, column_RV, text_BN, role_RN, held)
+            if "attention_last_vision" in needs:
+                optional["attention_last_vision_BHV"] = _last_vision_row(before, rows, column_RV, held)
+        for word in sorted(needs & TOWER_VIEWS):
+            per_layer = [_from_tower(call, rows, word, layer) for layer in pruner.tower_layers]
+            optional[TOWER_FIELDS[word]] = torch.stack(per_layer, 1)
+    table_RV4 = rows.table_RV4
     view = TokenView(
-        vision_BVD=vision_RVD,
+        vision_BVD=get_tokens(hidden_BND, cell_RV),
         valid_BV=rows.valid_RV,
-        row_BV=rows.table_RV4[..., 0],
-        col_BV=rows.table_RV4[..., 1],
+        row_BV=table_RV4[..., 0],
+        col_BV=table_RV4[..., 1],
+        tile_BV=table_RV4[..., 2],
+        image_BV=table_RV4[..., 3],
         canvas=rows.canvas,
         soft=soft,
         **optional,
@@ -113,24 +89,89 @@ def build_view(
     return view, cell_RV
 
 
-def _question(rows: Rows, cell_RV: Tensor, frame: Frame, padding_BN: Tensor | None, last_prompt_B: Tensor) -> Tensor:
-    """Prompt text after each row's last vision token; all prompt text if the image comes last (R, N)."""
-    column_N = torch.arange(frame.width, device=cell_RV.device)
-    text_RN = torch.ones(len(rows.owner), frame.width, dtype=torch.bool, device=cell_RV.device)
-    column_RV = (cell_RV - rows.owner_R[:, None] * frame.width).masked_fill(~rows.valid_RV, -1)
-    vision_BN = torch.zeros_like(frame.index_BN, dtype=torch.bool).view(-1)
-    trash_RV = cell_RV.masked_fill(~rows.valid_RV, vision_BN.numel())
-    vision_BN = torch.cat([vision_BN, vision_BN.new_zeros(1)]).scatter(0, trash_RV.reshape(-1), True)[:-1]
-    text_RN &= ~vision_BN.view_as(frame.index_BN)[rows.owner_R]
-    text_RN &= column_N <= last_prompt_B[rows.owner_R][:, None]
-    if padding_BN is not None:
-        text_RN &= padding_BN[rows.owner_R]
-    after_RN = text_RN & (column_N > column_RV.amax(1, keepdim=True))
-    return torch.where(after_RN.any(1, keepdim=True), after_RN, text_RN)
+TOWER_FIELDS = {
+    "tower_cls": "tower_cls_BLHV",
+    "tower_received": "tower_received_BLHV",
+    "tower_keys": "tower_keys_BLHVD",
+    "tower_features": "tower_features_BLVD",
+}
+"""The field of `TokenView` that holds each view of the tower."""
 
 
-def _heads(attention: Any, name: str, x_BND: Tensor) -> Tensor:
-    """One projection of an attention module, split into heads and normalised as the module does (B, heads, N, d)."""
-    out = attention.get_submodule(f"{name}_proj")(x_BND).unflatten(-1, (-1, attention.head_dim))
-    norm = getattr(attention, f"{name}_norm", None)
-    return (norm(out) if norm is not None else out).transpose(1, 2)
+def _prompt_text(call: Call, frame: Frame, padding_BN: Tensor | None, last_prompt_B: Tensor) -> Tensor:
+    """bool (B, N): words of the prompt: no padding, vision token, separator or answer."""
+    place_BS = torch.stack(list(call.places.values())).any(0)
+    text_BN = ~place_BS.gather(1, frame.index_BN)
+    text_BN &= torch.arange(frame.width, device=text_BN.device) <= last_prompt_B[:, None]
+    return text_BN if padding_BN is None else text_BN & padding_BN
+
+
+def _roles(rows: Rows, column_RV: Tensor, text_BN: Tensor) -> Tensor:
+    """int8 (R, N): where each word of the prompt stands relative to the row's vision tokens; 0 on everything else."""
+    N = text_BN.shape[1]
+    column_N = torch.arange(N, device=text_BN.device)
+    first_R1 = column_RV.masked_fill(~rows.valid_RV, N).amin(1, keepdim=True)
+    role_RN = torch.where(column_N < first_R1, SYSTEM, BETWEEN)
+    role_RN = torch.where(column_N > _last_column(rows, column_RV)[:, None], INSTRUCTION, role_RN)
+    return role_RN.masked_fill(~text_BN[rows.owner_R], 0).to(torch.int8)
+
+
+def _last_column(rows: Rows, column_RV: Tensor) -> Tensor:
+    """Column (R,) of each row's last vision token."""
+    return column_RV.masked_fill(~rows.valid_RV, -1).amax(1)
+
+
+def _to_tokens(weight_RHQN: Tensor, column_RV: Tensor) -> Tensor:
+    """The columns of each row's vision tokens, (R, H, Q, V)."""
+    R, H, Q, _ = weight_RHQN.shape
+    return weight_RHQN.gather(3, column_RV[:, None, None].expand(R, H, Q, -1))
+
+
+def _prompt_rows(
+    before: LayerInput, rows: Rows, frame: Frame, column_RV: Tensor, text_BN: Tensor, role_RN: Tensor, held: int
+) -> dict[str, Tensor]:
+    """Attention rows of all words of the prompt. As many as the longest sample has words, which the host knows."""
+    placeholders = [sum(layout.placeholders - layout.count for layout in layouts) for layouts in rows.layouts]
+    words = {owner: frame.lengths[owner] for owner in rows.owner}
+    for owner, count, separators in zip(rows.owner, rows.count, placeholders, strict=True):
+        words[owner] -= count + separators
+    most = max(1, *words.values())
+    query_BQ = (~text_BN).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    query_RQ = query_BQ[rows.owner_R]
+    role_RQ = role_RN.gather(1, query_RQ)
+    weight_RHQV = _to_tokens(before.attention(query_BQ, held)[rows.owner_R], column_RV)
+    # The bound counts answers, too: their rows must not be seen.
+    weight_RHQV = weight_RHQV.masked_fill((role_RQ == 0)[:, None, :, None], 0.0)
+    return {"attention_prompt_BHQV": weight_RHQV, "prompt_column_BQ": query_RQ, "prompt_role_BQ": role_RQ}
+
+
+def _last_vision_row(before: LayerInput, rows: Rows, column_RV: Tensor, held: int) -> Tensor:
+    """Attention (R, H, V) of each row's last vision token to all of them."""
+    slots = [rows.owner[:r].count(owner) for r, owner in enumerate(rows.owner)]
+    slot_R = torch.tensor(slots, device=column_RV.device)
+    query_BQ = column_RV.new_zeros(len(before.hidden_BND), max(slots) + 1)
+    query_BQ = query_BQ.index_put((rows.owner_R, slot_R), _last_column(rows, column_RV))
+    weight_RHN = before.attention(query_BQ, held)[rows.owner_R, :, slot_R]
+    return _to_tokens(weight_RHN[:, :, None], column_RV)[:, :, 0]
+
+
+def _from_tower(call: Call, rows: Rows, word: str, layer: int) -> Tensor:
+    """One view of one layer of the tower, with the vision tokens in the dimension before the last (R, ..., V, D).
+
+    Features fill the placeholders of their modality in the order of the flattened batch.
+    """
+    flat, place, first = [], None, 0
+    for modality, note in call.encoded.items():
+        if (word, layer) not in note.tower:
+            raise ValueError(f"The vision tower shows no {word} for a {modality}; leave such inputs out, or prune "
+                             f"them with a pruner that does not need it.")  # fmt: skip
+        values = note.tower[word, layer]
+        here_BS = call.places[modality]
+        rank_BS = (here_BS.reshape(-1).cumsum(0) - 1 + first).view(here_BS.shape)
+        place = rank_BS if place is None else torch.where(here_BS, rank_BS, place)
+        flat += values
+        first += sum(len(value) for value in values)
+    assert place is not None
+    found_RV = place[rows.owner_R[:, None], rows.index_RV]
+    value_RVx = torch.cat(flat)[found_RV]
+    return value_RVx.movedim(1, -1) if word in ("tower_cls", "tower_received") else value_RVx.movedim(1, -2)

@@ -1,7 +1,7 @@
 """What a pruner is: a pure function of tensors, `TokenView -> Selection`.
 
 B rows (one per image, or one per prompt under `scope: prompt`), V vision tokens (padded), D hidden size,
-S sequence length, H attention heads, Dk width of all key heads together.
+S sequence length, H attention heads, Q words of the prompt (padded), L layers of the vision tower.
 """
 
 from __future__ import annotations
@@ -13,36 +13,73 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+SYSTEM, BETWEEN, INSTRUCTION = 1, 2, 3
+"""Roles of the words of a prompt: before a row's first vision token, among its vision tokens, after its last one.
+Everything else has role 0: vision tokens, separators, padding, and every word of an answer."""
+
+TOWER_LAYERS = (-2,)
+"""The layer of a vision tower whose attention, keys and features most pruners read."""
+
 
 @dataclass(frozen=True)
 class TokenView:
     """What a pruner may look at. Optional fields are filled only if the pruner lists them in `needs`.
 
+    Only `vision_BVD` and `text_BSD` carry a gradient. Where a row is padded, fields over V hold some other token.
+
     Attributes:
         vision_BVD: hidden states of the vision tokens at the stage, in sequence order.
         valid_BV: False where a shorter row was padded.
-        row_BV: grid row of each token in its image (several images of one row are stacked).
+        row_BV: grid row of each token in its image (its rectangles, and several images of one row, are stacked).
         col_BV: grid column of each token.
+        tile_BV: rectangle of each token, counted in its row: the tile of an image, the frame of a video.
+        image_BV: image or video of each token, counted in its row; 0 except under `scope: prompt`.
         canvas: (rows, columns) of the smallest grid that holds every row of the batch.
         soft: the caller keeps the full length, so a pruner in training may answer with gates.
-        text_BSD: hidden states of the prompt (needs "text"), at sequence length.
-        text_valid_BS: True on prompt text after the row's vision tokens; never on an answer.
-        keys_BVD: keys of the layer before, after rotary embedding, heads side by side (B, V, Dk) (needs "keys").
-        text_keys_BSD: the same for every position of the sequence (B, S, Dk) (needs "keys").
-        attention_BHV: attention of the last prompt token to the vision tokens in the layer before (needs "attention").
+        text_BSD: hidden states of the whole sequence (B, S, D) (needs "text").
+        text_role_BS: int8, SYSTEM, BETWEEN, INSTRUCTION, or 0 where nothing may be read (needs "text").
+        text_valid_BS: the instruction; all words of a prompt that has none (needs "text").
+        keys_BVD: keys of the layer before, after rotary embedding, heads side by side (needs "keys").
+        text_keys_BSD: the same for every position of the sequence (needs "keys").
+        attention_BHV: attention of the last prompt token to the vision tokens in the layer before, fp32, as the
+            model's own softmax over everything that the token sees (needs "attention").
+        attention_prompt_BHQV: the same for every word of the prompt, 0 where the role is 0 (needs "attention_prompt").
+        prompt_column_BQ: position of each of these words in the sequence, as in `text_BSD`.
+        prompt_role_BQ: their roles; 0 where a shorter prompt was padded.
+        attention_last_vision_BHV: the same for the row's last vision token (needs "attention_last_vision").
+        tower_cls_BLHV: attention of the class token to the patches in layers `tower_layers` of the vision tower, fp32
+            (needs "tower_cls").
+        tower_received_BLHV: attention that patches receive there, mean over all queries of their attention window, the
+            class token among them, fp32 (needs "tower_received").
+        tower_keys_BLHVD: keys of these layers, head by head (needs "tower_keys").
+        tower_features_BLVD: output of these layers, before the projector (needs "tower_features").
+
+    A vision token that the model makes of several patches has the mean of their values, weighted as the model itself
+    weighs them.
     """
 
     vision_BVD: Tensor
     valid_BV: Tensor
     row_BV: Tensor
     col_BV: Tensor
+    tile_BV: Tensor
+    image_BV: Tensor
     canvas: tuple[int, int]
     soft: bool = False
     text_BSD: Tensor | None = None
+    text_role_BS: Tensor | None = None
     text_valid_BS: Tensor | None = None
     keys_BVD: Tensor | None = None
     text_keys_BSD: Tensor | None = None
     attention_BHV: Tensor | None = None
+    attention_prompt_BHQV: Tensor | None = None
+    prompt_column_BQ: Tensor | None = None
+    prompt_role_BQ: Tensor | None = None
+    attention_last_vision_BHV: Tensor | None = None
+    tower_cls_BLHV: Tensor | None = None
+    tower_received_BLHV: Tensor | None = None
+    tower_keys_BLHVD: Tensor | None = None
+    tower_features_BLVD: Tensor | None = None
 
     @classmethod
     def of(cls, vision_BVD: Tensor, grid: tuple[int, int] | None = None, **views: Any) -> TokenView:
@@ -62,6 +99,8 @@ class TokenView:
             raise ValueError(f"A grid of {rows} x {cols} does not hold {V} tokens; leave `grid` out for a plain run.")
         token_V = torch.arange(V, device=vision_BVD.device)
         views.setdefault("valid_BV", torch.ones(B, V, dtype=torch.bool, device=vision_BVD.device))
+        for name in ("tile_BV", "image_BV"):
+            views.setdefault(name, torch.zeros(B, V, dtype=torch.long, device=vision_BVD.device))
         return cls(
             vision_BVD,
             row_BV=(token_V // cols).expand(B, V),
@@ -103,13 +142,19 @@ class Pruner(nn.Module):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Optional views it reads: any of "text", "keys", "attention"."""
+        """Optional views it reads: any of "text", "keys", "attention", "attention_prompt", "attention_last_vision",
+        "tower_cls", "tower_received", "tower_keys", "tower_features", "joint"; see `TokenView`."""
         return frozenset()
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Layers of the vision tower that its views show, 0 the first; negative numbers count from the end."""
+        return TOWER_LAYERS
 
     @property
     def prompt_dependent(self) -> bool:
         """The choice depends on the prompt, so an image cannot be pruned once for all its questions."""
-        return bool(self.needs & {"text", "attention"})
+        return bool(self.needs & {"text", "attention", "attention_prompt", "joint"})
 
     @property
     def learned(self) -> bool:

@@ -1,0 +1,109 @@
+"""What several families share of their vision towers: how patches become vision tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.vision_utils import get_vision_window_index
+
+from tpcompress.families.base import Tower
+
+
+def class_first(config: Any) -> bool:
+    """CLIP puts a class token before the patches, SigLIP has none."""
+    return config.vision_config.model_type == "clip_vision_model"
+
+
+def no_class(config: Any) -> bool:
+    """Patches only."""
+    return False
+
+
+def class_kept(config: Any) -> str | None:
+    """A class token among the vision tokens is no patch."""
+    if class_first(config) and config.vision_feature_select_strategy == "full":
+        return "vision_feature_select_strategy 'full' makes a vision token of the class token"
+    return None
+
+
+def one_each(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
+    """Every patch of an image is a token."""
+    return list(x_TPC)
+
+
+def packed_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
+    """Overview and tiles of LLaVA-NeXT, packed by the model's own function; frames pooled by the model's own layer."""
+    if modality == "video":
+        return list(core.vision_resampler(x_TPC).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
+    config, sizes = core.config, inputs["image_sizes"]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
+    ]
+    newline_C = x_TPC.new_zeros(x_TPC.shape[-1])
+    return core.pack_image_features(x_TPC.split(counts), sizes, "default", image_newline=newline_C)[0]
+
+
+def shrunk_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
+    """Tiles and frames of LLaVA-OneVision, shrunk and packed by the model's own functions."""
+    config, newline_C = core.config, x_TPC.new_zeros(x_TPC.shape[-1])
+    if modality == "video":
+        videos = core.apply_pooling(x_TPC).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2)
+        return [torch.cat([x_NC, newline_C[None]]) for x_NC in videos]
+    sizes, per_sample = inputs["image_sizes"], inputs.get("batch_num_images")
+    alone = [True] * len(sizes)
+    if per_sample is not None:
+        alone = [int(count) == 1 for count in per_sample for _ in range(int(count))]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if only else 1
+        for size, only in zip(sizes, alone, strict=True)
+    ]
+    aspect = inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio
+    return core.pack_image_features(x_TPC.split(counts), sizes, newline_C, aspect)[0]
+
+
+def merged_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
+    """Squares of patches of Qwen's towers, which follow each other, merged to one token each."""
+    merge = core.config.vision_config.spatial_merge_size
+    x_MC = x_1PC[0].unflatten(0, (-1, merge**2)).mean(1)
+    return list(x_MC.split((inputs[f"{modality}_grid_thw"].prod(-1) // merge**2).tolist()))
+
+
+def merged_windows(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
+    """The same where patches stand in the order of their attention windows."""
+    vision, grid = core.config.vision_config, inputs[f"{modality}_grid_thw"]
+    merge = vision.spatial_merge_size
+    order_M, _ = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
+    x_MPC = x_1PC[0].unflatten(0, (-1, merge**2))
+    back_M = order_M.argsort().to(x_1PC.device)
+    return merged_patches(core, modality, inputs, x_MPC[back_M].flatten(0, 1)[None])
+
+
+def average_pool(config: Any) -> str | None:
+    """Other pools are no means."""
+    if config.spatial_pool_mode != "average":
+        return f"spatial_pool_mode '{config.spatial_pool_mode}' of its videos is no mean of patches"
+    return class_kept(config)
+
+
+CLIP_LIKE = Tower("encoder.layers", "self_attn", one_each, class_first, class_kept)
+"""CLIP or SigLIP, one vision token per patch."""
+
+TILED = Tower("encoder.layers", "self_attn", packed_tiles, class_first, class_kept)
+"""CLIP or SigLIP over the tiles of LLaVA-NeXT."""
+
+SHRINKING = Tower("encoder.layers", "self_attn", shrunk_tiles, class_first, class_kept)
+"""LLaVA-OneVision."""
+
+POOLING = replace(TILED, refuse=average_pool)
+"""LLaVA-NeXT-Video."""
+
+MERGING = Tower("blocks", "attn", merged_patches, no_class)
+"""Qwen2-VL and Qwen3-VL."""
+
+WINDOWED = replace(MERGING, to_tokens=merged_windows)
+"""Qwen2.5-VL."""

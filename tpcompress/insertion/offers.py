@@ -1,0 +1,75 @@
+"""Which views exist on a model, layer by layer; what is missing is refused before anything runs."""
+
+from __future__ import annotations
+
+from tpcompress.families import Parts, list_families
+from tpcompress.insertion.masks import RECURRENT, layer_kind
+from tpcompress.insertion.plan import PruningPlan
+from tpcompress.insertion.tower import tower_layers
+from tpcompress.insertion.views import ATTENTION_VIEWS, LAYER_VIEWS, TOWER_VIEWS
+from tpcompress.pruners import Pruner, list_pruners
+
+WORDS = LAYER_VIEWS | TOWER_VIEWS | {"text", "joint"}
+"""Everything that a pruner can need."""
+
+
+def check_views(parts: Parts, plan: PruningPlan) -> None:
+    """See that every pruner of a plan gets the views that it needs.
+
+    Raises:
+        ValueError: one does not; the message says why, and which pruners would work there.
+    """
+    for stage in plan.stages:
+        reason = missing(parts, stage.rule, stage.layer)
+        if reason is not None:
+            fit = [name for name, cls in list_pruners().items() if missing(parts, cls(), stage.layer) is None]
+            raise ValueError(f"Pruner '{stage.rule.name}' needs {reason}, or use one of: {', '.join(fit)}.")
+
+
+def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:
+    """Which view a pruner does not get at a layer, why, and what would help; None if it gets all."""
+    for word in sorted(rule.needs):
+        if word in LAYER_VIEWS:
+            reason = _before_layer(parts, word, layer)
+        elif word in TOWER_VIEWS:
+            reason = _in_tower(parts, word, rule.tower_layers)
+        elif word == "joint":
+            reason = (
+                f"CLIP's projections and text tower, but no {parts.family.name} checkpoint holds them; give the pruner "
+                f"weights of its own"
+            )
+        else:
+            reason = None if word in WORDS else f"a view '{word}'; views are {', '.join(sorted(WORDS))}; correct it"
+        if reason is not None:
+            return reason
+    return None
+
+
+def _before_layer(parts: Parts, word: str, layer: int) -> str | None:
+    what, config = f"{word} of the layer before", parts.text_config
+    if layer == 0:
+        return f"{what}, which does not exist at layer 0; set layer >= 1"
+    kind = layer_kind(config, layer - 1)
+    if kind in RECURRENT:
+        good = [i for i in parts.stage_layers if i and layer_kind(config, i - 1) not in RECURRENT]
+        return f"{what}, but layer {layer - 1} is of kind {kind}; set layer to one of {', '.join(map(str, good))}"
+    if word in ATTENTION_VIEWS and config._attn_implementation == "flex_attention":
+        return f"{what}, but the masks of flex attention cannot be read; load with attn_implementation='sdpa'"
+    return None
+
+
+def _in_tower(parts: Parts, word: str, layers: tuple[int, ...]) -> str | None:
+    tower, config, name = parts.family.tower, parts.model.config, parts.family.name
+    if tower is None:
+        known = ", ".join(family.name for family in list_families().values() if family.tower is not None)
+        return f"{word}, but the patches of {name} cannot be followed to its vision tokens; take one of {known}"
+    reason = tower.refuse(config)
+    if reason is not None:
+        return f"{word}, but in this model {reason}; take another model"
+    if word == "tower_cls" and not tower.has_class(config):
+        return "tower_cls, but the tower of this model has no class token; read tower_received instead"
+    depth = len(tower_layers(parts))
+    far = [layer for layer in layers if not -depth <= layer < depth]
+    if far or not layers:
+        return f"{word} of tower layers {layers}, but there are {depth}; set them between {-depth} and {depth - 1}"
+    return None
