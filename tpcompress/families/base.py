@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tpcompress.families.layout import Layout
+from tpcompress.families.refused import REFUSED
 
 Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
 """(config, arguments of the encoder by name, tokens of each of its features) -> one layout per image or video."""
@@ -67,7 +68,7 @@ class Tiny:
             64; words are ids 3 to 89.
         pixels: (config, kinds of pictures per sample, generator) -> what the processor makes of them, by name.
         ids: (config, kind) -> the run of ids that one picture has in the prompt, separators included.
-        kinds: kinds of pictures: `image` always; `wide`, an image of another size, and `video` where the family has them.
+        kinds: kinds of pictures: `image` always; `wide`, an image of another size, and `video` where there are any.
         arguments: (config, input ids (B, S)) -> further arguments that the processor derives from the ids.
         variants: positional arguments of `config` worth a run of all tests.
     """
@@ -202,7 +203,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a model config.
 
     Raises:
-        ValueError: no family covers `config.model_type`, or its variant is not supported.
+        ValueError: no family covers `config.model_type`, none can (with the reason), or its variant is not supported.
     """
     model_type = getattr(config, "base_model_type", None) or config.model_type
     for family in list_families().values():
@@ -211,6 +212,8 @@ def family_of(config: PretrainedConfig) -> Family:
             if reason:
                 raise ValueError(f"{family.name} cannot be pruned here: {reason}")
             return family
+    if model_type in REFUSED:
+        raise ValueError(f"{model_type} cannot be pruned: {REFUSED[model_type]}. `tpcompress families` lists what can.")
     known = sorted(t for family in list_families().values() for t in family.model_types)
     near = difflib.get_close_matches(model_type, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
