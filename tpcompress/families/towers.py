@@ -26,7 +26,7 @@ def no_class(config: Any) -> bool:
 
 def class_kept(config: Any) -> str | None:
     """A class token among the vision tokens is no patch."""
-    if class_first(config) and config.vision_feature_select_strategy == "full":
+    if class_first(config) and getattr(config, "vision_feature_select_strategy", None) == "full":
         return "vision_feature_select_strategy 'full' makes a vision token of the class token"
     return None
 

@@ -152,6 +152,9 @@ class LayerInput:
         Args:
             query_BQ: int64, columns.
             held: columns that the layer's cache held before this call; they take their part of the softmax.
+
+        Raises:
+            ValueError: the cache has forgotten some of them.
         """
         looked, N = self.looked, self.hidden_BND.shape[1]
         index_BHQd = query_BQ[:, None, :, None].expand(-1, looked.query_BHNd.shape[1], -1, looked.query_BHNd.shape[-1])
@@ -160,12 +163,17 @@ class LayerInput:
 
     def _all_keys(self, held: int) -> Tensor:
         """Keys of the conversation before and of the columns at hand (B, G, L, d)."""
-        key_BGLd = self.looked.key_BGLd
-        if held == 0 or key_BGLd.shape[2] > self.hidden_BND.shape[1]:  # shared keys are complete
+        key_BGLd, width = self.looked.key_BGLd, held + self.hidden_BND.shape[1]
+        if key_BGLd.shape[2] == width:  # nothing before, or shared keys
             return key_BGLd
         if "all keys" not in self.memo:
-            old_BGLd = self.kwargs["past_key_values"].layers[self.index].keys[:, :, :held]
-            self.memo["all keys"] = torch.cat([old_BGLd.to(key_BGLd.dtype), key_BGLd], 2)
+            cached = self.kwargs["past_key_values"].layers[self.index]
+            if getattr(cached, "is_sliding", False):
+                raise ValueError(
+                    f"The cache of layer {self.index} forgets what a window passed; set layer behind a layer of full "
+                    f"attention, or use a pruner that needs no attention, to prune images of a continued conversation."
+                )
+            self.memo["all keys"] = torch.cat([cached.keys[:, :, :held].to(key_BGLd.dtype), key_BGLd], 2)
         return self.memo["all keys"]
 
     def _masked(self, logits_BHQL: Tensor, query_BQ: Tensor, held: int) -> Tensor:
