@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from training.helpers import Poison, Workplace, callback, save_base, save_chat
 
 from tpcompress.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("fit", "validate", "export", "verify", "compare", "quickstart", "pruners", "families")
+COMMANDS = ("fit", "validate", "export", "verify", "compare", "quickstart", "inspect", "pruners", "families")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,22 @@ def test_pruners_and_families_are_listed(capsys):
 def test_names_that_are_nearly_right(fails):
     assert fails("fitt").endswith("Did you mean fit?")
     assert fails("pruners", "divprun").endswith("Did you mean divprune?")
+
+
+def test_inspect_prints_stages_and_cache_and_draws(tmp_path, capsys, fails):
+    image, out = tmp_path / "grey.png", tmp_path / "seen.png"
+    Image.new("RGB", (60, 40), "grey").save(image)
+    given = ["inspect", "tiny_llava", "--image", image, "--prompt", "what ?", "--out", out]
+    assert main([*map(str, given), "--plan", "uniform:36@0,random:9@1"]) == 0
+    text = capsys.readouterr().out
+    assert "144 -> 36" in text
+    assert "36 -> 9" in text
+    assert "layer 0: 39 columns, layer 1: 12 columns" in text
+    assert f"Retained tokens: {out}" in text
+    assert Image.open(out).format == "PNG"
+    assert fails(*given).startswith("tiny_llava has no plan of its own; give --plan")
+    assert fails(*given, "--plan", "unifrm:9").endswith("Did you mean uniform?")
+    assert fails("inspect", "tiny_llava").startswith("the following arguments are required")
 
 
 # ------------------------------------------------------------------------------------------------ wrong recipes

@@ -1,4 +1,4 @@
-"""The `tpcompress` command: fit, validate, export, verify, compare, quickstart, pruners, families."""
+"""The `tpcompress` command: fit, validate, export, verify, compare, quickstart, inspect, pruners, families."""
 
 from __future__ import annotations
 
@@ -135,6 +135,33 @@ def quickstart(out: str = "runs/quickstart") -> int:
     return run_quickstart(Path(out), console)
 
 
+def inspect_model(
+    model: str,
+    image: str,
+    prompt: str,
+    plan: str | None = None,
+    out: str = "inspect.png",
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> int:
+    """What every stage of a plan does to one prompt: tokens, sequence, cache, and a picture of what is left.
+
+    Args:
+        model: folder of a model, a hub id, tiny_llava, or an exported folder.
+        image: an image file.
+        prompt: a question; `<image>` in it says where the image belongs.
+        plan: plan file, recipe, or PRUNER:TOKENS@LAYER (divprune:64@0,dart:0.1@8); default: that of an exported folder.
+        out: the PNG to write.
+        dtype: of the weights: float32, bfloat16, float16 or auto.
+        device: cpu, cuda ...
+    """
+    from tpcompress.evaluation.inspect import run_inspection
+
+    run_inspection(model, image, prompt, plan, out, dtype, device, console)
+    console.print(f"Retained tokens: {out}", soft_wrap=True, highlight=False)
+    return 0
+
+
 def pruners(name: str | None = None) -> int:
     """The table of pruners, or one pruner's documentation and arguments.
 
@@ -176,7 +203,7 @@ def families() -> int:
 def _commands() -> dict[str, Callable[..., int]]:
     return {
         "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare,
-        "quickstart": quickstart, "pruners": pruners, "families": families,
+        "quickstart": quickstart, "inspect": inspect_model, "pruners": pruners, "families": families,
     }  # fmt: skip
 
 
