@@ -2,56 +2,136 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from tpcompress.families import ImageTokens
+from tpcompress.families import Grid, Layout
 from tpcompress.insertion.call import last_prompt_token
-from tpcompress.insertion.sequence import Frame, get_tokens, locate, put_tokens, take, take_square
+from tpcompress.insertion.sequence import Frame, Rows, get_tokens, locate, put_tokens, take, take_square
 
 CPU = torch.device("cpu")
 V = True
 o = False
 
 
+def image(*grids: tuple[int, int], newline: bool = False, tail: int = 0) -> Layout:
+    """Rectangles one after the other; all or none of them with a newline after every row."""
+    return Layout(tuple(Grid(rows, cols, newline) for rows, cols in grids), tail)
+
+
+def locate_images(place: list[list[bool]], layouts: list[Layout], scope: str = "image", **more: bool) -> Rows:
+    return locate({"image": torch.tensor(place)}, {"image": layouts}, scope, **more)
+
+
 def test_locate_images_and_prompts() -> None:
-    place = torch.tensor([[o, V, V, V, V, o, V, V, o], [o, o, o, V, V, o, o, o, o], [o] * 9])
-    images = ImageTokens([4, 2, 2], [(2, 2), (1, 2), (1, 2)])
-    rows = locate(place, images, "image")
-    assert rows.owner == [0, 0, 1]
+    place = [[o, V, V, V, V, o, V, V, o], [o, o, o, V, V, o, o, o, o], [o] * 9]
+    layouts = [image((2, 2)), image((1, 2)), image((1, 2))]
+    rows = locate_images(place, layouts)
+    assert rows.owner == rows.owner_R.tolist() == [0, 0, 1]
     assert rows.total == rows.count == [4, 2, 2]
+    assert rows.layouts == [(layout,) for layout in layouts]
     assert rows.index_RV.tolist()[0] == [1, 2, 3, 4]
     assert rows.index_RV.tolist()[1][:2] == [6, 7]
     assert rows.index_RV.tolist()[2][:2] == [3, 4]
     assert rows.valid_RV.tolist() == [[V] * 4, [V, V, o, o], [V, V, o, o]]
+    assert rows.ragged
+    assert rows.table_RV4[0].tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert rows.canvas == (2, 2)
-    whole = locate(place, images, "prompt")
+
+
+def test_locate_under_the_scope_of_a_prompt() -> None:
+    place = [[o, V, V, V, V, o, V, V, o], [o, o, o, V, V, o, o, o, o], [o] * 9]
+    rows = locate_images(place, [image((4, 1)), image((1, 2)), image((1, 2))], "prompt")
+    assert rows.owner == [0, 1]
+    assert rows.total == [6, 2]
+    assert rows.index_RV.tolist()[0] == [1, 2, 3, 4, 6, 7]
+    assert rows.table_RV4[0].tolist() == [
+        [0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0], [4, 0, 1, 1], [4, 1, 1, 1],
+    ], "images of one prompt stand on top of each other and keep their numbers"  # fmt: skip
+    assert rows.canvas == (5, 2)
+
+
+def test_separators_are_no_vision_tokens() -> None:
+    place = [[o, *[V] * 11, o]]
+    layout = Layout((Grid(1, 2), Grid(2, 3, newline=True)), tail=1)
+    assert (layout.count, layout.placeholders, layout.canvas) == (8, 11, (3, 3))
+    rows = locate_images(place, [layout])
+    # An overview at 1 and 2, a row at 3 to 5, its newline at 6, a row at 7 to 9, its newline at 10, the tail at 11.
+    assert rows.index_RV.tolist() == [[1, 2, 3, 4, 5, 7, 8, 9]]
+    assert rows.table_RV4[0, :, 2].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert rows.table_RV4[0, :, 0].tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+    keep = torch.tensor([[o, o, o, o, V, o, o, o]])
+    frame, _ = Frame.full(1, 13, CPU).cut(rows, keep, [1], hide=False)
+    assert frame.index_BN.tolist() == [[0, 5, 6, 10, 11, 12]], "separators are never dropped"
+
+
+def test_neighbouring_tiles_are_one_image_where_a_family_says_so() -> None:
+    tiles = [image((2, 1))] * 4
+    place = [[o, V, V, V, V, o, V, V], [V, V, o, o, o, o, o, o]]
+    joined = locate_images(place, tiles, joins_tiles=True)
+    assert joined.owner == [0, 0, 1], "not across a gap, and not from one sample into the next"
+    assert joined.total == [4, 2, 2]
+    assert joined.layouts == [(image((2, 1), (2, 1)),), (image((2, 1)),), (image((2, 1)),)]
+    assert joined.table_RV4[0].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 1, 0], [3, 0, 1, 0]]
+    apart = locate_images(place, tiles)
+    assert apart.total == [2, 2, 2, 2]
+    assert apart.owner == [0, 0, 0, 1]
+
+
+def test_tiles_are_not_joined_across_the_end_of_a_row() -> None:
+    place = [[o, o, V, V], [V, V, o, o]]
+    assert locate_images(place, [image((1, 2))] * 2, joins_tiles=True).owner == [0, 1]
+
+
+def test_frames_of_a_video_are_rectangles() -> None:
+    video = Layout((Grid(1, 2),) * 3, video=True)
+    place = torch.tensor([[o, V, V, o, V, V, o, V, V, o]])  # a time stamp before every frame
+    rows = locate({"video": place}, {"video": [video]}, "image")
+    assert rows.index_RV.tolist() == [[1, 2, 4, 5, 7, 8]]
+    assert rows.table_RV4[0, :, 2].tolist() == [0, 0, 1, 1, 2, 2]
+    assert rows.table_RV4[0, :, 3].tolist() == [0] * 6
+    assert rows.canvas == (3, 2)
+
+
+def test_images_and_videos_of_one_prompt_follow_the_sequence() -> None:
+    #         video      image         video
+    line = [o, V, V, o, V, V, V, V, o, V, V, o]
+    images = torch.tensor([[o, o, o, o, V, V, V, V, o, o, o, o], [o] * 12])
+    videos = torch.tensor([line, [V, V, *[o] * 10]]) & ~images
+    places = {"image": images, "video": videos}
+    clip = Layout((Grid(1, 2),), video=True)
+    layouts = {"image": [image((2, 2))], "video": [clip, clip, clip]}
+    apart = locate(places, layouts, "image")
+    assert apart.owner == [0, 0, 0, 1], "images first, then videos"
+    assert apart.total == [4, 2, 2, 2]
+    whole = locate(places, layouts, "prompt")
     assert whole.owner == [0, 1]
-    assert whole.total == [6, 2]
-    assert whole.index_RV.tolist()[0] == [1, 2, 3, 4, 6, 7]
-    assert whole.canvas == (3, 2), "grids of one width stand on top of each other"
-    odd = locate(place, ImageTokens([4, 2, 2], [(4, 1), (1, 2), (1, 2)]), "prompt")
-    assert odd.canvas == (1, 6), "grids of different width form one run"
+    assert whole.total == [8, 2]
+    assert whole.index_RV.tolist()[0] == [1, 2, 4, 5, 6, 7, 9, 10]
+    assert whole.table_RV4[0, :, 3].tolist() == [1, 1, 0, 0, 0, 0, 2, 2], "each token keeps the number of its picture"
+    assert whole.index_RV.tolist()[1][:2] == [0, 1]
+    assert whole.layouts[0] == (image((2, 2)), clip, clip)
 
 
-def test_more_tokens_than_positions() -> None:
-    with pytest.raises(ValueError, match="2 images bring 8 vision tokens, but the batch has only 4 positions"):
-        locate(torch.ones(1, 4, dtype=torch.bool), ImageTokens([4, 4], [(2, 2)] * 2), "image")
+def test_a_sample_without_images_may_bring_an_empty_feature() -> None:
+    """Idefics gives every sample a feature."""
+    rows = locate_images([[o, V, V], [o, o, o], [V, V, o]], [image((1, 2)), Layout((Grid(0, 2),)), image((1, 2))])
+    assert rows.owner == [0, 2]
+    assert rows.index_RV.tolist() == [[1, 2], [0, 1]]
 
 
 def test_retain_and_retained() -> None:
-    rows = locate(torch.tensor([[V, V, V, o, V]]), ImageTokens([3, 1], [(1, 3), (1, 1)]), "image")
+    rows = locate_images([[V, V, V, o, V]], [image((1, 3)), image((1, 1))])
     kept = rows.retain(torch.tensor([[V, o, V], [V, o, o]]), [2, 1])
     assert kept.count == [2, 1]
     assert kept.total == [3, 1]
     assert kept.index_RV[0].tolist() == [0, 2]
     assert kept.token_RV[0].tolist() == [0, 2]
+    assert kept.table_RV4[0, :, 1].tolist() == [0, 2], "a token keeps its place on the grid"
     assert kept.retained_RV().tolist() == [[V, o, V], [V, o, o]]
 
 
 def test_cut_right_aligns_and_keeps_order() -> None:
-    place = torch.tensor([[o, V, V, V, o, o], [o, o, V, V, V, o]])
-    rows = locate(place, ImageTokens([3, 3], [(1, 3)] * 2), "image")
+    rows = locate_images([[o, V, V, V, o, o], [o, o, V, V, V, o]], [image((1, 3))] * 2)
     frame, local = Frame.full(2, 6, CPU).cut(rows, torch.tensor([[o, V, o], [V, o, V]]), [1, 2], hide=False)
     assert local is not None
     assert frame.lengths == [4, 5]
@@ -73,9 +153,8 @@ def test_cut_right_aligns_and_keeps_order() -> None:
 
 
 def test_cut_makes_room_of_padding() -> None:
-    place = torch.tensor([[V, V, V, V, o], [o, o, o, o, o]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    rows = locate(place, ImageTokens([4], [(2, 2)]), "image")
+    rows = locate_images([[V, V, V, V, o], [o] * 5], [image((2, 2))])
     frame, _ = Frame.full(2, 5, CPU, mask).cut(rows, torch.tensor([[V, o, o, V]]), [2], hide=False)
     assert frame.lengths == [3, 2]
     assert frame.index_BN[:, -2:].tolist() == [[3, 4], [3, 4]]
