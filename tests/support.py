@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from tpcompress.families import list_families
 from tpcompress.families.tiny import IMAGE, VIDEO
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
+from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dart": [
@@ -71,11 +72,29 @@ def make_view(
     if pruner.needs & {"text", "keys"}:
         more["text_BSD"] = draw(S, D, offset=0)
         more["text_valid_BS"] = torch.arange(S).expand(B, S) >= 5
+        more["text_role_BS"] = torch.tensor([SYSTEM] * 3 + [0] * 2 + [INSTRUCTION] * (S - 5), dtype=torch.int8).expand(
+            B, S
+        )
     if "keys" in pruner.needs:
         more["keys_BVD"] = draw(V, 8, offset=1)
         more["text_keys_BSD"] = draw(S, 8, offset=2)
     if "attention" in pruner.needs:
         more["attention_BHV"] = draw(H, V, offset=3).softmax(-1)
+    if "attention_prompt" in pruner.needs:
+        words = [s for s in range(S) if s not in (3, 4)]
+        more["attention_prompt_BHQV"] = draw(H, len(words), V, offset=4).softmax(-1)
+        more["prompt_column_BQ"] = torch.tensor(words).expand(B, -1)
+        more["prompt_role_BQ"] = torch.tensor([SYSTEM] * 3 + [INSTRUCTION] * (S - 5), dtype=torch.int8).expand(B, -1)
+    if "attention_last_vision" in pruner.needs:
+        more["attention_last_vision_BHV"] = draw(H, V, offset=5).softmax(-1)
+    L = len(pruner.tower_layers)
+    for number, word in enumerate(("tower_cls", "tower_received"), 6):
+        if word in pruner.needs:
+            more[f"{word}_BLHV"] = draw(L, H, V, offset=number).softmax(-1)
+    if "tower_keys" in pruner.needs:
+        more["tower_keys_BLHVD"] = draw(L, H, V, 8, offset=8)
+    if "tower_features" in pruner.needs:
+        more["tower_features_BLVD"] = draw(L, V, 12, offset=9)
     return TokenView.of(vision_BVD, grid, soft=soft, **more)
 
 
@@ -91,12 +110,13 @@ def pad_view(view: TokenView, padding: int, canvas: tuple[int, int]) -> TokenVie
     for name, value in fields.items():
         if value is None:
             continue
-        if name in ("vision_BVD", "keys_BVD"):
-            fields[name] = torch.cat([value, value.new_full((len(value), padding, value.shape[-1]), 1e3)], 1)
-        elif name in ("valid_BV", "row_BV", "col_BV"):
+        if name.endswith("VD"):
+            shape = (*value.shape[:-2], padding, value.shape[-1])
+            fields[name] = torch.cat([value, value.new_full(shape, 1e3)], -2)
+        elif name in ("valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV"):
             fields[name] = torch.cat([value, value.new_zeros(len(value), padding)], 1)
-        elif name == "attention_BHV":
-            fields[name] = torch.cat([value, value.new_full((*value.shape[:2], padding), 1e3)], 2)
+        elif name.endswith("V"):
+            fields[name] = torch.cat([value, value.new_full((*value.shape[:-1], padding), 1e3)], -1)
     return TokenView(**fields)
 
 

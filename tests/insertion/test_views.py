@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from support import PLACEHOLDER, TOKENS, answer_labels, batch
+from insertion.test_no_sync import NoSync
+from looks import LAYER_WORDS, Looks
+from support import PLACEHOLDER, TOKENS, answer_labels, batch, tiny_model
 from transformers import StaticCache
 
-from tpcompress.insertion.attach import attach, detach, record
+from tpcompress.insertion import stage
+from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.insertion.views import build_view
+from tpcompress.pruners.base import SYSTEM
 
 SAMPLES = [(5, 1, 7), (3, 2, 8), (4, 0, 9)]
 
@@ -153,3 +158,50 @@ def test_attention_beside_a_static_cache(eager_model: Any, model: Any) -> None:
         cache.reset()
         view = view_of(one, plan, inputs, past_key_values=cache)
         assert torch.allclose(view.attention_BHV, expected, atol=1e-6)
+
+
+def test_no_view_makes_the_host_wait(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, built = batch([(5, 2, 7)]), []
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        with NoSync():
+            built.append(build_view(*args, **kwargs))
+        return built[-1]
+
+    monkeypatch.setattr(stage, "build_view", guarded)
+    words = (*LAYER_WORDS, "tower_cls", "tower_received", "tower_keys", "tower_features")
+    stages = [Stage("uniform", 0, keep_tokens=30), Stage(Looks(words), 2, keep_tokens=9)]
+    attach(model, PruningPlan(stages))
+    for labels in (None, answer_labels(inputs)):
+        with torch.no_grad():
+            model(**inputs, labels=labels)
+    assert [view.tower_keys_BLHVD is not None for view, _ in built] == [False, True] * 2
+
+
+def test_hidden_tokens_are_not_seen(eager_model: Any) -> None:
+    """In mode `mask` dropped tokens stay in the sequence, but take no part in the softmax."""
+    inputs = batch(SAMPLES)
+    plan = PruningPlan([Stage("random", 0, keep_tokens=20), Stage(Looks(LAYER_WORDS), 2, keep_tokens=9)])
+    attach(eager_model, plan)
+    views = []
+    for how in ("drop", "mask"):
+        with mode(eager_model, how), record(eager_model) as trace, torch.no_grad():
+            eager_model(**inputs)
+        views.append(trace.stages[-1].view)
+    a, b = views
+    for name in ("attention_BHV", "attention_last_vision_BHV", "keys_BVD", "vision_BVD"):
+        assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-5)
+    rows = a.attention_prompt_BHQV.shape[2]
+    assert torch.allclose(a.attention_prompt_BHQV, b.attention_prompt_BHQV[:, :, :rows], atol=1e-5)
+    assert torch.equal(a.prompt_role_BQ, b.prompt_role_BQ[:, :rows])
+    assert a.text_role_BS.shape[1] < b.text_role_BS.shape[1], "control: nothing was cut in mode mask"
+
+
+def test_separators_are_no_words() -> None:
+    """LLaVA-OneVision ends an image with a newline, which must not pass for the question."""
+    model = tiny_model("llava_onevision")
+    inputs = batch([(5, 1, 0)], family="llava_onevision", config=model.config)
+    inputs = {k: v[:, :-2] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}
+    view = view_of(model, PruningPlan([Stage(Looks(["text"]), 2, keep_tokens=9)]), inputs)
+    assert view.text_role_BS[0].tolist() == [SYSTEM] * 5 + [0] * (inputs["input_ids"].shape[1] - 5)
+    assert torch.equal(view.text_valid_BS, view.text_role_BS == SYSTEM), "a prompt without instruction shows all words"

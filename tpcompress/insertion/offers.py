@@ -39,7 +39,9 @@ def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:
                 f"weights of its own"
             )
         else:
-            reason = None if word in WORDS else f"a view '{word}'; views are {', '.join(sorted(WORDS))}; correct it"
+            reason = (
+                None if word in WORDS else f"'{word}', which is no view (views: {', '.join(sorted(WORDS))}); correct it"
+            )
         if reason is not None:
             return reason
     return None
@@ -71,5 +73,5 @@ def _in_tower(parts: Parts, word: str, layers: tuple[int, ...]) -> str | None:
     depth = len(tower_layers(parts))
     far = [layer for layer in layers if not -depth <= layer < depth]
     if far or not layers:
-        return f"{word} of tower layers {layers}, but there are {depth}; set them between {-depth} and {depth - 1}"
+        return f"{word} of tower layers {layers}, but the tower has layers {-depth} to {depth - 1}; name some of these"
     return None

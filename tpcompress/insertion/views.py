@@ -42,7 +42,7 @@ def build_view(
         soft: see `TokenView.soft`.
 
     Raises:
-        ValueError: the pruner needs views of the vision tower, and the tower of this modality shows none.
+        ValueError: the pruner needs views of the vision tower, and these features came without.
     """
     rows, frame, needs = call.rows, call.frame, pruner.needs
     assert rows is not None and frame is not None
@@ -163,8 +163,10 @@ def _from_tower(call: Call, rows: Rows, word: str, layer: int) -> Tensor:
     flat, place, first = [], None, 0
     for modality, note in call.encoded.items():
         if (word, layer) not in note.tower:
-            raise ValueError(f"The vision tower shows no {word} for a {modality}; leave such inputs out, or prune "
-                             f"them with a pruner that does not need it.")  # fmt: skip
+            raise ValueError(
+                f"The {modality} features of this call came without {word}: they were encoded in mode off, or by "
+                f"another tower; encode them again, or use a pruner that does not need it."
+            )
         values = note.tower[word, layer]
         here_BS = call.places[modality]
         rank_BS = (here_BS.reshape(-1).cumsum(0) - 1 + first).view(here_BS.shape)
