@@ -66,7 +66,7 @@ def make_view(
     S, H, more = 11, 4, {}
 
     def draw(*shape: int, offset: int) -> Tensor:
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + offset + 10 * b)) for b in range(B)]
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + offset + 100 * b)) for b in range(B)]
         return torch.stack(rows)
 
     if pruner.needs & {"text", "keys"}:
@@ -80,9 +80,10 @@ def make_view(
         more["text_keys_BSD"] = draw(S, 8, offset=2)
     if "attention" in pruner.needs:
         more["attention_BHV"] = draw(H, V, offset=3).softmax(-1)
+    words = [s for s in range(S) if s not in (3, 4)]
     if "attention_prompt" in pruner.needs:
-        words = [s for s in range(S) if s not in (3, 4)]
         more["attention_prompt_BHQV"] = draw(H, len(words), V, offset=4).softmax(-1)
+    if pruner.needs & {"attention_prompt", "input"}:
         more["prompt_column_BQ"] = torch.tensor(words).expand(B, -1)
         more["prompt_role_BQ"] = torch.tensor([SYSTEM] * 3 + [INSTRUCTION] * (S - 5), dtype=torch.int8).expand(B, -1)
     if "attention_last_vision" in pruner.needs:
@@ -91,10 +92,16 @@ def make_view(
     for number, word in enumerate(("tower_cls", "tower_received"), 6):
         if word in pruner.needs:
             more[f"{word}_BLHV"] = draw(L, H, V, offset=number).softmax(-1)
-    if "tower_keys" in pruner.needs:
-        more["tower_keys_BLHVD"] = draw(L, H, V, 8, offset=8)
+    for number, word in enumerate(("tower_keys", "tower_cls_query"), 8):
+        if word in pruner.needs:
+            more[f"{word}_BLHVD"] = draw(L, H, V, 8, offset=number)
     if "tower_features" in pruner.needs:
-        more["tower_features_BLVD"] = draw(L, V, 12, offset=9)
+        more["tower_features_BLVD"] = draw(L, V, 12, offset=10)
+    if "attention_next" in pruner.needs:
+        more["attention_next_BHV"] = draw(H, V, offset=11).softmax(-1)
+    if "input" in pruner.needs:
+        more["input_vision_BUD"], more["input_prompt_BQD"] = draw(V + 3, D, offset=12), draw(S - 2, D, offset=13)
+        more["input_valid_BU"] = torch.ones(B, V + 3, dtype=torch.bool)
     return TokenView.of(vision_BVD, grid, soft=soft, **more)
 
 

@@ -53,14 +53,17 @@ def inputs_of(case: Case, model: Any, *, videos: bool = True) -> dict[str, Any]:
 
 def words_of(model: Any) -> tuple[str, ...]:
     family = resolve(model).family
-    return WORDS + (("tower_cls",) if family.tower.has_class(model.config) else ())
+    return WORDS + (("tower_cls", "tower_cls_query") if family.tower.has_class(model.config) else ())
 
 
 class Spy:
     """Stands in for the eager kernel of a module's file and remembers the weights of one module."""
 
     def __init__(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        file, self.module, self.weights, self.keys = sys.modules[type(module).__module__], module, [], []
+        file, self.module = sys.modules[type(module).__module__], module
+        self.weights: list[Tensor] = []
+        self.queries: list[Tensor] = []
+        self.keys: list[Tensor] = []
         self.kernel = file.eager_attention_forward
         monkeypatch.setattr(file, "eager_attention_forward", self)
 
@@ -68,6 +71,7 @@ class Spy:
         out = self.kernel(module, query, key, *args, **kwargs)
         if module is self.module:
             self.weights.append(out[1].detach())
+            self.queries.append(query.detach())
             self.keys.append(key.detach())
         return out
 
@@ -101,12 +105,17 @@ def test_values_are_those_of_the_layer(case: Case, model: Any, layer: int, monke
         "tower_features_BLVD": means([x[None] if packed else x for x in out]),
     }
     if first:
+        asked = [q[:, :, :1].expand_as(q).transpose(1, 2) for q in spy.queries]
+        given["tower_cls_query_BLHVD"] = means(asked)
         given["tower_cls_BLHV"] = means([w[:, :, 0].transpose(1, 2) for w in spy.weights])
         assert view.tower_cls_BLHV.dtype == torch.float32
     for name, patches in given.items():
         shown = rows_of(getattr(view, name)[:, 0], view)[whole]
         assert (shown - patches[patch[whole]]).abs().max() < 1e-5, name
-        assert (shown - patches[patch[whole].roll(1)]).abs().max() > 2e-4, f"control: neighbours differ in {name}"
+        if "query" in name and layer == 0:
+            continue  # the class token has seen nothing yet
+        control = patch[whole].roll(1 if "query" not in name else len(shown) // 2)
+        assert (shown - patches[control]).abs().max() > 2e-4, f"control: others differ in {name}"
 
 
 def rows_of(x: Tensor, view: TokenView) -> Tensor:
@@ -201,7 +210,7 @@ def test_views_pass_through_generate_and_beams(case: Case, model: Any) -> None:
 
 
 def tower_field(word: str) -> str:
-    return next(name for name in vars(TokenView.of(torch.zeros(1, 1, 1))) if name.startswith(f"{word}_"))
+    return next(name for name in vars(TokenView.of(torch.zeros(1, 1, 1))) if name.rsplit("_", 1)[0] == word)
 
 
 def test_behind_an_earlier_stage_the_retained_tokens_keep_their_values(case: Case, model: Any) -> None:
@@ -211,7 +220,7 @@ def test_behind_an_earlier_stage_the_retained_tokens_keep_their_values(case: Cas
     detach(model)
     stage, _ = seen(model, PruningPlan(stages), inputs)
     first = stage.retained_RV
-    attach_again = [word for word in words_of(model) if word != "tower_cls"]
+    attach_again = [word for word in words_of(model) if not word.startswith("tower_cls")]
     view = stage.view
     assert view.valid_BV.sum(1).max() == 5
     places = torch.stack([view.row_BV, view.col_BV], -1)

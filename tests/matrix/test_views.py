@@ -166,6 +166,48 @@ def test_behind_earlier_stages_the_shortened_layer_counts(subject: Subject, posi
     assert full[0][:, -1].topk(count).values.sum() >= stage.view.attention_BHV[0].sum() - 1e-5
 
 
+def test_the_layer_behind_and_the_input(subject: Subject) -> None:
+    """What the last word would pay behind the stage, and everything as it entered the language model."""
+    parts, config = resolve(subject.base), subject.config.get_text_config()
+    layer = [i for i in parts.stage_layers if i and layer_kind(config, i) not in RECURRENT][-1]
+    inputs, given = subject.batch(*samples(subject)), []
+    more = {"labels": answer_labels(inputs, ANSWER), "output_attentions": True}
+    handle = parts.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    looks, first = Stage(Looks(("attention_next", "input")), layer, keep_tokens=3), good_layers(subject)[0]
+    with eager(subject.model, subject.base):
+        stage, _ = seen(subject.model, plan_of("attention_next", "input", layer=layer), inputs, **more)
+        detach(subject.model)
+        with torch.no_grad():
+            full = weights_of(subject.base(**inputs, **more), subject, layer)
+        handle.remove()
+        if first < layer:
+            early = Stage("random", first, keep_tokens=9)
+            cut, _ = seen(subject.model, subject.plan([early, looks]), inputs, **more)
+            detach(subject.model)
+            alone, out = seen(subject.model, subject.plan([early]), inputs, **more)
+            shorter = weights_of(out, subject, layer)
+    for r, (b, places) in enumerate(tokens_of(stage, inputs, subject.base)):
+        last = int(inputs["attention_mask"][b].nonzero()[-1]) - ANSWER
+        view, V = stage.view, len(places)
+        assert close(view.attention_next_BHV[r, :, :V], full[b][:, last, places])
+        words = [s for s in range(last + 1) if inputs["attention_mask"][b, s]]
+        words = [s for s in words if not is_placeholder(inputs["input_ids"][b, s])]
+        assert close(view.input_prompt_BQD[r, : len(words)], given[0][b, words])
+        assert close(view.input_vision_BUD[r, :V], given[0][b, places])
+        assert int(view.input_valid_BU[r].sum()) == V
+        if first < layer:
+            view, kept = cut.view, torch.tensor(places)[alone.retained_RV[r, :V]].tolist()
+            columns = shorter.shape[-1] - inputs["input_ids"].shape[1] + sum(alone.retained_RV[r, :V].tolist())
+            assert columns <= len(kept), "control: the layer behind was shortened"
+            weights = shorter[b][:, -1 - ANSWER]
+            for v in range(len(kept)):
+                assert (weights - view.attention_next_BHV[r, :, v][:, None]).abs().amax(0).min() < 1e-5
+            assert close(view.input_vision_BUD[r, :V], given[0][b, places]), "early stages hide nothing here"
+            assert close(view.input_prompt_BQD[r, : len(words)], given[0][b, words])
+
+
 def later_positions(subject: Subject, *turns: dict[str, Any]) -> dict[str, Any]:
     """Positions of the second turn, where the model would not count on by itself."""
     if subject.family.positions != "mrope":

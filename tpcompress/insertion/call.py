@@ -121,6 +121,8 @@ class Call:
         layer_positions: position ids of the columns at hand inside the language model.
         cuts: what this call leaves for later ones.
         before: input of the layer before the next stage, if that stage reads keys or attention.
+        behind: input that the layer behind the next stage would have without it, if that stage reads its attention.
+        entry: vision tokens, sequence and hidden states at the language model's input, if some stage reads them.
         memo: shortened arguments, by what they are and for which kind of layer: layers of a kind share them. (Also
             because a layer that reuses another's keys asks when those are already in the cache.)
     """
@@ -141,6 +143,8 @@ class Call:
     layer_positions: Tensor | None = None
     cuts: list[Cut] = field(default_factory=list)
     before: LayerInput | None = None
+    behind: LayerInput | None = None
+    entry: tuple[Rows, Frame, Tensor] | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -23,7 +23,7 @@ from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.taps import DeepstackTap, ForwardTap, ShortenedLoss
 from tpcompress.insertion.tower import TowerWatch
 from tpcompress.insertion.trace import Trace
-from tpcompress.insertion.views import LAYER_VIEWS
+from tpcompress.insertion.views import BEFORE_VIEWS
 
 MODES = ("drop", "mask", "off")
 
@@ -43,7 +43,9 @@ class Controller:
         self.replaced: list[tuple[nn.Module, str, Any]] = []
         self.stage_at = {stage.layer: number for number, stage in enumerate(plan.stages)}
         self.tower = TowerWatch(parts, [stage.rule for stage in plan.stages])
-        self.watched = {s.layer - 1 for s in plan.stages if s.layer and s.rule.needs & LAYER_VIEWS}
+        self.watched = {s.layer - 1 for s in plan.stages if s.layer and s.rule.needs & BEFORE_VIEWS}
+        self.looks_ahead = {s.layer for s in plan.stages if s.layer and "attention_next" in s.rule.needs}
+        self.reads_input = any("input" in s.rule.needs for s in plan.stages)
 
     def set_mode(self, mode: str) -> None:
         """Switch between `drop`, `mask` and `off`."""
@@ -140,7 +142,7 @@ class Controller:
         first = next(iter(kwargs)) if args else "hidden_states"
         hidden_BND = kwargs.pop(first)
         if call.is_prefill:
-            hidden_BND = prefill.shorten_layer(self, call, index, hidden_BND, kwargs)
+            hidden_BND = prefill.shorten_layer(self, call, index, layer, hidden_BND, kwargs)
             if index in self.watched:
                 call.before = LayerInput(layer, index, hidden_BND, kwargs)
         else:

@@ -6,10 +6,10 @@ from tpcompress.families import Parts, list_families
 from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.tower import tower_layers
-from tpcompress.insertion.views import ATTENTION_VIEWS, LAYER_VIEWS, TOWER_VIEWS
+from tpcompress.insertion.views import LAYER_VIEWS, TOWER_VIEWS
 from tpcompress.pruners import Pruner, list_pruners
 
-WORDS = LAYER_VIEWS | TOWER_VIEWS | {"text", "joint"}
+WORDS = LAYER_VIEWS | TOWER_VIEWS | {"text", "input", "joint"}
 """Everything that a pruner can need."""
 
 
@@ -48,14 +48,16 @@ def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:
 
 
 def _before_layer(parts: Parts, word: str, layer: int) -> str | None:
-    what, config = f"{word} of the layer before", parts.text_config
+    ahead, config = word == "attention_next", parts.text_config
+    what = "attention of the layer behind the stage" if ahead else f"{word} of the layer before"
     if layer == 0:
         return f"{what}, which does not exist at layer 0; set layer >= 1"
-    kind = layer_kind(config, layer - 1)
+    index = layer if ahead else layer - 1
+    kind = layer_kind(config, index)
     if kind in RECURRENT:
-        good = [i for i in parts.stage_layers if i and layer_kind(config, i - 1) not in RECURRENT]
-        return f"{what}, but layer {layer - 1} is of kind {kind}; set layer to one of {', '.join(map(str, good))}"
-    if word in ATTENTION_VIEWS and config._attn_implementation == "flex_attention":
+        good = [i for i in parts.stage_layers if i and layer_kind(config, i + index - layer) not in RECURRENT]
+        return f"{what}, but layer {index} is of kind {kind}; set layer to one of {', '.join(map(str, good))}"
+    if word != "keys" and config._attn_implementation == "flex_attention":
         return f"{what}, but the masks of flex attention cannot be read; load with attn_implementation='sdpa'"
     return None
 
@@ -68,8 +70,8 @@ def _in_tower(parts: Parts, word: str, layers: tuple[int, ...]) -> str | None:
     reason = tower.refuse(config)
     if reason is not None:
         return f"{word}, but in this model {reason}; take another model"
-    if word == "tower_cls" and not tower.has_class(config):
-        return "tower_cls, but the tower of this model has no class token; read tower_received instead"
+    if word.startswith("tower_cls") and not tower.has_class(config):
+        return f"{word}, but the tower of this model has no class token; read tower_received instead"
     depth = len(tower_layers(parts))
     far = [layer for layer in layers if not -depth <= layer < depth]
     if far or not layers:

@@ -15,6 +15,7 @@ from tpcompress.insertion.cache import held_columns, recall
 from tpcompress.insertion.call import Call, Cut, Prefix, join, last_prompt_token, num_steps
 from tpcompress.insertion.decode import new_columns
 from tpcompress.insertion.encode import given_notes
+from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.masks import custom_mask, layer_kind, layer_mask
 from tpcompress.insertion.positions import closed_up, rotary
 from tpcompress.insertion.sequence import Frame, locate, take
@@ -135,6 +136,8 @@ def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> bool:
                 call.custom_mask = kwargs["attention_mask"]
     call.real_BN = call.frame.padding(call.mask_BS)
     call.frame = call.frame.as_input()
+    if controller.reads_input:
+        call.entry = (call.rows, call.frame, kwargs["inputs_embeds"])
     if "logits_to_keep" in kwargs:
         # Gemma 4 shortens the last layers by it; the head does so in any case.
         kwargs["logits_to_keep"] = 0
@@ -217,13 +220,20 @@ def leave_cut(call: Call, layer: int, lost_B1: Tensor) -> None:
     call.cuts.append(Cut.of(layer, call.frame, call.frame.padding(call.mask_BS), lost_B1))
 
 
-def shorten_layer(controller: Controller, call: Call, index: int, hidden_BND: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def shorten_layer(
+    controller: Controller, call: Call, index: int, layer: Any, hidden_BND: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
     """Run the stage before a layer, if there is one, and bring the layer's arguments up to date.
 
     Returns:
         The layer's hidden states.
     """
     earlier = None if call.prefix is None else call.prefix.at_layer(index)
+    if index in controller.looks_ahead:
+        ahead = dict(kwargs)
+        if earlier is not None or any(cut.layer > 0 for cut in call.cuts):
+            _layer_arguments(controller, call, index, hidden_BND, ahead)
+        call.behind = LayerInput(layer, index, hidden_BND, ahead)
     if index in controller.stage_at and index > 0:
         hidden_BND, _, changed = run_stage(controller, controller.stage_at[index], hidden_BND, call)
         if changed or (earlier is not None and earlier.layer == index):

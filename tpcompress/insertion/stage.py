@@ -47,7 +47,7 @@ def run_stage(
     pruner: Any = controller.pruners[number]
     hide = controller.mode == "mask"
     view, cell_RV = build_view(pruner, call, hidden_BND, padding_BN, last_B, soft=hide)
-    call.before = None  # it holds the queries and keys of a whole layer
+    call.before = call.behind = None  # they hold the queries and keys of a whole layer
     # Out of mixed precision: the choice must be the one that the exported model makes.
     with torch.autocast(hidden_BND.device.type, enabled=False):
         selection = pruner(view, torch.tensor(counts))

@@ -113,6 +113,7 @@ class TowerWatch:
             made = {
                 "tower_keys": lambda: looked.key_BGLd.transpose(1, 2),
                 "tower_cls": lambda: _rows(looked, slice(0, 1), slice(None))[:, :, 0].mT,
+                "tower_cls_query": lambda: looked.query_BHNd[:, :, :1].expand_as(looked.query_BHNd).transpose(1, 2),
                 "tower_received": lambda: _received(looked, windows).mT,
             }
             self.seen |= {(word, index): made[word]() for word in sorted(words & made.keys())}

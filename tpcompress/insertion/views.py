@@ -18,13 +18,13 @@ from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
 if TYPE_CHECKING:
     from tpcompress.insertion.call import Call
 
-ATTENTION_VIEWS = frozenset({"attention", "attention_prompt", "attention_last_vision"})
-"""Rows of attention in the layer before the stage."""
+BEFORE_VIEWS = frozenset({"keys", "attention", "attention_prompt", "attention_last_vision"})
+"""Views of the layer before the stage."""
 
-LAYER_VIEWS = ATTENTION_VIEWS | {"keys"}
-"""Views of the layer before the stage: they do not exist before the language model."""
+LAYER_VIEWS = BEFORE_VIEWS | {"attention_next"}
+"""Views of the layers around the stage: they do not exist before the language model."""
 
-TOWER_VIEWS = frozenset({"tower_cls", "tower_received", "tower_keys", "tower_features"})
+TOWER_VIEWS = frozenset({"tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features"})
 """Views of layers of the vision tower."""
 
 
@@ -49,15 +49,27 @@ def build_view(
     cell_RV = frame.cells(rows)
     column_RV = cell_RV - rows.owner_R[:, None] * frame.width
     optional: dict[str, Tensor] = {}
-    if needs & {"text", "attention_prompt"}:
+    if needs & {"text", "attention_prompt", "input"}:
         text_BN = _prompt_text(call, frame, padding_BN, last_prompt_B)
         role_RN = _roles(rows, column_RV, text_BN)
         if "text" in needs:
             optional["text_BSD"], optional["text_role_BS"] = hidden_BND[rows.owner_R], role_RN
             instruction_RN = role_RN == INSTRUCTION
             optional["text_valid_BS"] = torch.where(instruction_RN.any(1, keepdim=True), instruction_RN, role_RN > 0)
+        if needs & {"attention_prompt", "input"}:
+            query_BQ = _words(rows, frame, text_BN)
+            optional["prompt_column_BQ"] = query_BQ[rows.owner_R]
+            optional["prompt_role_BQ"] = role_RQ = role_RN.gather(1, query_BQ[rows.owner_R])
     with torch.no_grad():
-        if needs & LAYER_VIEWS:
+        if "input" in needs:
+            optional |= _at_input(call, rows, frame, hidden_BND, query_BQ)
+        if "attention_next" in needs:
+            behind = call.behind
+            assert behind is not None
+            held = 0 if call.prefix is None else call.prefix.held(behind.index)
+            weight_BHQN = behind.attention(last_prompt_B[:, None], held)
+            optional["attention_next_BHV"] = _to_tokens(weight_BHQN[rows.owner_R], column_RV)[:, :, 0]
+        if needs & BEFORE_VIEWS:
             before = call.before
             assert before is not None
             held = 0 if call.prefix is None else call.prefix.held(before.index)
@@ -68,7 +80,10 @@ def build_view(
                 weight_BHQN = before.attention(last_prompt_B[:, None], held)
                 optional["attention_BHV"] = _to_tokens(weight_BHQN[rows.owner_R], column_RV)[:, :, 0]
             if "attention_prompt" in needs:
-                optional |= _prompt_rows(before, rows, frame, column_RV, text_BN, role_RN, held)
+                weight_RHQV = _to_tokens(before.attention(query_BQ, held)[rows.owner_R], column_RV)
+                # There may be more queries than words: rows of an answer must not be seen.
+                no_word_R1Q1 = (role_RQ == 0)[:, None, :, None]
+                optional["attention_prompt_BHQV"] = weight_RHQV.masked_fill(no_word_R1Q1, 0.0)
             if "attention_last_vision" in needs:
                 optional["attention_last_vision_BHV"] = _last_vision_row(before, rows, column_RV, held)
         for word in sorted(needs & TOWER_VIEWS):
@@ -91,6 +106,7 @@ def build_view(
 
 TOWER_FIELDS = {
     "tower_cls": "tower_cls_BLHV",
+    "tower_cls_query": "tower_cls_query_BLHVD",
     "tower_received": "tower_received_BLHV",
     "tower_keys": "tower_keys_BLHVD",
     "tower_features": "tower_features_BLVD",
@@ -127,22 +143,27 @@ def _to_tokens(weight_RHQN: Tensor, column_RV: Tensor) -> Tensor:
     return weight_RHQN.gather(3, column_RV[:, None, None].expand(R, H, Q, -1))
 
 
-def _prompt_rows(
-    before: LayerInput, rows: Rows, frame: Frame, column_RV: Tensor, text_BN: Tensor, role_RN: Tensor, held: int
-) -> dict[str, Tensor]:
-    """Attention rows of all words of the prompt. As many as the longest sample has words, which the host knows."""
-    placeholders = [sum(layout.placeholders - layout.count for layout in layouts) for layouts in rows.layouts]
+def _words(rows: Rows, frame: Frame, text_BN: Tensor) -> Tensor:
+    """Columns (B, Q) of the words of the prompt, in order; others follow where a sample has fewer.
+
+    Q is what is left of the longest sample without its placeholders, which the host knows: answers count, too.
+    """
     words = {owner: frame.lengths[owner] for owner in rows.owner}
-    for owner, count, separators in zip(rows.owner, rows.count, placeholders, strict=True):
-        words[owner] -= count + separators
-    most = max(1, *words.values())
-    query_BQ = (~text_BN).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-    query_RQ = query_BQ[rows.owner_R]
-    role_RQ = role_RN.gather(1, query_RQ)
-    weight_RHQV = _to_tokens(before.attention(query_BQ, held)[rows.owner_R], column_RV)
-    # The bound counts answers, too: their rows must not be seen.
-    weight_RHQV = weight_RHQV.masked_fill((role_RQ == 0)[:, None, :, None], 0.0)
-    return {"attention_prompt_BHQV": weight_RHQV, "prompt_column_BQ": query_RQ, "prompt_role_BQ": role_RQ}
+    for owner, count, layouts in zip(rows.owner, rows.count, rows.layouts, strict=True):
+        words[owner] -= count + sum(layout.placeholders - layout.count for layout in layouts)
+    return (~text_BN).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *words.values())]
+
+
+def _at_input(call: Call, rows: Rows, frame: Frame, hidden_BND: Tensor, query_BQ: Tensor) -> dict[str, Tensor]:
+    """Vision tokens and words at the language model's input; no stage drops a word."""
+    rows, entry, input_BND = call.entry or (rows, frame.as_input(), hidden_BND)
+    place_RQ = frame.base_BN.gather(1, query_BQ)[rows.owner_R] if call.entry else query_BQ[rows.owner_R]
+    index_RQD = place_RQ[..., None].expand(-1, -1, input_BND.shape[-1])
+    return {
+        "input_vision_BUD": get_tokens(input_BND, entry.cells(rows)),
+        "input_valid_BU": rows.valid_RV,
+        "input_prompt_BQD": input_BND[rows.owner_R].gather(1, index_RQD),
+    }
 
 
 def _last_vision_row(before: LayerInput, rows: Rows, column_RV: Tensor, held: int) -> Tensor:

@@ -44,11 +44,20 @@ class TokenView:
         attention_BHV: attention of the last prompt token to the vision tokens in the layer before, fp32, as the
             model's own softmax over everything that the token sees (needs "attention").
         attention_prompt_BHQV: the same for every word of the prompt, 0 where the role is 0 (needs "attention_prompt").
-        prompt_column_BQ: position of each of these words in the sequence, as in `text_BSD`.
+        prompt_column_BQ: position of each of these words in the sequence, as in `text_BSD` (needs "attention_prompt" or
+            "input").
         prompt_role_BQ: their roles; 0 where a shorter prompt was padded.
         attention_last_vision_BHV: the same for the row's last vision token (needs "attention_last_vision").
+        attention_next_BHV: attention that the last prompt token would pay in the layer behind the stage if nothing was
+            dropped (needs "attention_next").
+        input_vision_BUD: hidden states of all vision tokens at the language model's input, whatever earlier stages
+            inside it dropped (needs "input").
+        input_valid_BU: False where a shorter row of them was padded (needs "input").
+        input_prompt_BQD: the same for the words of the prompt, as `prompt_column_BQ` lists them (needs "input").
         tower_cls_BLHV: attention of the class token to the patches in layers `tower_layers` of the vision tower, fp32
             (needs "tower_cls").
+        tower_cls_query_BLHVD: the query of the class token of each token's image or tile, head by head (needs
+            "tower_cls_query").
         tower_received_BLHV: attention that patches receive there, mean over all queries of their attention window, the
             class token among them, fp32 (needs "tower_received").
         tower_keys_BLHVD: keys of these layers, head by head (needs "tower_keys").
@@ -76,7 +85,12 @@ class TokenView:
     prompt_column_BQ: Tensor | None = None
     prompt_role_BQ: Tensor | None = None
     attention_last_vision_BHV: Tensor | None = None
+    attention_next_BHV: Tensor | None = None
+    input_vision_BUD: Tensor | None = None
+    input_valid_BU: Tensor | None = None
+    input_prompt_BQD: Tensor | None = None
     tower_cls_BLHV: Tensor | None = None
+    tower_cls_query_BLHVD: Tensor | None = None
     tower_received_BLHV: Tensor | None = None
     tower_keys_BLHVD: Tensor | None = None
     tower_features_BLVD: Tensor | None = None
@@ -143,7 +157,8 @@ class Pruner(nn.Module):
     @property
     def needs(self) -> frozenset[str]:
         """Optional views it reads: any of "text", "keys", "attention", "attention_prompt", "attention_last_vision",
-        "tower_cls", "tower_received", "tower_keys", "tower_features", "joint"; see `TokenView`."""
+        "attention_next", "input", "tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features",
+        "joint"; see `TokenView`."""
         return frozenset()
 
     @property
@@ -154,7 +169,7 @@ class Pruner(nn.Module):
     @property
     def prompt_dependent(self) -> bool:
         """The choice depends on the prompt, so an image cannot be pruned once for all its questions."""
-        return bool(self.needs & {"text", "attention", "attention_prompt", "joint"})
+        return bool(self.needs & {"text", "attention", "attention_prompt", "attention_next", "input", "joint"})
 
     @property
     def learned(self) -> bool:
