@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -123,7 +122,6 @@ class Family:
         joins_tiles: features whose placeholders follow each other without a gap are tiles of one image.
         keys_of: (config, layer) -> the layer whose keys and values a layer attends to.
         reads_positions: (config) -> whether layers read position ids beside the rotary embedding.
-        input_norm: name of the norm before a layer's attention.
         refuse: (config) -> reason why a variant is not supported, or None.
         limits: what is known not to work, one sentence each.
     """
@@ -147,7 +145,6 @@ class Family:
     joins_tiles: bool = False
     keys_of: Callable[[Any, int], int] = own_keys
     reads_positions: Callable[[Any], bool] = rotary_only
-    input_norm: str = "input_layernorm"
     refuse: Callable[[Any], str | None] = supported
     limits: tuple[str, ...] = ()
 
@@ -239,8 +236,3 @@ def resolve(model: PreTrainedModel) -> Parts:
         family, model, part(family.core), part(family.vision_tower), part(family.projector),
         part(family.language_model), layers, ids,
     )  # fmt: skip
-
-
-def rotary_of(attention: nn.Module) -> Callable[..., Any]:
-    """The rotary function that an attention module itself calls."""
-    return sys.modules[type(attention).__module__].apply_rotary_pos_emb

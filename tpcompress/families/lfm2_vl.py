@@ -65,6 +65,5 @@ LFM2_VL = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
-    input_norm="operator_norm",
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), variants=(("lfm2",), ("lfm2_moe",))),
 )
