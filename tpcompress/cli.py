@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -186,14 +187,36 @@ def pruners(name: str | None = None) -> int:
     return 0
 
 
-def families() -> int:
-    """The table of model families."""
-    from tpcompress.families import list_families
+def families(name: str | None = None) -> int:
+    """The table of model families, what is known not to work, and what is refused; or one family in full.
 
-    table = Table("family", "model types", "language model", title="Families")
-    for name, family in list_families().items():
-        table.add_row(name, ", ".join(family.model_types), family.language_model)
+    Args:
+        name: one family, or a model type.
+    """
+    from tpcompress.families import list_families
+    from tpcompress.families.catalogue import COLUMNS, about, by_reason, facts, find, in_full
+    from tpcompress.families.refused import REFUSED
+
+    if name is not None:
+        family = find(name)
+        console.print(f"[bold]{family.name}[/bold]\n\n{escape(about(family))}\n")
+        grid = Table.grid(padding=(0, 2))
+        for what, words in (in_full(family) | {"limits": "\n".join(family.limits) or "none known"}).items():
+            grid.add_row(what, escape(words))
+        console.print(grid)
+        return 0
+    known = list_families()
+    table = Table("family", "model types", *COLUMNS, title="Families", box=box.SIMPLE, pad_edge=False, padding=0)
+    for key, family in known.items():
+        table.add_row(key, "\n".join(family.model_types), *facts(family).values())
     console.print(table)
+    limits = [(key, limit) for key, family in known.items() for limit in family.limits]
+    for title, pairs in (("Known not to work", limits), ("Refused", list(REFUSED.items()))):
+        console.print(f"[bold]{title}[/bold]")
+        for reason, names in by_reason(pairs).items():
+            console.print(f"- {', '.join(names)}: {escape(reason)}", highlight=False)
+        console.print()
+    console.print("tpcompress families NAME shows one in full.")
     return 0
 
 

@@ -1,0 +1,73 @@
+"""`tpcompress families`: everything the registry knows, in a table that fits, and one family in full."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from rich.console import Console
+
+from tpcompress import cli
+from tpcompress.families import list_families
+from tpcompress.families.catalogue import COLUMNS, about, by_reason, facts, find, in_full
+from tpcompress.families.refused import REFUSED
+
+families = pytest.mark.parametrize("name", list_families())
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """A terminal of 100 columns that remembers."""
+    console = Console(width=100, record=True, quiet=False)
+    monkeypatch.setattr(cli, "console", console)
+    return console
+
+
+def test_the_table_shows_every_family_and_type(wide: Console) -> None:
+    assert cli.main(["families"]) == 0
+    lines = wide.export_text().splitlines()
+    assert max(map(len, lines)) <= 100
+    words = " ".join(" ".join(lines).split())
+    assert "…" not in words, "nothing is cut off"
+    for name, family in list_families().items():
+        (line,) = [line for line in lines if line.startswith(f" {name} ")]
+        assert line.split()[1] == family.model_types[0]
+        assert all(limit in words for limit in family.limits)
+        assert all(f" {kind} " in words for kind in family.model_types)
+    assert all(name in words and reason in words for name, reason in REFUSED.items())
+
+
+@families
+def test_one_family_in_full(name: str, wide: Console) -> None:
+    family = list_families()[name]
+    module = sys.modules[family.tiny.config.__module__]
+    assert family in vars(module).values(), "its tiny config stands in its own file"
+    assert cli.main(["families", name]) == 0
+    shown = " ".join(wide.export_text().split())
+    assert " ".join(about(family).split()) in shown
+    assert family.layers in shown
+    assert tuple(facts(family)) == COLUMNS
+    assert all(what in shown for what in in_full(family))
+
+
+def test_facts_follow_from_the_description() -> None:
+    known = list_families()
+    assert facts(known["gemma4"])["stages"] == "some layers"
+    assert facts(known["qwen3_vl"]) == {
+        "positions": "M-RoPE", "images": "any size", "video": "yes", "both ways": "-", "stages": "all layers",
+        "tower": "yes",
+    }  # fmt: skip
+    assert "in sliding_attention layers" in in_full(known["gemma4"])["attention"]
+    assert in_full(known["llava"])["images"] == "of one size"
+
+
+def test_names_types_and_what_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
+    assert find("qwen3_vl_moe") is find("qwen3_vl") is list_families()["qwen3_vl"]
+    with pytest.raises(ValueError, match="^mllama cannot be pruned: .* cross-attention"):
+        find("mllama")
+    assert cli.main(["families", "qwen3_vl_mo"]) == 2
+    assert "No family or model type 'qwen3_vl_mo'" in capsys.readouterr().err
+
+
+def test_names_of_one_reason_stand_together() -> None:
+    assert by_reason([("a", "x"), ("b", "y"), ("c", "x")]) == {"x": ["a", "c"], "y": ["b"]}
