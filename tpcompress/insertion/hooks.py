@@ -1,6 +1,7 @@
 """The hooks of one attached model: outer model, language model and decoder layers, and nothing else.
 
-State of a request never stays here: it lives in the `Call`, or on the request's KV cache.
+State of a request never stays here: it lives in the `Call`, or on the request's KV cache. Hooks stay out of compiled
+graphs, which would otherwise be made anew for every call's state.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -103,6 +105,7 @@ class Controller:
 
     # ------------------------------------------------------------------ outer model
 
+    @torch.compiler.disable
     def _core_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.call = None
         if self.mode == "off":
@@ -113,6 +116,7 @@ class Controller:
 
     # ------------------------------------------------------------------ language model
 
+    @torch.compiler.disable
     def _language_model_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None:
@@ -124,6 +128,7 @@ class Controller:
             self.call = None
         return (), kwargs
 
+    @torch.compiler.disable
     def _language_model_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A prefill leaves its cuts on the cache; a prefill that cut nothing wipes what an earlier request left."""
         cache, call = getattr(output, "past_key_values", None), self.call
@@ -133,6 +138,7 @@ class Controller:
 
     # ------------------------------------------------------------------ decoder layers
 
+    @torch.compiler.disable
     def _layer_pre(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self.call
         if call is None:
