@@ -220,7 +220,7 @@ def interleaved(runs: Sequence[Run], repeats: int, warm_up: int = 2) -> list[lis
                 seconds = timed(runs[index])
                 if round_ >= warm_up:
                     taken[index].append(seconds)
-            gc.collect()
+            gc.collect(0)  # caches with a plan refer to themselves
     finally:
         if collecting:
             gc.enable()
@@ -256,8 +256,8 @@ def peak_bytes(run: Run, device: str) -> int:
     On a GPU as its allocator counts. On a CPU, whose allocator does not: the tensors alive between two operations;
     what a kernel takes and gives back inside itself is not seen.
     """
-    gc.collect()
     if torch.device(device).type == "cuda":
+        gc.collect()
         _wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
