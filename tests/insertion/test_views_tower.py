@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from looks import Looks, plan_of, seen, tokens_of
+from looks import LAYER_WORDS, Looks, plan_of, seen, tokens_of
 from support import Case, batch, case_id, generate, model_cases, tiny_model
 from torch import Tensor
 
@@ -275,6 +276,24 @@ def test_nothing_is_watched_that_nobody_reads(model: Any) -> None:
         assert hooks() - before == more
         detach(model)
     assert hooks() == before
+
+
+def test_a_copy_watches_its_own_tower_and_no_view_carries_a_gradient() -> None:
+    for model in lent(("llava", ("clip_vision_model",)), "sdpa"):
+        inputs = batch([(5, 2, 7), (3, 1, 4)])
+        attach(model, plan_of(*words_of(model), *LAYER_WORDS, "attention_next", "input", layer=2))
+        twin = copy.deepcopy(model)
+        with record(model) as trace:
+            model(**inputs)
+        detach(model)
+        with record(twin) as again:
+            twin(**inputs)
+        one, two = vars(trace.stages[0].view), vars(again.stages[0].view)
+        tensors = {name: x for name, x in one.items() if isinstance(x, Tensor)}
+        assert len(tensors) == len(one) - 2, "all but the canvas and `soft`"
+        for name, x in tensors.items():
+            assert torch.equal(x, two[name]), name
+            assert x.requires_grad == (name in ("vision_BVD", "text_BSD")), name
 
 
 def test_tokens_of_rows_agree_with_the_ids(case: Case, model: Any) -> None:
