@@ -243,8 +243,8 @@ def answer_labels(inputs: dict[str, Tensor], words: int = 4) -> Tensor:
 
 
 def generate(model: Any, inputs: dict[str, Any], new: int = 5, **more: Any) -> Any:
-    """Greedy generation that never produces the placeholder, with its logits."""
-    options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": [PLACEHOLDER, VIDEO_PLACEHOLDER]} | more
+    """Greedy generation that never produces a placeholder or a mark around pictures, with its logits."""
+    options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": list(range(PLACEHOLDER, 112))} | more
     with torch.no_grad():
         return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
 

@@ -120,6 +120,8 @@ class Family:
         masks_in_core: the core model builds attention masks before it calls the text model.
         blocks: vision tokens see each other both ways.
         joins_tiles: features whose placeholders follow each other without a gap are tiles of one image.
+        splits_tiles: every rectangle of a feature is an image of its own: text stands between them, and nothing tells
+            which belong together.
         keys_of: (config, layer) -> the layer whose keys and values a layer attends to.
         reads_positions: (config) -> whether layers read position ids beside the rotary embedding.
         refuse: (config) -> reason why a variant is not supported, or None.
@@ -143,6 +145,7 @@ class Family:
     tower: Tower | None = None
     blocks: Blocks | None = None
     joins_tiles: bool = False
+    splits_tiles: bool = False
     keys_of: Callable[[Any, int], int] = own_keys
     reads_positions: Callable[[Any], bool] = rotary_only
     refuse: Callable[[Any], str | None] = supported

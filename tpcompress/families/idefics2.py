@@ -64,6 +64,7 @@ IDEFICS2 = Family(
     language_model="model.text_model",
     layers="model.text_model.layers",
     image_layouts=image_layouts,
+    splits_tiles=True,
     limits=LIMITS,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,))),
 )

@@ -16,7 +16,7 @@ from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 TILES = {"image": 3, "wide": 4}
 """Tiles of the tiny model's pictures, overview included."""
 
-LIMITS = ("Its encoder joins the images of a sample, so they share one budget as the tiles of one image do.",)
+LIMITS = ("A budget holds for each tile of an image: text stands between them, and nothing tells which belong together.",)
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -59,6 +59,7 @@ IDEFICS3 = Family(
     language_model="model.text_model",
     layers="model.text_model.layers",
     image_layouts=image_layouts,
+    splits_tiles=True,
     limits=LIMITS,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES)),
 )

@@ -59,6 +59,8 @@ class Prefix:
         length: P, columns of the conversation when the last prompt with images had been read.
         cuts: the stages that acted in it, at rising layers.
         mask_BP: the caller's 2-D mask of those columns.
+        last_vision: column of the last token that a stage may drop (a tensor, so that nobody waits for it); None in a
+            batch of several samples.
         rope_deltas: what an M-RoPE model would add to the positions of later text. Transformers keeps it on the model,
             where another request overwrites it.
     """
@@ -66,6 +68,7 @@ class Prefix:
     length: int
     cuts: tuple[Cut, ...] = ()
     mask_BP: Tensor | None = None
+    last_vision: Tensor | None = None
     rope_deltas: Tensor | None = None
 
     def at_input(self) -> Cut | None:
@@ -98,7 +101,20 @@ class Prefix:
             for cut in self.cuts
         )
         mask_BP = join(self.mask_BP, self.length, new_BQ, steps)
-        return Prefix(self.length + steps, cuts, mask_BP, self.rope_deltas)
+        return replace(self, length=self.length + steps, cuts=cuts, mask_BP=mask_BP)
+
+    def cropped(self, steps: int) -> Prefix:
+        """The same request without its last columns, which every layer held."""
+        cuts = tuple(
+            replace(
+                cut,
+                width=cut.width - steps,
+                padding_BN=None if cut.padding_BN is None else cut.padding_BN[:, :-steps],
+            )
+            for cut in self.cuts
+        )
+        mask_BP = None if self.mask_BP is None else self.mask_BP[:, :-steps]
+        return replace(self, length=self.length - steps, cuts=cuts, mask_BP=mask_BP)
 
 
 @dataclass
@@ -111,6 +127,7 @@ class Call:
         places: by modality, where placeholders stand (prefill).
         encoded: by modality, what is known of the features that fill them.
         rows, frame: vision tokens and sequence at hand; None in a call without images.
+        last_vision: position of the last vision token; None in a batch of several samples.
         last_prompt_B: original position of the last prompt token.
         blocks_BS: numbers of blocks that attend both ways; None if there are none.
         prefix: the conversation before this call; None if there was nothing, or nothing of ours in it.
@@ -133,6 +150,7 @@ class Call:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     rows: Rows | None = None
     frame: Frame | None = None
+    last_vision: Tensor | None = None
     last_prompt_B: Tensor | None = None
     blocks_BS: Tensor | None = None
     prefix: Prefix | None = None
@@ -165,9 +183,12 @@ class Call:
         cuts = {cut.layer: cut for cut in before.cuts}
         for cut in self.cuts:
             cuts[cut.layer] = cut.after(before.before(cut.layer, cut.lost_B1.device))
-        mask_BP = join(before.mask_BP, before.length, self.mask_BS, self.frame.length)
         return Prefix(
-            before.length + self.frame.length, tuple(cuts[layer] for layer in sorted(cuts)), mask_BP, rope_deltas
+            length=before.length + self.frame.length,
+            cuts=tuple(cuts[layer] for layer in sorted(cuts)),
+            mask_BP=join(before.mask_BP, before.length, self.mask_BS, self.frame.length),
+            last_vision=None if self.last_vision is None else before.length + self.last_vision,
+            rope_deltas=rope_deltas,
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpcompress.insertion.cache import counted_layer, held_columns, on_host, recall
+from tpcompress.insertion.cache import counted_layer, held_columns, on_host, recall, remember
 from tpcompress.insertion.call import Call, Prefix, num_steps
 from tpcompress.insertion.masks import layer_kind, layer_mask
 from tpcompress.insertion.positions import rotary
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     """Note what the outer model was called with; None if the cache has no cut of ours."""
     cache, steps = kwargs.get("past_key_values"), num_steps(kwargs)
-    prefix = None if cache is None else recall(cache, steps)
+    prefix = None if cache is None else known_prefix(cache, steps)
     if prefix is None or not prefix.cuts:
         return None
     core: Any = controller.parts.core
@@ -33,6 +33,21 @@ def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     if controller.parts.family.masks_in_core:
         kwargs["attention_mask"] = _input_mask(kwargs, call)
     return call
+
+
+def known_prefix(cache: Any, steps: int) -> Prefix | None:
+    """What an earlier call left on a cache, less the text that was cropped from its end since.
+
+    Assisted decoding reads candidates together with the prompt and takes rejected ones back.
+    """
+    prefix: Prefix | None = recall(cache, steps)
+    if prefix is None or not prefix.cuts or not on_host(held := held_columns(cache), steps):
+        return prefix
+    fewer = prefix.held(counted_layer(cache)) - int(held)
+    if fewer > 0 and prefix.last_vision is not None and fewer < prefix.length - int(prefix.last_vision):
+        prefix = prefix.cropped(fewer)
+        remember(cache, prefix, prefix.length - prefix.held(counted_layer(cache)))
+    return prefix
 
 
 def new_columns(kwargs: Mapping[str, Any], prefix: Prefix, steps: int) -> tuple[int, Tensor | None]:
@@ -86,6 +101,8 @@ def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> None:
             positions = (torch.arange(hidden.shape[1], device=hidden.device) + past)[None]
         kwargs["position_ids"] = positions if cut is None else positions - cut.lost_B1
     call.positions = kwargs.get("position_ids")
+    if "logits_to_keep" in kwargs:
+        kwargs["logits_to_keep"] = 0  # see `prefill.enter`
 
 
 def layer_arguments(controller: Controller, call: Call, index: int, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:

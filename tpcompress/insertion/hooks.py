@@ -40,6 +40,7 @@ class Controller:
         self.traces: list[Trace] = []
         self.call: Call | None = None
         self.labels: Tensor | None = None
+        self.candidates = 0
         self.encoding = False
         self.handles: list[RemovableHandle] = []
         self.replaced: list[tuple[nn.Module, str, Any]] = []

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpcompress.insertion.cache import held_columns, recall
+from tpcompress.insertion.cache import held_columns
 from tpcompress.insertion.call import Call, Cut, Prefix, join, last_prompt_token, num_steps
-from tpcompress.insertion.decode import new_columns
+from tpcompress.insertion.decode import known_prefix, new_columns
 from tpcompress.insertion.encode import given_notes
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.masks import custom_mask, layer_kind, layer_mask
@@ -52,7 +52,7 @@ def begin(controller: Controller, kwargs: Mapping[str, Any]) -> Call:
         mask_BS=mask_BS,
         places=_places(controller, kwargs),
         encoded=given_notes(kwargs),
-        blocks_BS=_blocks(controller, kwargs, steps),
+        blocks_BS=_blocks(controller, kwargs, prefix, steps),
         prefix=prefix,
         custom_mask=custom,
     )
@@ -62,7 +62,7 @@ def _conversation(kwargs: Mapping[str, Any], cache: Any, steps: int) -> Prefix |
     """What stands in the cache before this call; None if it is empty."""
     if cache is None or int(held_columns(cache)) == 0:
         return None
-    earlier = recall(cache, steps)
+    earlier = known_prefix(cache, steps)
     if earlier is None or not earlier.cuts:
         mask = kwargs.get("attention_mask")
         length = int(held_columns(cache))
@@ -86,11 +86,15 @@ def _places(controller: Controller, kwargs: Mapping[str, Any]) -> dict[str, Tens
     return found
 
 
-def _blocks(controller: Controller, kwargs: Mapping[str, Any], steps: int) -> Tensor | None:
+def _blocks(controller: Controller, kwargs: Mapping[str, Any], prefix: Prefix | None, steps: int) -> Tensor | None:
     """Numbers of the call's blocks that attend both ways; of a longer conversation, its last columns."""
     blocks = controller.parts.family.blocks
     ids_BP = None if blocks is None else blocks.ids(controller.parts.model.config, kwargs)
-    return None if ids_BP is None else ids_BP[:, -steps:]
+    if ids_BP is None:
+        return None
+    # As transformers does: what the caller's ids do not reach (candidates of assisted decoding) is in no block.
+    length = steps if prefix is None else prefix.length + steps
+    return torch.nn.functional.pad(ids_BP, (0, max(0, length - ids_BP.shape[1])), value=-1)[:, -steps:]
 
 
 def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> bool:
@@ -106,9 +110,12 @@ def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> bool:
     B, S, _ = hidden_BSD.shape
     device = hidden_BSD.device
     layouts = {modality: note.layouts for modality, note in call.encoded.items()}
-    call.rows = locate(call.places, layouts, plan.scope, parts.family.joins_tiles)
+    call.rows = locate(call.places, layouts, plan.scope, parts.family.joins_tiles, parts.family.splits_tiles)
     call.frame = Frame.full(B, S, device, call.mask_BS)
+    call.last_vision = call.rows.index_RV.max() if B == 1 else None  # padding repeats a row's last token
     call.last_prompt_B = last_prompt_token(call.labels_BS, call.mask_BS, B, S, device)
+    if call.labels_BS is None:
+        call.last_prompt_B = (call.last_prompt_B - controller.candidates).clamp(min=0)
     call.positions, call.real_BN = kwargs.get("position_ids"), call.mask_BS
     mask = kwargs.get("attention_mask")
     if mask is None and kwargs.get("past_key_values") is None and _packed(call.positions):

@@ -78,7 +78,11 @@ class _Run:
 
 
 def locate(
-    places: Mapping[str, Tensor], layouts: Mapping[str, Sequence[Layout]], scope: str, joins_tiles: bool = False
+    places: Mapping[str, Tensor],
+    layouts: Mapping[str, Sequence[Layout]],
+    scope: str,
+    joins_tiles: bool = False,
+    splits_tiles: bool = False,
 ) -> Rows:
     """Find the vision tokens of every image and video.
 
@@ -87,6 +91,7 @@ def locate(
         layouts: by modality, how the placeholders of each image or video lie, in their order.
         scope: `image` for one row per image or video, `prompt` for one row per sample.
         joins_tiles: layouts whose placeholders follow each other without a gap are tiles of one image.
+        splits_tiles: every rectangle of a layout is an image of its own.
 
     Transformers has found before that their numbers fit.
     """
@@ -95,6 +100,8 @@ def locate(
     found, first = [], 0
     for modality, given in layouts.items():
         listed = [layout for layout in given if layout.count]  # a sample without images may have features of no token
+        if splits_tiles:
+            listed = [replace(layout, grids=(grid,)) for layout in listed for grid in layout.grids]
         # A stable sort instead of `nonzero`: the number of placeholders is known, so the host need not ask for it.
         length = sum(layout.placeholders for layout in listed)
         place_T = (~places[modality].reshape(-1)).to(torch.int8).argsort(stable=True)[:length]

@@ -26,7 +26,11 @@ class ForwardTap:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         controller = self.controller
-        controller.labels = self.__signature__.bind_partial(*args, **kwargs).arguments.get("labels")
+        arguments = self.__signature__.bind_partial(*args, **kwargs).arguments
+        controller.labels = arguments.get("labels")
+        # Assisted decoding wants logits from the end of the prompt on: what follows are candidates, not prompt.
+        wanted = arguments.get("logits_to_keep", 0)
+        controller.candidates = max(0, wanted - 1) if isinstance(wanted, int) else 0
         try:
             if self.previous is not None:
                 return self.previous(*args, **kwargs)
