@@ -88,11 +88,14 @@ def test_values_are_those_of_the_layer(case: Case, model: Any, layer: int, monke
     handle.remove()
     first = int(family.tower.has_class(model.config))
     packed = out[0].ndim == 2
-    squares = model.config.vision_config.spatial_merge_size**2 if packed else 1
+    side = square_side(case, model)
 
     def means(parts: list[Tensor]) -> Tensor:
         """One row per token out of (images, positions, ...)."""
-        return torch.cat([x[:, first:].flatten(0, 1).flatten(1) for x in parts]).unflatten(0, (-1, squares)).mean(1)
+        if not packed:  # rows of patches; a packing tower lists the patches of a square one after the other
+            n = round((parts[0].shape[1] - first) ** 0.5) // side
+            parts = [x[:, first:].unflatten(1, (n, side, n, side)).transpose(2, 3).flatten(1, 4) for x in parts]
+        return torch.cat([x.flatten(0, 1).flatten(1) for x in parts]).unflatten(0, (-1, side**2)).mean(1)
 
     keys = means([k.transpose(1, 2) for k in spy.keys])
     far, patch = torch.cdist(rows_of(view.tower_keys_BLHVD[:, 0], view).double(), keys.double()).min(1)
@@ -117,6 +120,15 @@ def test_values_are_those_of_the_layer(case: Case, model: Any, layer: int, monke
             continue  # the class token has seen nothing yet
         control = patch[whole].roll(1 if "query" not in name else len(shown) // 2)
         assert (shown - patches[control]).abs().max() > 2e-4, f"control: others differ in {name}"
+
+
+def square_side(case: Case, model: Any) -> int:
+    """Side of the square of patches that a token stands for."""
+    if case[0] == "internvl":
+        return round(1 / model.config.downsample_ratio)
+    if case[0] == "gemma3":
+        return model.model.multi_modal_projector.kernel_size
+    return getattr(model.config.vision_config, "spatial_merge_size", 1)
 
 
 def rows_of(x: Tensor, view: TokenView) -> Tensor:
@@ -153,6 +165,7 @@ def poked(model: Any, pixels: Tensor, place: float) -> Tensor:
         pixels[int(place * len(pixels))] += 3.0
         return pixels
     flat, size = pixels.view(-1, *pixels.shape[-3:]), model.config.vision_config.patch_size
+    size = size[0] if isinstance(size, list | tuple) else size
     y, x = (int(place * n / size) * size for n in flat.shape[-2:])
     flat[int(place * len(flat)), :, y : y + size, x : x + size] += 3.0
     return pixels

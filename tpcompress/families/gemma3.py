@@ -12,6 +12,7 @@ from transformers import Gemma3Config
 from tpcompress.families.base import Blocks, Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import END, IMAGE, START, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.towers import AVERAGING
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -72,6 +73,7 @@ GEMMA3 = Family(
     model_types=("gemma3",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=AVERAGING,
     image_layouts=image_layouts,
     masks_in_core=True,
     blocks=Blocks(image_blocks),

@@ -11,6 +11,7 @@ from transformers import InternVLConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+from tpcompress.families.towers import SHUFFLING
 
 TILES = {"image": 1, "wide": 3}
 """Tiles of a tiny model's images."""
@@ -53,6 +54,7 @@ INTERNVL = Family(
     model_types=("internvl",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    tower=SHUFFLING,
     image_layouts=image_layouts,
     joins_tiles=True,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide"), variants=tuple((text,) for text in TEXTS)),

@@ -24,9 +24,15 @@ def no_class(config: Any) -> bool:
     return False
 
 
+def always_class(config: Any) -> bool:
+    """InternVL's tower has a class token, too."""
+    return True
+
+
 def class_kept(config: Any) -> str | None:
     """A class token among the vision tokens is no patch."""
-    if class_first(config) and getattr(config, "vision_feature_select_strategy", None) == "full":
+    whole = getattr(config, "vision_feature_select_strategy", None) == "full"
+    if whole and config.vision_config.model_type != "siglip_vision_model":
         return "vision_feature_select_strategy 'full' makes a vision token of the class token"
     return None
 
@@ -66,6 +72,22 @@ def shrunk_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Ten
     return core.pack_image_features(x_TPC.split(counts), sizes, newline_C, aspect)[0]
 
 
+def shuffled_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
+    """Squares of patches that InternVL lays side by side in one token, by the model's own shuffle."""
+    T, P, C = x_TPC.shape
+    side = round(P**0.5)
+    x_TYXC = x_TPC.contiguous().view(T, side, side, C)
+    shuffled = core.pixel_shuffle(x_TYXC, scale_factor=core.config.downsample_ratio)
+    return list(shuffled.flatten(1, 2).unflatten(2, (-1, C)).mean(2))
+
+
+def pooled_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
+    """Squares of patches that Gemma 3 averages, by the model's own pool."""
+    side = round(x_TPC.shape[1] ** 0.5)
+    pooled = core.multi_modal_projector.avg_pool(x_TPC.mT.unflatten(2, (side, side)))
+    return list(pooled.flatten(2).mT)
+
+
 def merged_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
     """Squares of patches of Qwen's towers, which follow each other, merged to one token each."""
     merge = core.config.vision_config.spatial_merge_size
@@ -98,6 +120,12 @@ TILED = Tower("encoder.layers", "self_attn", packed_tiles, class_first, class_ke
 
 SHRINKING = Tower("encoder.layers", "self_attn", shrunk_tiles, class_first, class_kept)
 """LLaVA-OneVision."""
+
+SHUFFLING = Tower("encoder.layer", "attention", shuffled_patches, always_class, class_kept)
+"""InternVL."""
+
+AVERAGING = Tower("encoder.layers", "self_attn", pooled_patches, no_class)
+"""SigLIP under Gemma 3."""
 
 POOLING = replace(TILED, refuse=average_pool)
 """LLaVA-NeXT-Video."""
