@@ -142,6 +142,17 @@ def test_a_request_grows_by_its_answer() -> None:
     assert prefix.cuts[0].width == 3, "the request before it stays"
 
 
+def test_a_request_without_its_last_words() -> None:
+    prefix = Prefix(6, (cut(2, 4, 2, [o, V, V, o]), cut(4, 3, 3)), torch.tensor([[o, V, V, V, V, o]]))
+    shorter = prefix.cropped(1)
+    assert shorter.length == 5
+    assert [c.width for c in shorter.cuts] == [3, 2]
+    assert shorter.cuts[0].padding_BN.tolist() == [[o, V, V]]
+    assert shorter.cuts[1].padding_BN is None
+    assert shorter.mask_BP.tolist() == [[o, V, V, V, V]]
+    assert prefix.grown(1, torch.tensor([[V]])).cropped(1).cuts[0].width == 4
+
+
 def test_a_second_turn_stands_behind_the_first() -> None:
     first, second = cut(2, 5, 4, [o, V, V, V, V]), cut(2, 3, 6)
     both = second.after(first)
@@ -199,3 +210,26 @@ def test_continuous_batching_of_text_equals_generate(model: Any) -> None:
     for made, ids in zip(found.values(), prompts, strict=True):
         alone = generate(model, {"input_ids": ids}, new=4, suppress_tokens=None)
         assert made.generated_tokens == alone.sequences[0, ids.shape[1] :].tolist()
+
+
+def test_words_after_the_pictures_may_be_taken_back(model: Any) -> None:
+    inputs = batch([(5, 1, 7)])
+    length = inputs["input_ids"].shape[1]
+    attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=9), Stage("uniform", 2, keep_tokens=5)]))
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        whole = model(**inputs).logits
+        cache.crop(-3)
+        again = model(input_ids=inputs["input_ids"][:, -3:], past_key_values=cache)
+    assert (again.logits - whole[:, -3:]).abs().max() < 1e-5
+    assert again.past_key_values.get_seq_length() == length
+
+
+def test_taking_pictures_back_raises_at_the_next_call(model: Any) -> None:
+    inputs = batch([(5, 1, 7)])
+    attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=9)]))
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.crop(-10)
+        with pytest.raises(ValueError, match="Cannot continue here"):
+            model(input_ids=torch.tensor([[11, 12]]), past_key_values=cache)

@@ -82,6 +82,19 @@ def test_tiles_are_not_joined_across_the_end_of_a_row() -> None:
     assert locate_images(place, [image((1, 2))] * 2, joins_tiles=True).owner == [0, 1]
 
 
+def test_rectangles_are_images_of_their_own_where_a_family_says_so() -> None:
+    """Idefics gives one feature per sample, and text stands between its tiles."""
+    place = [[o, V, V, o, V, V], [V, V, o, o, o, o]]
+    features = [image((1, 2), (1, 2)), image((1, 2))]
+    rows = locate_images(place, features, splits_tiles=True)
+    assert rows.owner == [0, 0, 1]
+    assert rows.total == [2, 2, 2]
+    assert rows.index_RV.tolist() == [[1, 2], [4, 5], [0, 1]]
+    assert rows.layouts == [(image((1, 2)),)] * 3
+    assert locate_images(place, features, "prompt", splits_tiles=True).table_RV4[0, :, 3].tolist() == [0, 0, 1, 1]
+    assert locate_images(place, features).total == [4, 2]
+
+
 def test_frames_of_a_video_are_rectangles() -> None:
     video = Layout((Grid(1, 2),) * 3, video=True)
     place = torch.tensor([[o, V, V, o, V, V, o, V, V, o]])  # a time stamp before every frame
