@@ -28,7 +28,8 @@ FRAMES = 3
 
 def patches_per_side(config: Any) -> int:
     """Side of the square of patches that a token stands for."""
-    return 1 if config.model_type == "gemma4_unified" else int(config.vision_config.pooling_kernel_size)
+    vision = config.vision_config
+    return 1 if vision.model_type == "gemma4_unified_vision" else int(vision.pooling_kernel_size)
 
 
 def grids(config: Any, places: Tensor) -> list[Grid]:
