@@ -145,7 +145,8 @@ def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dt
     kept = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "_name_or_path")}
     made = config_class(stock).from_dict(kept | {"token_pruning": plan.to_dict()})
     for name in made.sub_configs:  # as loading does, so that a second save equals the first
-        getattr(made, name).dtype = dtype
+        if getattr(made, name) is not None:  # Gemma 4 may come without audio
+            getattr(made, name).dtype = dtype
     return made
 
 
