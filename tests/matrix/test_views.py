@@ -224,13 +224,15 @@ def later_positions(subject: Subject, *turns: dict[str, Any]) -> dict[str, Any]:
     return {"position_ids": given[0][..., turns[0]["input_ids"].shape[1] :]}
 
 
-def test_in_a_conversation_the_softmax_counts_what_the_cache_holds(subject: Subject) -> None:
+@pytest.mark.parametrize("early", [[], [Stage("uniform", 0, keep_ratio=0.5)]], ids=["alone", "behind stage 0"])
+def test_in_a_conversation_the_softmax_counts_what_the_cache_holds(subject: Subject, early: list[Stage]) -> None:
     layer, config = good_layers(subject)[-1], subject.config.get_text_config()
     first, second = (subject.batch((5, 1, 7), seed=seed) for seed in (1, 2))
     del first["attention_mask"], second["attention_mask"]
     more = second | later_positions(subject, first, second)
     with eager(subject.model), torch.no_grad():
-        attach(subject.model, plan_of("attention", "attention_last_vision", layer=layer))
+        looks = Stage(Looks(("attention", "attention_last_vision")), layer, keep_tokens=3)
+        attach(subject.model, subject.plan([*early, looks]))
         cache = subject.model(**first, use_cache=True).past_key_values
         if layer_kind(config, layer - 1) == "sliding_attention":
             with pytest.raises(ValueError, match="forgets what a window passed; set layer"):
@@ -238,11 +240,15 @@ def test_in_a_conversation_the_softmax_counts_what_the_cache_holds(subject: Subj
             return
         with record(subject.model) as trace:
             out = subject.model(**more, past_key_values=cache, output_attentions=True)
-    stage, S = trace.stages[-1], second["input_ids"].shape[1]
-    full = weights_of(out, subject, layer - 1)
+    stage, full = trace.stages[-1], weights_of(out, subject, layer - 1)
+    S = second["input_ids"].shape[1] - sum(stage.total) + sum(stage.vision_in)
     assert full.shape[-1] > S, "control: the layer sees the conversation before"
     assert full[0, :, -1, :-S].sum() > 0.05, "control: it takes its part"
-    places = tokens_of(stage, second, subject.base)[0][1]
     own = full[0][..., -S:]
+    if early:
+        gap_VN = (own[:, -1, None] - stage.view.attention_BHV[0, :, : stage.vision_in[0], None]).abs().amax(0)
+        assert gap_VN.amin(1).max() < 1e-5, "every weight is that of some column"
+        return
+    places = tokens_of(stage, second, subject.base)[0][1]
     assert close(stage.view.attention_BHV[0], own[:, -1, places])
     assert close(stage.view.attention_last_vision_BHV[0], own[:, places[-1], places])
