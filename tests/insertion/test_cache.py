@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +21,8 @@ from tpcompress.insertion.cache import STATE, counted_layer, forget, held_column
 from tpcompress.insertion.call import Call, Cut, Prefix, join
 from tpcompress.insertion.plan import PruningPlan, Stage
 
+SHORT, WHOLE = SimpleNamespace(dropped=7), SimpleNamespace(dropped=0)
+
 V = True
 o = False
 
@@ -30,18 +36,18 @@ def filled(columns: int = 5, layers: int = 2) -> DynamicCache:
 
 def test_lengths_of_a_conversation_and_of_a_layer() -> None:
     cache = filled()
-    remember(cache, "state", dropped=7)
+    remember(cache, SHORT)
     assert cache.get_seq_length() == 12
     assert held_columns(cache) == cache.get_query_offset() == 5
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     assert cache.get_seq_length() == 14, "it grows with the answer"
     assert held_columns(cache) == 7
-    assert recall(cache, 1) == recall(cache, 3) == "state"
+    assert recall(cache, 1) is recall(cache, 3) is SHORT
 
 
 def test_without_dropped_columns_the_cache_is_left_alone() -> None:
     cache = filled()
-    remember(cache, "state", dropped=0)
+    remember(cache, WHOLE)
     assert set(vars(cache)) - set(vars(filled())) == {STATE}
     assert cache.get_seq_length() == 5
 
@@ -49,30 +55,30 @@ def test_without_dropped_columns_the_cache_is_left_alone() -> None:
 def test_forget_and_reset() -> None:
     cache = filled()
     before = set(vars(cache))
-    remember(cache, "state", dropped=7)
+    remember(cache, SHORT)
     forget(cache)
     assert set(vars(cache)) == before
     assert recall(cache, 1) is None
-    remember(cache, "state", dropped=7)
+    remember(cache, SHORT)
     cache.crop(-5)
     assert cache.get_seq_length() == 0, "an empty cache stands for nothing"
     assert recall(cache, 1) is None
     assert set(vars(cache)) == before, "whoever empties a cache gets it as transformers made it"
-    remember(cache, "new", dropped=1)
+    remember(cache, SimpleNamespace(dropped=1))
     assert recall(filled(), 1) is None
 
 
 def test_a_later_state_replaces_an_earlier_one() -> None:
     cache = filled()
-    remember(cache, "old", dropped=7)
-    remember(cache, "new", dropped=0)
-    assert recall(cache, 1) == "new"
+    remember(cache, SHORT)
+    remember(cache, WHOLE)
+    assert recall(cache, 1) is WHOLE
     assert cache.get_seq_length() == 5
 
 
 def test_a_copy_of_a_cache_counts_its_own_columns() -> None:
     cache = filled()
-    remember(cache, "state", dropped=7)
+    remember(cache, SHORT)
     other = copy.deepcopy(cache)
     other.update(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), 0)
     assert other.get_seq_length() == 16
@@ -89,7 +95,7 @@ def test_static_caches_answer_on_the_device() -> None:
     assert not on_host(length, 1), "one step must not wait for a device"
     assert on_host(length, 2)
     assert on_host(5, 1)
-    remember(cache, "state", dropped=7)
+    remember(cache, SHORT)
     assert int(cache.get_seq_length()) == 12
     cache.reset()
     assert int(cache.get_seq_length()) == 0
@@ -233,3 +239,29 @@ def test_taking_pictures_back_raises_at_the_next_call(model: Any) -> None:
         cache.crop(-10)
         with pytest.raises(ValueError, match="Cannot continue here"):
             model(input_ids=torch.tensor([[11, 12]]), past_key_values=cache)
+
+
+def test_a_shortened_cache_is_freed_with_its_last_reference() -> None:
+    """Keys and values of a finished request must not wait for the garbage collector."""
+    cache = filled()
+    remember(cache, SHORT)
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copied_cache_stands_for_the_same_conversation(duplicate: Any) -> None:
+    cache = filled()
+    remember(cache, SHORT)
+    other = duplicate(cache)
+    assert isinstance(other, DynamicCache)
+    assert other.get_seq_length() == 12
+    assert held_columns(other) == 5
+    forget(other)
+    assert type(other) is DynamicCache
+    assert cache.get_seq_length() == 12

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference import Reference
 from support import (
     PLACEHOLDER,
-    Reference,
     answer_labels,
     batch,
     config_id,
@@ -83,8 +83,8 @@ def test_gradients_equal_those_of_the_reference(trained: Any) -> None:
     attach(trained, PruningPlan([Stage("uniform", 0, keep_tokens=20), Stage("divprune", 3, keep_tokens=9)]))
     with record(trained) as trace:
         _, found = backward(trained, inputs)
-    reference = Reference.of(trace, inputs)
-    with reference.on(base, inputs["attention_mask"]):
+    reference = Reference.of(trace, inputs, base)
+    with reference.on(base, inputs):
         _, expected = backward(base, inputs)
     _, plain = backward(base, inputs)
     worst = max((found[n] - expected[n]).abs().max().item() for n in expected)
@@ -198,6 +198,6 @@ def test_an_exception_leaves_nothing_behind(model: Any) -> None:
     pixels = inputs["pixel_values"].repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match="do not match"):
         model(**wider, pixel_values=pixels)
-    with pytest.raises(ValueError, match="2 images bring 128 vision tokens, but the batch has only 78"):
+    with pytest.raises(ValueError, match="do not match"):
         model(**inputs | {"pixel_values": pixels})
     assert torch.equal(generate(model, inputs).sequences, expected)

@@ -16,7 +16,9 @@ from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 TILES = {"image": 3, "wide": 4}
 """Tiles of the tiny model's pictures, overview included."""
 
-LIMITS = ("A budget holds for each tile of an image: text stands between them, and nothing tells which belong together.",)
+LIMITS = (
+    "A budget holds for each tile of an image: text stands between tiles, and nothing says which are one image's.",
+)
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:

@@ -1,6 +1,6 @@
 """How the placeholders of one image or video lie: rectangles of vision tokens, and tokens that only separate them.
 
-All of it is known to the host before the language model runs: from the shapes and sizes that the encoder was called with.
+All of it is known to the host before the language model runs, from the shapes and sizes that the encoder gets.
 """
 
 from __future__ import annotations
@@ -78,5 +78,5 @@ def plain(rows: int, cols: int) -> Layout:
 
 def square(sizes: Sequence[int]) -> list[Layout]:
     """Images of so many tokens each, on square grids where that fits, else on one row."""
-    sides = [round(size**0.5) for size in sizes]
-    return [plain(side, side) if side * side == size else plain(1, size) for side, size in zip(sides, sizes, strict=True)]
+    sides = [(round(size**0.5), size) for size in sizes]
+    return [plain(side, side) if side * side == size else plain(1, size) for side, size in sides]

@@ -6,6 +6,7 @@ of ids in `generate`, positions of new tokens) means the conversation; whoever m
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,32 +17,42 @@ STATE = "_tpcompress_state"
 """Attribute of a KV cache that carries the request's `Prefix`."""
 
 
-class ConversationLength:
-    """Stands in for `cache.get_seq_length`: columns that are held, and those that were dropped from among them."""
+class Conversation:
+    """Mixed into the class of a cache that a stage has shortened. (A stand-in method would hold its cache alive.)"""
 
-    def __init__(self, cache: Any, dropped: int) -> None:
-        self.cache, self.dropped = cache, dropped
-
-    def __call__(self, layer_idx: int = 0) -> int | Tensor:
-        held = held_columns(self.cache, layer_idx)
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Columns that are held, and those that were dropped from among them."""
+        held, dropped = held_columns(self, layer_idx), getattr(self, STATE).dropped
         if isinstance(held, Tensor):
-            return torch.where(held > 0, held + self.dropped, held)
-        return held + self.dropped if held else 0
+            return torch.where(held > 0, held + dropped, held)
+        return held + dropped if held else 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
+        """Columns that a layer really holds: masks read this."""
+        return super().get_seq_length(layer_idx)  # type: ignore[misc,no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revived, (type(self).__mro__[2], self.__dict__)
 
 
-class LayerLength:
-    """Stands in for `cache.get_query_offset`, which masks read: columns that a layer really holds."""
+@functools.cache
+def _conversing(kind: Any) -> Any:
+    """The class of caches of some kind that answer with the length of their conversation."""
+    return type(kind.__name__, (Conversation, kind), {})
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
 
-    def __call__(self, layer_idx: int = 0) -> int | Tensor:
-        return held_columns(self.cache, layer_idx)
+def _revived(kind: Any, state: dict[str, Any]) -> Any:
+    """A copied or unpickled cache."""
+    made = _conversing(kind)
+    kv_cache = made.__new__(made)
+    kv_cache.__dict__.update(state)
+    return kv_cache
 
 
 def held_columns(cache: Any, layer: int = 0) -> int | Tensor:
     """Columns that a layer of a cache holds; for layer 0 without attention, those of the first layer with it."""
-    return type(cache).get_seq_length(cache, layer)
+    held: int | Tensor = cache.get_query_offset(layer)
+    return held
 
 
 def counted_layer(cache: Any) -> int:
@@ -49,19 +60,19 @@ def counted_layer(cache: Any) -> int:
     return next((i for i, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)), 0)
 
 
-def remember(cache: Any, state: Any, dropped: int) -> None:
+def remember(cache: Any, state: Any) -> None:
     """Leave a request's state on its cache.
 
     Args:
         cache: a cache of transformers.
-        state: what the next call will find.
-        dropped: columns that the counted layer holds less than the conversation has.
+        state: what the next call will find; its `dropped` says how many columns the counted layer holds less than the
+            conversation has.
     """
     forget(cache)
     setattr(cache, STATE, state)
-    if dropped:
-        cache.get_seq_length = ConversationLength(cache, dropped)
-        cache.get_query_offset = LayerLength(cache)
+    if state.dropped:
+        kind: Any = type(cache)
+        cache.__class__ = _conversing(kind)
 
 
 def recall(cache: Any, steps: int) -> Any:
@@ -75,8 +86,9 @@ def recall(cache: Any, steps: int) -> Any:
 
 def forget(cache: Any) -> None:
     """Leave a cache as transformers made it."""
-    for name in (STATE, "get_seq_length", "get_query_offset"):
-        cache.__dict__.pop(name, None)
+    cache.__dict__.pop(STATE, None)
+    if isinstance(cache, Conversation):
+        cache.__class__ = type(cache).__mro__[2]
 
 
 def on_host(length: Any, steps: int) -> bool:

@@ -63,6 +63,7 @@ class Prefix:
             batch of several samples.
         rope_deltas: what an M-RoPE model would add to the positions of later text. Transformers keeps it on the model,
             where another request overwrites it.
+        counted: the layer whose columns the cache counts.
     """
 
     length: int
@@ -70,6 +71,12 @@ class Prefix:
     mask_BP: Tensor | None = None
     last_vision: Tensor | None = None
     rope_deltas: Tensor | None = None
+    counted: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """Columns that the counted layer holds less than the conversation has."""
+        return self.length - self.held(self.counted)
 
     def at_input(self) -> Cut | None:
         """The cut before the language model, if there was one."""
@@ -176,8 +183,8 @@ class Call:
             self.memo[name] = make()
         return self.memo[name]
 
-    def end(self, rope_deltas: Tensor | None = None) -> Prefix:
-        """What the request's cache must carry after this prefill."""
+    def end(self, counted: int, rope_deltas: Tensor | None = None) -> Prefix:
+        """What the request's cache must carry after this prefill; `counted` is the layer whose columns it counts."""
         assert self.frame is not None
         before = self.prefix or Prefix(0)
         cuts = {cut.layer: cut for cut in before.cuts}
@@ -189,6 +196,7 @@ class Call:
             mask_BP=join(before.mask_BP, before.length, self.mask_BS, self.frame.length),
             last_vision=None if self.last_vision is None else before.length + self.last_vision,
             rope_deltas=rope_deltas,
+            counted=counted,
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tpcompress.insertion.cache import counted_layer, held_columns, on_host, recall, remember
+from tpcompress.insertion.cache import held_columns, on_host, recall, remember
 from tpcompress.insertion.call import Call, Prefix, num_steps
 from tpcompress.insertion.masks import layer_kind, layer_mask
 from tpcompress.insertion.positions import rotary
@@ -43,10 +43,10 @@ def known_prefix(cache: Any, steps: int) -> Prefix | None:
     prefix: Prefix | None = recall(cache, steps)
     if prefix is None or not prefix.cuts or not on_host(held := held_columns(cache), steps):
         return prefix
-    fewer = prefix.held(counted_layer(cache)) - int(held)
+    fewer = prefix.held(prefix.counted) - int(held)
     if fewer > 0 and prefix.last_vision is not None and fewer < prefix.length - int(prefix.last_vision):
         prefix = prefix.cropped(fewer)
-        remember(cache, prefix, prefix.length - prefix.held(counted_layer(cache)))
+        remember(cache, prefix)
     return prefix
 
 
@@ -57,7 +57,7 @@ def new_columns(kwargs: Mapping[str, Any], prefix: Prefix, steps: int) -> tuple[
         ValueError: mask and cache do not fit.
     """
     mask, cache = kwargs.get("attention_mask"), kwargs["past_key_values"]
-    held, counted = held_columns(cache), prefix.held(counted_layer(cache))
+    held, counted = held_columns(cache), prefix.held(prefix.counted)
     known = isinstance(mask, Tensor) and mask.ndim == 2
     new = mask.shape[1] - prefix.length if known else steps  # type: ignore[union-attr]
     wrong = new < steps

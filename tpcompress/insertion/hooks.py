@@ -134,8 +134,7 @@ class Controller:
         """A prefill leaves its cuts on the cache; a prefill that cut nothing wipes what an earlier request left."""
         cache, call = getattr(output, "past_key_values", None), self.call
         if call is not None and call.is_prefill and cache is not None:
-            prefix = call.end(getattr(self.parts.core, "rope_deltas", None))
-            remember(cache, prefix, prefix.length - prefix.held(counted_layer(cache)))
+            remember(cache, call.end(counted_layer(cache), getattr(self.parts.core, "rope_deltas", None)))
 
     # ------------------------------------------------------------------ decoder layers
 
