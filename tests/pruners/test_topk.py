@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor
 
 from tpcompress.pruners.topk import (
-    cell_centres,
     cell_weights,
+    central,
     grid_cells,
-    keep_at,
     keep_topk,
     rank,
     soft_topk,
@@ -69,18 +70,35 @@ def test_grids_of_different_shape_in_one_batch() -> None:
 def test_cell_weights_and_centres() -> None:
     row, col, valid = full_grid(3, 3, 2)
     counts = torch.tensor([1, 3])
-    weight = cell_weights(grid_cells(row, col, valid, counts), valid, counts)
+    cells = grid_cells(row, col, valid, counts)
+    weight = cell_weights(cells, valid, counts)
     assert weight.shape == (2, 3, 9)
     assert torch.allclose(weight.sum(-1), torch.tensor([[1.0, 0, 0], [1, 1, 1]]))
-    centre = cell_centres(row, col, weight)
-    assert centre[0, 0] == 4, "the middle of 3 x 3"
-    assert keep_at(centre, counts, 9).sum(1).tolist() == [1, 3]
+    keep = central(cells, row, col, valid)
+    assert keep[0].nonzero().flatten().tolist() == [4], "the middle of 3 x 3"
+    assert keep.sum(1).tolist() == [1, 3]
 
 
 def test_centre_ties_go_to_the_earlier_token() -> None:
     row, col, valid = full_grid(2, 2, 1)
-    one = torch.tensor([1])
-    assert cell_centres(row, col, cell_weights(grid_cells(row, col, valid, one), valid, one)).item() == 0
+    assert central(grid_cells(row, col, valid, torch.tensor([1])), row, col, valid).tolist() == [[True, *[False] * 3]]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_centres_are_exact_for_every_count(padding: int) -> None:
+    """Against fractions, cell by cell; padding changes nothing."""
+    for rows, cols in ((3, 5), (8, 8), (7, 12)):
+        row, col, valid = full_grid(rows, cols, 1)
+        row, col, valid = (torch.nn.functional.pad(x, (0, padding)) for x in (row, col, valid))
+        for count in range(1, rows * cols + 1, 3):
+            cells = grid_cells(row, col, valid, torch.tensor([count]))
+            expected = []
+            for cell in range(count):
+                members = [v for v in range(rows * cols) if cells[0, v] == cell]
+                mean = [Fraction(sum(int(x[0, v]) for v in members), len(members)) for x in (row, col)]
+                away = [(int(row[0, v]) - mean[0]) ** 2 + (int(col[0, v]) - mean[1]) ** 2 for v in members]
+                expected.append(members[away.index(min(away))])
+            assert central(cells, row, col, valid)[0].nonzero().flatten().tolist() == sorted(expected)
 
 
 def test_keep_topk_ties_and_padding() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.scorer import Scorer
-from tpcompress.pruners.topk import cell_centres, cell_weights, grid_cells, keep_at, keep_topk, soft_topk, standardise
+from tpcompress.pruners.topk import central, grid_cells, keep_topk, soft_topk, standardise
 
 CONDITIONS = ("none", "question")
 
@@ -77,11 +77,9 @@ class LearnedGate(Pruner):
         scores_BV = standardise(self.scorer(tokens), tokens.valid_BV)
         if self.reserve:
             slots_B = num_keep_B.clamp(max=self.reserve)
-            weight_BKV = cell_weights(
-                grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, slots_B), tokens.valid_BV, slots_B
-            )
-            centre_BK = cell_centres(tokens.row_BV, tokens.col_BV, weight_BKV)
-            scores_BV = scores_BV.masked_fill(keep_at(centre_BK, slots_B, scores_BV.shape[1]), 20.0)
+            cell_BV = grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, slots_B)
+            reserved_BV = central(cell_BV, tokens.row_BV, tokens.col_BV, tokens.valid_BV)
+            scores_BV = scores_BV.masked_fill(reserved_BV, 20.0)
         keep_BV = keep_topk(scores_BV, tokens.valid_BV, num_keep_B)
         if not (self.training and tokens.soft):
             return Selection(keep_BV, scores_BV)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.topk import cell_centres, cell_weights, grid_cells, keep_at
+from tpcompress.pruners.topk import cell_weights, central, grid_cells
 
 
 class Pool(Pruner):
@@ -23,8 +23,7 @@ class Pool(Pruner):
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         cell_BV = grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, num_keep_B)
         weight_BKV = cell_weights(cell_BV, tokens.valid_BV, num_keep_B)
-        centre_BK = cell_centres(tokens.row_BV, tokens.col_BV, weight_BKV)
-        keep_BV = keep_at(centre_BK, num_keep_B, tokens.valid_BV.shape[1])
+        keep_BV = central(cell_BV, tokens.row_BV, tokens.col_BV, tokens.valid_BV)
         mean_BKD = weight_BKV.float() @ tokens.vision_BVD.float().masked_fill(~tokens.valid_BV[..., None], 0.0)
         # Every token reads its own cell's mean; only the kept ones survive, so no scatter is needed.
         index_BVD = cell_BV.masked_fill(~tokens.valid_BV, 0)[..., None].expand_as(tokens.vision_BVD)

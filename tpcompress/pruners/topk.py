@@ -131,17 +131,19 @@ def cell_weights(cell_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tenso
     return member_BKV / member_BKV.sum(-1, keepdim=True).clamp(min=1)
 
 
-def cell_centres(row_BV: Tensor, col_BV: Tensor, weight_BKV: Tensor) -> Tensor:
-    """The token nearest to the centre of each cell, int64 (B, K); ties go to the earlier token."""
-    place_BV2 = torch.stack([row_BV, col_BV], -1).double()
-    centre_BK2 = weight_BKV.double() @ place_BV2
-    distance_BKV = (place_BV2[:, None] - centre_BK2[:, :, None]).square().sum(-1)
-    tie_V = torch.arange(row_BV.shape[1], device=row_BV.device) * 1e-9
-    return (distance_BKV + tie_V).masked_fill(weight_BKV == 0, torch.inf).argmin(-1)
+def central(cell_BV: Tensor, row_BV: Tensor, col_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """bool (B, V): in each cell the token nearest to the mean place of its tokens; ties go to the earlier token.
 
-
-def keep_at(index_BK: Tensor, num_keep_B: Tensor, num_tokens: int) -> Tensor:
-    """bool (B, V), True at the first `num_keep` of the given tokens."""
-    used_BK = torch.arange(index_BK.shape[1], device=index_BK.device) < on(num_keep_B, index_BK)[:, None]
-    keep_BV = torch.zeros(index_BK.shape[0], num_tokens + 1, dtype=torch.bool, device=index_BK.device)
-    return keep_BV.scatter_(1, index_BK.masked_fill(~used_BK, num_tokens), True)[:, :num_tokens]
+    Whole numbers throughout, so that a tie is a tie: n^2 |place - mean|^2 = |n place - sum|^2 for a cell of n tokens.
+    """
+    B, V = cell_BV.shape
+    cell_BV = cell_BV.masked_fill(~valid_BV, V)
+    zero_BC = torch.zeros(B, V + 1, dtype=torch.long, device=cell_BV.device)
+    size_BV = zero_BC.scatter_add(1, cell_BV, torch.ones_like(cell_BV)).gather(1, cell_BV)
+    far_BV = torch.zeros_like(cell_BV)
+    for place_BV in (row_BV, col_BV):
+        sum_BV = zero_BC.scatter_add(1, cell_BV, place_BV).gather(1, cell_BV)
+        far_BV = far_BV + (size_BV * place_BV - sum_BV).square()
+    key_BV = far_BV * V + torch.arange(V, device=cell_BV.device)
+    least_BC = torch.full_like(zero_BC, torch.iinfo(torch.long).max).scatter_reduce(1, cell_BV, key_BV, "amin")
+    return (key_BV == least_BC.gather(1, cell_BV)) & valid_BV

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.topk import cell_centres, cell_weights, grid_cells, keep_at
+from tpcompress.pruners.topk import central, grid_cells
 
 
 class Uniform(Pruner):
@@ -19,7 +19,5 @@ class Uniform(Pruner):
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         cell_BV = grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, num_keep_B)
-        weight_BKV = cell_weights(cell_BV, tokens.valid_BV, num_keep_B)
-        centre_BK = cell_centres(tokens.row_BV, tokens.col_BV, weight_BKV)
-        keep_BV = keep_at(centre_BK, num_keep_B, tokens.valid_BV.shape[1])
+        keep_BV = central(cell_BV, tokens.row_BV, tokens.col_BV, tokens.valid_BV)
         return Selection(keep_BV, keep_BV.to(torch.float32))
