@@ -76,7 +76,14 @@ def test_steps_of_one_shape_compile_once(subject: Subject, how: str) -> None:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], g) for name, g in expected.items())
         frames.append(counter.frame_count)
-    assert 0 < frames[1] == frames[2] == frames[3], frames
+    assert 0 < frames[1] <= frames[2] == frames[3], frames
+    if frames[1] < frames[2]:  # the words decide how many tokens an expert gets: the base does so, too
+        base = tiny_model(subject.case[0], *subject.case[1])
+        unpruned, seen = compiled(base, how), []
+        for inputs in batches[:2]:
+            train(base, inputs)
+            seen.append(unpruned.frame_count)
+        assert seen[1] - seen[0] >= frames[2] - frames[1], (seen, frames)
     for inputs in batches:
         with torch.no_grad():
             plain, out = (which.eval()(**inputs, use_cache=False).logits for which in (model, other))
