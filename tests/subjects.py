@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 from support import Case, Sample, batch
 
 from tpcompress.families import Family, list_families, resolve
 from tpcompress.insertion.plan import PruningPlan, Stage
+
+
+def combinations(names: Iterable[str], *quick: str) -> pytest.MarkDecorator:
+    """Plans by name with both position policies; what is not among the `quick` ones ("name, policy") is slow."""
+    both = [(name, policy) for name in names for policy in ("original", "compact")]
+    marked = [
+        pytest.param(*pair, marks=() if ", ".join(pair) in quick else pytest.mark.slow, id=" ".join(pair))
+        for pair in both
+    ]
+    return pytest.mark.parametrize(("name", "positions"), marked)
+
+
+def plans(names: Iterable[str], *quick: str) -> pytest.MarkDecorator:
+    """Plans by name; what is not among the `quick` ones is slow."""
+    marked = [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 @dataclass

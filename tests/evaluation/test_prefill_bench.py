@@ -45,10 +45,11 @@ def test_the_ideal_computes_the_very_same(model, layer, positions):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("pruner", ["random", "uniform"])
+@pytest.mark.parametrize("pruner", ["random", "uniform", "pool"])
 def test_flops_are_those_of_the_ideal_and_the_pruners_own(model, layer, pruner):
     one = case(model, layer, pruner)
-    own = {"random": 0, "uniform": 4 * KEEP * TOY.side**2}[pruner]  # the centres of the cells, row and column
+    width = one.full.func.config.get_text_config().hidden_size
+    own = 2 * KEEP * TOY.side**2 * width if pruner == "pool" else 0  # the means of its cells
     assert flops(one.pruned) == flops(one.ideal) + own
     assert flops(one.ideal) < flops(one.full)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from exact import tolerance
-from subjects import Subject
+from subjects import Subject, combinations
 from support import generate, logit_gap, new_tokens
 from transformers import DynamicCache, StaticCache
 
@@ -23,8 +23,6 @@ PLANS = {
         Stage("divprune", 4, keep_ratio=0.1),
     ],
 }
-every_plan = pytest.mark.parametrize("name", PLANS)
-both_positions = pytest.mark.parametrize("positions", ["original", "compact"])
 
 
 def whole(subject: Subject, *parts: dict[str, Any]) -> dict[str, Any]:
@@ -49,8 +47,7 @@ def reads_ahead(subject: Subject, inputs: dict[str, Any]) -> bool:
     return ids is not None and bool((ids[:, 0] >= 0).any())
 
 
-@both_positions
-@every_plan
+@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
 def test_text_continues(subject: Subject, name: str, positions: str) -> None:
     """A second question about the same picture, through `generate`."""
     inputs = subject.batch((5, subject.kinds, 7))
@@ -66,8 +63,7 @@ def test_text_continues(subject: Subject, name: str, positions: str) -> None:
     assert torch.equal(out.sequences, fresh.sequences)
 
 
-@both_positions
-@every_plan
+@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
 def test_new_picture_continues(subject: Subject, name: str, positions: str) -> None:
     """A picture in the second turn is pruned, too, and everything is as if both had come at once."""
     turns = [subject.batch((5, subject.kinds, 7)), subject.batch((3, 1, 4), seed=5)]

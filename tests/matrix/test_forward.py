@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from exact import check, tolerance
-from subjects import Subject
+from subjects import Subject, combinations
 from support import alone, generate, tiny_model
 
 from tpcompress.insertion.attach import attach, detach, mode, record
@@ -36,8 +36,7 @@ def logits(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
         return model(**inputs, **more).logits
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", PLANS)
+@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, original", "three, compact", "merge, compact")
 def test_equals_the_reference(subject: Subject, name: str, positions: str) -> None:
     plan = subject.plan(PLANS[name], positions=positions)
     modes = ("mask",) if subject.hides else ()

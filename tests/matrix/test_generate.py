@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from exact import tolerance
-from subjects import Subject
+from subjects import Subject, combinations, plans
 from support import alone, generate, logit_gap, new_tokens
 
 from tpcompress.insertion.attach import attach, detach, mode, record
@@ -22,8 +22,6 @@ PLANS = {
         Stage("random", 4, keep_ratio=0.1),
     ],
 }
-every_plan = pytest.mark.parametrize("name", PLANS)
-both_positions = pytest.mark.parametrize("positions", ["original", "compact"])
 
 
 def ragged(subject: Subject) -> list[Any]:
@@ -48,8 +46,7 @@ def agree(subject: Subject, a: Any, b: Any) -> None:
     assert torch.equal(a.sequences, b.sequences)
 
 
-@both_positions
-@every_plan
+@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
 def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -> None:
     inputs = subject.batch(*ragged(subject))
     plain = generate(subject.model, inputs, new=4)
@@ -64,7 +61,7 @@ def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -
     assert logit_gap(cached, plain) > 0.05, "control: pruning must change the logits"
 
 
-@every_plan
+@plans(PLANS, "three")
 def test_batch_equals_alone(subject: Subject, name: str) -> None:
     samples = ragged(subject)
     inputs = subject.batch(*samples)
@@ -77,7 +74,7 @@ def test_batch_equals_alone(subject: Subject, name: str) -> None:
         assert torch.equal(new_tokens(single, 4)[0], new_tokens(together, 4)[b])
 
 
-@every_plan
+@plans(PLANS, "three")
 def test_beams_and_sampling_equal_recomputation(subject: Subject, name: str) -> None:
     attach(subject.model, subject.plan(PLANS[name], positions="compact"))
     inputs = subject.batch(*ragged(subject))
@@ -113,7 +110,7 @@ def test_encoded_images_are_pruned_alike(subject: Subject) -> None:
         assert torch.equal(a.retained_RV, b.retained_RV)
 
 
-@every_plan
+@plans(PLANS, "three")
 def test_assisted_decoding_equals_greedy(subject: Subject, name: str) -> None:
     """Rejected candidates are cropped from layers of unequal length."""
     inputs = subject.batch((5, 1, 7))
@@ -147,8 +144,7 @@ def test_chunked_prefill_through_an_image_is_refused(subject: Subject) -> None:
         generate(subject.model, subject.batch((5, 1, 7)), prefill_chunk_size=20)
 
 
-@both_positions
-@every_plan
+@combinations(PLANS, "stage 0, compact", "three, original")
 def test_decoding_by_hand(subject: Subject, name: str, positions: str) -> None:
     """Without position ids, as a caller's own loop does; two requests in turns, each with its own cache."""
     requests = [subject.batch((5, 1, 7)), subject.batch((9, subject.kinds, 4), seed=2)]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from support import answer_labels, batch, tiny_model
 
+from tpcompress.families.layout import plain
 from tpcompress.insertion.attach import attach, mode, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.insertion.trace import StageTrace, Trace
@@ -101,7 +102,7 @@ def gated(counts: list[int]) -> tuple[Trace, Selection]:
     keep = torch.ones(2, 6, dtype=torch.bool)
     chosen = Selection(keep, torch.randn(2, 6, requires_grad=True), gate)
     # At full length a stage drops nothing: what comes out is what came in.
-    stage = StageTrace(0, 0, [6, 6], counts, counts, 20, 20, keep, [0, 1], view, chosen)
+    stage = StageTrace(0, 0, [6, 6], counts, counts, 20, 20, keep, [0, 1], [(plain(2, 3),)] * 2, view, chosen)
     return Trace([stage]), chosen
 
 
@@ -120,5 +121,5 @@ def test_gate_losses_aim_at_the_budget_and_not_at_the_full_length():
 def test_gate_losses_leave_out_what_weighs_nothing():
     trace, _ = gated([6, 6])
     assert gate_losses(trace, [Budget(keep_tokens=2)], 0.0, None, 1.0) == {}
-    hard = StageTrace(0, 0, [6], [6], [2], 20, 16, torch.ones(1, 6, dtype=torch.bool), [0])
+    hard = StageTrace(0, 0, [6], [6], [2], 20, 16, torch.ones(1, 6, dtype=torch.bool), [0], [(plain(2, 3),)])
     assert gate_losses(Trace([hard]), [Budget(keep_tokens=2)], 1.0, create("uniform"), 1.0) == {}

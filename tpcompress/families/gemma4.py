@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Gemma4Config, Gemma4UnifiedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from tpcompress.families.base import Blocks, Family, Tiny
 from tpcompress.families.gemma3 import number_runs
@@ -77,7 +77,7 @@ def refuse(config: Any) -> str | None:
     return None
 
 
-def tiny_config(size: str = "small") -> Gemma4Config:
+def tiny_config(size: str = "small") -> PretrainedConfig:
     """3 x 3 patches per token, windows of 48.
 
     `small`: further inputs of layers, layers 4 and 5 with keys of 3 and 2. `large`: blocks of vision tokens, experts,
@@ -99,7 +99,9 @@ def tiny_config(size: str = "small") -> Gemma4Config:
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 16, "patch_size": 2, "position_embedding_size": 64,
     }  # fmt: skip
-    return Gemma4Config(text_config=tiny_text("gemma4_text", **more), vision_config=vision, **tiny_ids())
+    # By name: importing this config class imports the tokenizers, too.
+    text = tiny_text("gemma4_text", **more)
+    return AutoConfig.for_model("gemma4", text_config=text, vision_config=vision, **tiny_ids())
 
 
 def tiny_ids() -> dict[str, Any]:
@@ -110,12 +112,12 @@ def tiny_ids() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tiny_unified() -> Gemma4UnifiedConfig:
+def tiny_unified() -> PretrainedConfig:
     """6 x 6 pixels per token, windows of 48, blocks of vision tokens."""
     text = tiny_text("gemma4_unified_text", head_dim=16, global_head_dim=32, sliding_window=48)
     text["layer_types"] = ["sliding_attention", "full_attention"] * 3
     vision = {"patch_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32}
-    return Gemma4UnifiedConfig(text_config=text, vision_config=vision, **tiny_ids())
+    return AutoConfig.for_model("gemma4_unified", text_config=text, vision_config=vision, **tiny_ids())
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:

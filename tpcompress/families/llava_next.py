@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import LlavaNextConfig
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
@@ -42,6 +41,9 @@ def unpadded(config: Any, side: int, image_size: list[int]) -> tuple[int, int]:
         side: rows, and columns, of one tile in tokens.
         image_size: height and width of the image.
     """
+    # Not at the top: whoever imports tpcompress does not pay for modeling files.
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
     rows, cols = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
     # The model's own function on a tensor without content: it cuts here what it cuts there, rounding included.
     cut = unpad_image(torch.empty(0, rows * side, cols * side, device="meta"), image_size)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.vision_utils import get_vision_window_index
 
 from tpcompress.families.base import Tower
@@ -47,11 +46,17 @@ def packed_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Ten
     if modality == "video":
         return list(core.vision_resampler(x_TPC).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
     config, sizes = core.config, inputs["image_sizes"]
-    counts = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
-    ]
+    counts = [tiles_of(config, size) for size in sizes]
     newline_C = x_TPC.new_zeros(x_TPC.shape[-1])
     return core.pack_image_features(x_TPC.split(counts), sizes, "default", image_newline=newline_C)[0]
+
+
+def tiles_of(config: Any, image_size: Any) -> int:
+    """Tiles of an image of some height and width, overview included."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    count: int = image_size_to_num_patches(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return count
 
 
 def shrunk_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
@@ -64,10 +69,7 @@ def shrunk_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Ten
     alone = [True] * len(sizes)
     if per_sample is not None:
         alone = [int(count) == 1 for count in per_sample for _ in range(int(count))]
-    counts = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if only else 1
-        for size, only in zip(sizes, alone, strict=True)
-    ]
+    counts = [tiles_of(config, size) if only else 1 for size, only in zip(sizes, alone, strict=True)]
     aspect = inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio
     return core.pack_image_features(x_TPC.split(counts), sizes, newline_C, aspect)[0]
 
