@@ -148,7 +148,7 @@ def test_auto_classes(exported: Path) -> None:
 def test_fresh_auto_classes_need_only_the_import(exported: Path) -> None:
     code = """
 import tpcompress
-heavy = {"lightning", "deepspeed", "datasets", "peft", "tokenizers"} & set(sys.modules)
+heavy = {"lightning", "deepspeed", "datasets", "peft"} & set(sys.modules)  # Gemma 4's config brings the tokenizers
 assert not heavy, heavy
 assert not [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name
             and "auto" not in name]

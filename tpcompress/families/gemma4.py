@@ -99,7 +99,6 @@ def tiny_config(size: str = "small") -> PretrainedConfig:
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 16, "patch_size": 2, "position_embedding_size": 64,
     }  # fmt: skip
-    # By name: importing this config class imports the tokenizers, too.
     text = tiny_text("gemma4_text", **more)
     return AutoConfig.for_model("gemma4", text_config=text, vision_config=vision, **tiny_ids())
 
