@@ -125,3 +125,16 @@ def test_hiding_is_refused_where_it_would_not_equal_dropping(subject: Subject) -
         return
     with pytest.raises(ValueError, match="Mode mask cannot hide tokens from layers of kind"):
         logits(subject.model, inputs)
+
+
+def test_packed_positions_without_a_mask_are_refused(subject: Subject) -> None:
+    """Two sequences in one row, told apart by positions that start again: dropping tokens makes such gaps anywhere."""
+    inputs = subject.batch((5, 1, 7))
+    del inputs["attention_mask"]
+    S = inputs["input_ids"].shape[1]
+    rows = torch.cat([torch.arange(S - 6), torch.arange(6)])[None]
+    if subject.family.positions == "mrope":
+        rows = rows.expand(4, 1, S)
+    attach(subject.model, subject.plan(PLANS["stage 0"]))
+    with pytest.raises(ValueError, match="read as packed sequences"):
+        logits(subject.model, inputs, position_ids=rows)

@@ -158,8 +158,13 @@ class Controller:
 
 def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments by name, in a dict of our own."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_names(type(module).forward), args, strict=False)) | kwargs
+
+
+@functools.cache
+def _names(forward: Any) -> tuple[str, ...]:
+    """Parameters of a method but for its `self`; asked at every layer of every step."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _keep_2d(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

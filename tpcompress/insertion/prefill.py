@@ -37,6 +37,11 @@ def begin(controller: Controller, kwargs: Mapping[str, Any]) -> Call:
     prefix = _conversation(kwargs, cache, steps)
     mask_BS = mask[:, -steps:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
     custom = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    if mask is None and cache is None and _packed(kwargs.get("position_ids")):
+        raise ValueError(
+            "position_ids without an attention_mask are read as packed sequences, which a pruned sequence cannot "
+            "be; pass an attention_mask (all ones if nothing is padded, or 4-D if sequences are packed)."
+        )
     if custom is not None and prefix is not None:
         raise ValueError(
             "A 4-D attention_mask and a cache that already holds tokens do not go together when images are pruned; "
@@ -117,12 +122,6 @@ def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> bool:
     if call.labels_BS is None:
         call.last_prompt_B = (call.last_prompt_B - controller.candidates).clamp(min=0)
     call.positions, call.real_BN = kwargs.get("position_ids"), call.mask_BS
-    mask = kwargs.get("attention_mask")
-    if mask is None and kwargs.get("past_key_values") is None and _packed(call.positions):
-        raise ValueError(
-            "position_ids without an attention_mask are read as packed sequences, which a pruned sequence cannot "
-            "be; pass an attention_mask (all ones if nothing is padded, or 4-D if sequences are packed)."
-        )
     if call.positions is None:
         past = 0 if call.prefix is None else call.prefix.length
         call.positions = (torch.arange(S, device=device) + past)[None]
@@ -299,5 +298,7 @@ def _take_rotary(source: Any, index_BN: Tensor) -> Any:
 
 
 def _packed(positions: Tensor | None) -> bool:
-    """Whether transformers would read position ids as packed sequences."""
+    """Whether transformers would read position ids as packed sequences; of M-RoPE it reads the row of text, if any."""
+    if positions is not None and positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]
     return positions is not None and positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any())
