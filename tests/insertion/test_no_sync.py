@@ -16,6 +16,7 @@ from tpcompress.insertion.hooks import Controller
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 aten = torch.ops.aten
+HOOKS = ("_core_pre", "_language_model_pre", "_language_model_post", "_layer_pre")
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 
 
@@ -46,7 +47,7 @@ class NoSync(TorchDispatchMode):
 def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
     """Puts the guard around our hooks, and around nothing of transformers' own."""
     guard = NoSync()
-    for name in ("_core_pre", "_language_model_pre", "_language_model_post", "_layer_pre"):
+    for name in HOOKS:
         inner = getattr(Controller, name)
 
         def outer(self: Controller, *args: Any, _inner: Any = inner) -> Any:
@@ -114,6 +115,31 @@ def test_layouts_and_axes_of_position_do_not_wait(guarded: NoSync, family: str) 
         assert guarded.masks_made == 0
         detach(model)
     assert guarded.seen > 100, "control: the hooks ran under the guard"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_cuda_sees_no_wait_either(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """CUDA's own judgement, which knows of plain copies from the host, too."""
+    for name in HOOKS:
+        inner = getattr(Controller, name)
+
+        def outer(self: Controller, *args: Any, _inner: Any = inner) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return _inner(self, *args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(Controller, name, outer)
+    model = tiny_model(family).cuda()
+    inputs = {k: v.cuda() for k, v in batch([(5, 2, 7)], family=family, config=model.config).items()}
+    for positions in ("original", "compact"):
+        attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=40), Stage("dart", 2, keep_tokens=9)], positions))
+        with torch.no_grad():
+            out = model(**inputs, use_cache=True)
+            model(input_ids=torch.tensor([[7]]).cuda(), past_key_values=out.past_key_values)
+        detach(model)
 
 
 def test_the_guard_notices() -> None:

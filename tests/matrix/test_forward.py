@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -138,3 +139,12 @@ def test_packed_positions_without_a_mask_are_refused(subject: Subject) -> None:
     attach(subject.model, subject.plan(PLANS["stage 0"]))
     with pytest.raises(ValueError, match="read as packed sequences"):
         logits(subject.model, inputs, position_ids=rows)
+
+
+def test_load_balancing_loss_is_refused(subject: Subject) -> None:
+    inputs = subject.batch((5, 1, 7))
+    if "output_router_logits" not in inspect.signature(type(subject.base).forward).parameters:
+        pytest.skip("no experts")
+    attach(subject.model, subject.plan(PLANS["layer 2"]))
+    with pytest.raises(ValueError, match="leave it off while a plan is attached"):
+        logits(subject.model, inputs, output_router_logits=True)

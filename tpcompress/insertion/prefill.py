@@ -18,7 +18,7 @@ from tpcompress.insertion.encode import given_notes
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.masks import custom_mask, layer_kind, layer_mask
 from tpcompress.insertion.positions import closed_up, rotary
-from tpcompress.insertion.sequence import Frame, locate, take
+from tpcompress.insertion.sequence import Frame, locate, sent, take
 from tpcompress.insertion.stage import run_stage
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ def begin(controller: Controller, kwargs: Mapping[str, Any]) -> Call:
     prefix = _conversation(kwargs, cache, steps)
     mask_BS = mask[:, -steps:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
     custom = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
+    if kwargs.get("output_router_logits"):
+        raise ValueError(
+            "output_router_logits asks for the load balancing loss, which wants every layer to see the same tokens; "
+            "leave it off while a plan is attached."
+        )
     if mask is None and cache is None and _packed(kwargs.get("position_ids")):
         raise ValueError(
             "position_ids without an attention_mask are read as packed sequences, which a pruned sequence cannot "
@@ -206,7 +211,7 @@ def _retained_positions(controller: Controller, call: Call) -> tuple[Tensor, Ten
     """Position ids of the columns at hand, and the positions that each sample lost since the input (B, 1)."""
     frame, positions = call.frame, call.positions
     assert frame is not None and positions is not None
-    lost_B1 = torch.tensor(frame.lost, device=frame.index_BN.device)[:, None]
+    lost_B1 = sent(torch.tensor(frame.lost), frame.index_BN.device)[:, None]
     if controller.plan.positions == "original":
         return take(positions, frame.base_BN, -1), lost_B1
     if positions.ndim < 3:

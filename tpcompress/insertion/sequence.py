@@ -115,9 +115,9 @@ def locate(
     tables = [_table(group) for group in groups]
     total_R = [len(table) for table in tables]
     # One tensor and one copy to the device: everything that is known of the tokens beforehand.
-    table_RV5 = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True).to(device)
+    table_RV5 = sent(torch.nn.utils.rnn.pad_sequence(tables, batch_first=True), device)
     token_V = torch.arange(max(total_R), device=device)
-    count_R1 = torch.tensor(total_R, device=device)[:, None]
+    count_R1 = sent(torch.tensor(total_R), device)[:, None]
     token_RV = token_V.minimum(count_R1 - 1)
     table_RV5 = table_RV5.gather(1, token_RV[..., None].expand_as(table_RV5))
     index_RV, table_RV4 = place_T[table_RV5[..., 0]] % S, table_RV5[..., 1:]
@@ -134,7 +134,7 @@ def locate(
         total=total_R,
         count=total_R,
         layouts=[tuple(run.layout for run in group) for group in groups],
-        owner_R=torch.tensor([group[0].owner for group in groups], device=device),
+        owner_R=sent(torch.tensor([group[0].owner for group in groups]), device),
         index_RV=index_RV,
         token_RV=token_RV,
         valid_RV=token_V < count_R1,
@@ -151,7 +151,7 @@ def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tile
     edge_2R = [[0] * len(starts)] * 2
     if B > 1 or joins:
         edge_2R = (
-            place_T[torch.tensor([starts, [end - 1 for end in ends]], device=place_T.device)].cpu().numpy().tolist()
+            place_T[sent(torch.tensor([starts, [end - 1 for end in ends]]), place_T.device)].cpu().numpy().tolist()
         )
     runs: list[_Run] = []
     previous = -1
@@ -283,6 +283,11 @@ class Frame:
         """Labels of the columns, -100 where nothing is present."""
         labels_BN = labels_BS.gather(1, self.index_BN)
         return labels_BN if self.present_BN is None else labels_BN.masked_fill(~self.present_BN, -100)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """What the host knows, on the device. (Made there or copied plainly, it would wait for all work before it.)"""
+    return x.to(device, non_blocking=True)
 
 
 def take(x: Tensor, index_BN: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.look import LayerInput
-from tpcompress.insertion.sequence import Frame, Rows, get_tokens
+from tpcompress.insertion.sequence import Frame, Rows, get_tokens, sent
 from tpcompress.pruners import Pruner, TokenView
 from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
 
@@ -169,7 +169,7 @@ def _at_input(call: Call, rows: Rows, frame: Frame, hidden_BND: Tensor, query_BQ
 def _last_vision_row(before: LayerInput, rows: Rows, column_RV: Tensor, held: int) -> Tensor:
     """Attention (R, H, V) of each row's last vision token to all of them."""
     slots = [rows.owner[:r].count(owner) for r, owner in enumerate(rows.owner)]
-    slot_R = torch.tensor(slots, device=column_RV.device)
+    slot_R = sent(torch.tensor(slots), column_RV.device)
     query_BQ = column_RV.new_zeros(len(before.hidden_BND), max(slots) + 1)
     query_BQ = query_BQ.index_put((rows.owner_R, slot_R), _last_column(rows, column_RV))
     weight_RHN = before.attention(query_BQ, held)[rows.owner_R, :, slot_R]
