@@ -40,7 +40,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     shape = Shape(**{name: getattr(arguments, name) for name in vars(Shape())})
     clock = "wall" if arguments.device.startswith("cuda") else "cpu"
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)  # a log must hold all columns
     rows = []
     for name in arguments.model:
         cases = make_cases(
