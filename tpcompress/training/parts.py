@@ -10,7 +10,6 @@ from torch import nn
 
 from tpcompress.families import Parts
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.insertion.views import LAYER_VIEWS
 from tpcompress.pruners import Pruner, create
 from tpcompress.training.schedules import Schedule
 
@@ -89,7 +88,7 @@ class Scorer:
             ValueError: it has weights, or needs more than the vision tokens.
         """
         pruner = create(self.warm_up_pruner)
-        if pruner.learned or pruner.needs & (LAYER_VIEWS | {"text"}):
+        if pruner.learned or pruner.needs:
             raise ValueError(
                 f"warm_up_pruner '{self.warm_up_pruner}' must have no weights and read vision tokens only."
             )
