@@ -220,7 +220,7 @@ def interleaved(runs: Sequence[Run], repeats: int, warm_up: int = 2) -> list[lis
                 seconds = timed(runs[index])
                 if round_ >= warm_up:
                     taken[index].append(seconds)
-            gc.collect(0)  # caches with a plan refer to themselves
+            gc.collect(0)  # what would else run inside a later round
     finally:
         if collecting:
             gc.enable()

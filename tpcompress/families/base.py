@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tpcompress.families.layout import Layout
-from tpcompress.families.refused import REFUSED
+from tpcompress.families.refused import check_not_refused
 
 Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
 """(config, arguments of the encoder by name, tokens of each of its features) -> one layout per image or video."""
@@ -212,8 +212,7 @@ def family_of(config: PretrainedConfig) -> Family:
             if reason:
                 raise ValueError(f"{family.name} cannot be pruned here: {reason}")
             return family
-    if model_type in REFUSED:
-        raise ValueError(f"{model_type} cannot be pruned: {REFUSED[model_type]}. `tpcompress families` lists what can.")
+    check_not_refused(model_type)
     known = sorted(t for family in list_families().values() for t in family.model_types)
     near = difflib.get_close_matches(model_type, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""

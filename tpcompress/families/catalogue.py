@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from tpcompress.families.base import Family, list_families, own_keys
-from tpcompress.families.refused import REFUSED
+from tpcompress.families.refused import check_not_refused
 
 COLUMNS = ("positions", "images", "video", "both ways", "stages", "tower")
 """The entries of `facts`."""
@@ -74,8 +74,7 @@ def find(name: str) -> Family:
     known = {t: family for family in list_families().values() for t in family.model_types} | list_families()
     if name in known:
         return known[name]
-    if name in REFUSED:
-        raise ValueError(f"{name} cannot be pruned: {REFUSED[name]}. `tpcompress families` lists what can.")
+    check_not_refused(name)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(f"No family or model type '{name}'; `tpcompress families` lists them.{hint}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import Idefics2Config
 
-from tpcompress.families.base import Family, Tiny
-from tpcompress.families.idefics3 import LIMITS
+from tpcompress.families.base import Tiny
+from tpcompress.families.idefics3 import IDEFICS3
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, START, tiny_text, tiny_vision
 
@@ -56,15 +57,10 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
 
 
-IDEFICS2 = Family(
+IDEFICS2 = replace(
+    IDEFICS3,
     name="idefics2",
     model_types=("idefics2",),
-    vision_tower="model.vision_model",
-    projector="model.connector",
-    language_model="model.text_model",
-    layers="model.text_model.layers",
     image_layouts=image_layouts,
-    splits_tiles=True,
-    limits=LIMITS,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,))),
 )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Tiny
 from tpcompress.families.qwen2_vl import (
     MROPE,
+    QWEN2_VL,
     SIZES,
-    image_layouts,
     tiny_ids,
     tiny_pixels,
     tiny_run,
     token_types,
-    video_layouts,
 )
 from tpcompress.families.tiny import tiny_text
 from tpcompress.families.towers import WINDOWED
@@ -45,14 +45,10 @@ def timed_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) 
     return inputs
 
 
-QWEN2_5_VL = Family(
+QWEN2_5_VL = replace(
+    QWEN2_VL,
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
-    vision_tower="model.visual",
-    projector="model.visual.merger",
     tower=WINDOWED,
-    image_layouts=image_layouts,
-    video_layouts=video_layouts,
-    positions="mrope",
     tiny=Tiny(tiny_config, timed_pixels, tiny_run, tuple(SIZES), token_types, variants=((), (True,))),
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import Qwen3_5Config, Qwen3_5MoeConfig
 
-from tpcompress.families.base import Family, Tiny
-from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_ids, tiny_pixels, token_types, video_layouts
-from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, ROUTER_LOSS, stamped_run, tiny_tower
+from tpcompress.families.base import Tiny
+from tpcompress.families.qwen2_vl import SIZES, tiny_ids, tiny_pixels, token_types
+from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, QWEN3_VL, stamped_run, tiny_tower
 from tpcompress.families.tiny import tiny_text
-from tpcompress.families.towers import MERGING
 
 
 def tiny_config(moe: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
@@ -27,15 +28,9 @@ def tiny_config(moe: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
     )
 
 
-QWEN3_5 = Family(
+QWEN3_5 = replace(
+    QWEN3_VL,
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_moe"),
-    vision_tower="model.visual",
-    projector="model.visual.merger",
-    tower=MERGING,
-    image_layouts=image_layouts,
-    video_layouts=video_layouts,
-    positions="mrope",
-    limits=(ROUTER_LOSS,),
     tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, variants=((), (True,))),
 )

@@ -39,3 +39,9 @@ REFUSED: dict[str, str] = {
     "vision-encoder-decoder": ENCODER_DECODER,
 }
 """`config.model_type` -> reason."""
+
+
+def check_not_refused(model_type: str) -> None:
+    """Raise a ValueError with the reason for a model type that cannot be pruned."""
+    if model_type in REFUSED:
+        raise ValueError(f"{model_type} cannot be pruned: {REFUSED[model_type]}. `tpcompress families` lists what can.")

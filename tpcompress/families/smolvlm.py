@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import SmolVLMConfig
 
-from tpcompress.families.base import Family, Tiny
-from tpcompress.families.idefics3 import LIMITS, TILES, image_layouts, tiny_pixels, tiny_run
+from tpcompress.families.base import Tiny
+from tpcompress.families.idefics3 import IDEFICS3, TILES, tiny_pixels, tiny_run
 from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
 
 
@@ -15,15 +17,9 @@ def tiny_config() -> SmolVLMConfig:
     return SmolVLMConfig(text_config=tiny_text(), vision_config=vision, image_token_id=IMAGE, scale_factor=2)
 
 
-SMOLVLM = Family(
+SMOLVLM = replace(
+    IDEFICS3,
     name="smolvlm",
     model_types=("smolvlm",),
-    vision_tower="model.vision_model",
-    projector="model.connector",
-    language_model="model.text_model",
-    layers="model.text_model.layers",
-    image_layouts=image_layouts,
-    splits_tiles=True,
-    limits=LIMITS,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES)),
 )

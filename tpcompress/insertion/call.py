@@ -5,6 +5,8 @@ B samples, S columns of a call, P columns of the conversation before it, N colum
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -234,3 +236,9 @@ def num_steps(kwargs: Mapping[str, Any]) -> int:
     ids = kwargs.get("input_ids")
     given: Tensor = kwargs["inputs_embeds"] if ids is None else ids
     return given.shape[1]
+
+
+@functools.cache
+def parameters_of(forward: Any) -> tuple[str, ...]:
+    """Parameters of a method but for its `self`; asked at every layer of every step."""
+    return tuple(inspect.signature(forward).parameters)[1:]

@@ -63,8 +63,8 @@ class EncoderTap:
         if not outermost or features is None:
             return output
         arguments = self.__signature__.bind(*args, **kwargs).arguments
-        layouts = lay_out(parts, self.modality, arguments, features)
         named = {**arguments, **arguments.get("kwargs", {})}
+        layouts = lay_out(parts, self.modality, named, features)
         sizes = [layout.placeholders for layout in layouts]
         note = Encoded(layouts, tower.values(seen, self.modality, named, sizes))
         setattr(output, NOTE, note)
@@ -108,7 +108,7 @@ def unbound_signature(function: Any) -> inspect.Signature:
 
 
 def lay_out(parts: Parts, modality: str, arguments: Mapping[str, Any], features: Any) -> list[Layout]:
-    """Layouts of the features of one encoder call.
+    """Layouts of the features of one encoder call, from its arguments by name.
 
     Raises:
         ValueError: the family's layouts do not hold as many tokens as the features.
@@ -116,8 +116,7 @@ def lay_out(parts: Parts, modality: str, arguments: Mapping[str, Any], features:
     sizes = [x.numel() // x.shape[-1] for x in features]
     family = parts.family.layouts(modality)
     assert family is not None
-    named = {**arguments, **arguments.get("kwargs", {})}
-    layouts = family(parts.model.config, named, sizes)
+    layouts = family(parts.model.config, arguments, sizes)
     if [layout.placeholders for layout in layouts] != sizes:
         raise ValueError(
             f"{parts.family.name} lays out {[layout.placeholders for layout in layouts]} tokens, but its encoder made "

@@ -7,7 +7,6 @@ graphs, which would otherwise be made anew for every call's state.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from tpcompress.families import Parts
 from tpcompress.insertion import decode, prefill
 from tpcompress.insertion.cache import counted_layer, remember
-from tpcompress.insertion.call import Call
+from tpcompress.insertion.call import Call, parameters_of
 from tpcompress.insertion.encode import EncoderTap, ExpandTap, has_pixels
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.plan import Budget, PruningPlan
@@ -158,13 +157,7 @@ class Controller:
 
 def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments by name, in a dict of our own."""
-    return dict(zip(_names(type(module).forward), args, strict=False)) | kwargs
-
-
-@functools.cache
-def _names(forward: Any) -> tuple[str, ...]:
-    """Parameters of a method but for its `self`; asked at every layer of every step."""
-    return tuple(inspect.signature(forward).parameters)[1:]
+    return dict(zip(parameters_of(type(module).forward), args, strict=False)) | kwargs
 
 
 def _keep_2d(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -5,11 +5,12 @@ B samples, S columns of the language model's input, N columns that are left, A =
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tpcompress.insertion.call import parameters_of
 
 
 def closed_up(positions_ABS: Tensor, real_BS: Tensor | None, alive_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,5 +64,5 @@ def rotary(language_model: Any, hidden: Tensor, positions: Tensor, kind: str) ->
     if positions.ndim == 3 and len(positions) == 4:
         positions = positions[1:]
     embed = next(getattr(language_model, name) for name in ROTARY if hasattr(language_model, name))
-    more = (kind,) if "layer_type" in inspect.signature(type(embed).forward).parameters else ()
+    more = (kind,) if "layer_type" in parameters_of(type(embed).forward) else ()
     return embed(hidden, positions, *more)
