@@ -69,7 +69,7 @@ def make_view(
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + offset + 100 * b)) for b in range(B)]
         return torch.stack(rows)
 
-    if pruner.needs & {"text", "keys"}:
+    if pruner.needs & {"text", "keys", "values", "normed"}:
         more["text_BSD"] = draw(S, D, offset=0)
         more["text_valid_BS"] = torch.arange(S).expand(B, S) >= 5
         more["text_role_BS"] = torch.tensor([SYSTEM] * 3 + [0] * 2 + [INSTRUCTION] * (S - 5), dtype=torch.int8).expand(
@@ -78,6 +78,12 @@ def make_view(
     if "keys" in pruner.needs:
         more["keys_BVD"] = draw(V, 8, offset=1)
         more["text_keys_BSD"] = draw(S, 8, offset=2)
+    if "values" in pruner.needs:
+        more["values_BVD"], more["text_values_BSD"] = draw(V, 8, offset=14), draw(S, 8, offset=15)
+    if "normed" in pruner.needs:
+        # Of the hidden states, so that a test of odd features reaches rules that read these instead.
+        more["normed_BVD"] = vision_BVD * torch.rsqrt(vision_BVD.square().mean(-1, keepdim=True) + 1e-6)
+        more["text_normed_BSD"] = more["text_BSD"]
     if "attention" in pruner.needs:
         more["attention_BHV"] = draw(H, V, offset=3).softmax(-1)
     words = [s for s in range(S) if s not in (3, 4)]
@@ -97,12 +103,27 @@ def make_view(
             more[f"{word}_BLHVD"] = draw(L, H, V, 8, offset=number)
     if "tower_features" in pruner.needs:
         more["tower_features_BLVD"] = draw(L, V, 12, offset=10)
+    if "projector" in pruner.needs:
+        more["projector_BVC"], more["project"] = draw(V, 12, offset=16), Widen(D)
+    if "pixels" in pruner.needs:
+        more["pixels_BVC"] = draw(V, 12, offset=17)
     if "attention_next" in pruner.needs:
         more["attention_next_BHV"] = draw(H, V, offset=11).softmax(-1)
     if "input" in pruner.needs:
         more["input_vision_BUD"], more["input_prompt_BQD"] = draw(V + 3, D, offset=12), draw(S - 2, D, offset=13)
         more["input_valid_BU"] = torch.ones(B, V + 3, dtype=torch.bool)
     return TokenView.of(vision_BVD, grid, soft=soft, **more)
+
+
+class Widen:
+    """A projector of a plain view: any features to width D, with a bend, so that its place in a sum matters."""
+
+    def __init__(self, D: int) -> None:
+        self.D = D
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = torch.randn(x.shape[-1], self.D, generator=torch.Generator().manual_seed(18)).to(x.dtype)
+        return torch.tanh(x @ weight)
 
 
 def view_rows(view: TokenView, index: slice | list[int] | Tensor) -> TokenView:
@@ -117,12 +138,12 @@ def pad_view(view: TokenView, padding: int, canvas: tuple[int, int]) -> TokenVie
     for name, value in fields.items():
         if value is None:
             continue
-        if name.endswith("VD"):
+        if name.endswith(("VD", "VC")):
             shape = (*value.shape[:-2], padding, value.shape[-1])
             fields[name] = torch.cat([value, value.new_full(shape, 1e3)], -2)
         elif name in ("valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV"):
             fields[name] = torch.cat([value, value.new_zeros(len(value), padding)], 1)
-        elif name.endswith("V"):
+        elif name.endswith("V") and isinstance(value, Tensor):
             fields[name] = torch.cat([value, value.new_full((*value.shape[:-1], padding), 1e3)], -1)
     return TokenView(**fields)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpcompress.pruners.gate import soft_topk
 from tpcompress.pruners.topk import (
     cell_weights,
     central,
     grid_cells,
     keep_topk,
     rank,
-    soft_topk,
     standardise,
 )
 

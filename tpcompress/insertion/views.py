@@ -5,7 +5,7 @@ B samples, N columns, R budget rows, V vision tokens, H query heads, Q queries, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def build_view(
     assert rows is not None and frame is not None
     cell_RV = frame.cells(rows)
     column_RV = cell_RV - rows.owner_R[:, None] * frame.width
-    optional: dict[str, Tensor] = {}
+    optional: dict[str, Any] = {}
     if needs & {"text", "attention_prompt", "input"}:
         text_BN = _prompt_text(call, frame, padding_BN, last_prompt_B)
         role_RN = _roles(rows, column_RV, text_BN)

@@ -7,6 +7,7 @@ S sequence length, H attention heads, Q words of the prompt (padded), L layers o
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,6 +63,13 @@ class TokenView:
             class token among them, fp32 (needs "tower_received").
         tower_keys_BLHVD: keys of these layers, head by head (needs "tower_keys").
         tower_features_BLVD: output of these layers, before the projector (needs "tower_features").
+        values_BVD: values of the layer before, heads side by side (needs "values").
+        text_values_BSD: the same for every position of the sequence (needs "values").
+        normed_BVD: the hidden states after the language model's last norm (needs "normed").
+        text_normed_BSD: the same for every position of the sequence (needs "normed").
+        projector_BVC: what the projector was given for each token; one patch is one token there (needs "projector").
+        project: the projector itself, token by token: (..., C) -> (..., D) (needs "projector").
+        pixels_BVC: the pixels of each token's patch, as the tower was given them (needs "pixels").
 
     A vision token that the model makes of several patches has the mean of their values, weighted as the model itself
     weighs them.
@@ -94,6 +102,13 @@ class TokenView:
     tower_received_BLHV: Tensor | None = None
     tower_keys_BLHVD: Tensor | None = None
     tower_features_BLVD: Tensor | None = None
+    values_BVD: Tensor | None = None
+    text_values_BSD: Tensor | None = None
+    normed_BVD: Tensor | None = None
+    text_normed_BSD: Tensor | None = None
+    projector_BVC: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    pixels_BVC: Tensor | None = None
 
     @classmethod
     def of(cls, vision_BVD: Tensor, grid: tuple[int, int] | None = None, **views: Any) -> TokenView:
@@ -129,16 +144,21 @@ class Selection:
     """What a pruner answers; it never touches the sequence itself.
 
     Attributes:
-        keep_BV: bool, the one truth: exactly `num_keep` True per row.
+        keep_BV: bool, the one truth: exactly `num_keep` True per row, unless the pruner is not `exact`.
         scores_BV: higher = keep; for plots, losses and tie-breaking.
         gate_BV: smooth weights in [0, 1] that sum to `num_keep` (training at full length only).
         vision_BVD: new values of the vision tokens (merging pruners; noise gate); None leaves them as they are.
+        size_BV: how many tokens each retained one stands for, fp32; layers behind the stage then weigh its key by it
+            (proportional attention). None weighs all alike.
+        place_BV: int64, the token whose position each retained one takes; None leaves each at its own.
     """
 
     keep_BV: Tensor
     scores_BV: Tensor
     gate_BV: Tensor | None = None
     vision_BVD: Tensor | None = None
+    size_BV: Tensor | None = None
+    place_BV: Tensor | None = None
 
 
 class Pruner(nn.Module):
@@ -149,16 +169,24 @@ class Pruner(nn.Module):
     """
 
     name: ClassVar[str]
-    merges: ClassVar[bool] = False
-    """Retained tokens absorb dropped ones."""
+    paper: ClassVar[str] = "ours"
+    """Where the rule is from: the number of its paper on arXiv, or `ours`."""
+    merges: bool = False
+    """Retained tokens absorb dropped ones: it gives new values."""
+    exact: bool = True
+    """It retains exactly the budget. Others count for themselves, which costs the host a look at the device."""
+    differentiable: bool = False
+    """A gradient reaches its scores."""
+    withdraws: ClassVar[bool] = False
+    """It retains nothing: its budget is 0, and no other pruner's is."""
     starts_as: ClassVar[str | None] = None
     """The training-free pruner that a learned one equals before its training: its control in comparisons."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Optional views it reads: any of "text", "keys", "attention", "attention_prompt", "attention_last_vision",
-        "attention_next", "input", "tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features",
-        "joint"; see `TokenView`."""
+        """Optional views it reads: any of "text", "keys", "values", "normed", "attention", "attention_prompt",
+        "attention_last_vision", "attention_next", "input", "tower_cls", "tower_cls_query", "tower_received",
+        "tower_keys", "tower_features", "projector", "pixels", "joint"; see `TokenView`."""
         return frozenset()
 
     @property

@@ -8,12 +8,12 @@ so a token with m near 0 carries noise of the right size instead of information.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.gate import noise_gate, soft_topk
 from tpcompress.pruners.scorer import Scorer
-from tpcompress.pruners.topk import central, grid_cells, keep_topk, soft_topk, standardise
+from tpcompress.pruners.topk import central, grid_cells, keep_topk, standardise
 
 CONDITIONS = ("none", "question")
 
@@ -29,6 +29,7 @@ class LearnedGate(Pruner):
     """
 
     name = "learned_gate"
+    differentiable = True
     starts_as = "novelty"
 
     def __init__(
@@ -86,22 +87,3 @@ class LearnedGate(Pruner):
         temperature = self.temperature_start * (self.temperature_end / self.temperature_start) ** self.progress
         gate_BV = soft_topk(scores_BV / temperature, tokens.valid_BV, num_keep_B)
         return Selection(keep_BV, scores_BV, gate_BV, noise_gate(tokens.vision_BVD, gate_BV, tokens.valid_BV))
-
-
-def noise_gate(x_BVD: Tensor, gate_BV: Tensor, valid_BV: Tensor) -> Tensor:
-    """mu + sqrt(m) (x - mu) + sqrt(1 - m) sigma eps: full information at m = 1, pure noise of equal size at m = 0.
-
-    Args:
-        x_BVD: vision tokens (B, V, D).
-        gate_BV: m in [0, 1]; the gradient reaches it.
-        valid_BV: tokens that count for mu and sigma.
-    """
-    m_BV1 = gate_BV[..., None].float()
-    real = valid_BV[..., None]
-    count = valid_BV.sum().clamp(min=1)
-    with torch.no_grad():
-        mu_D = x_BVD.float().masked_fill(~real, 0.0).sum((0, 1)) / count
-        sigma_D = ((x_BVD.float() - mu_D).masked_fill(~real, 0.0).square().sum((0, 1)) / count).sqrt()
-        noise_BVD = torch.randn_like(x_BVD, dtype=torch.float32) * sigma_D
-    signal_BVD = m_BV1.clamp(min=1e-6).sqrt() * (x_BVD.float() - mu_D)
-    return (mu_D + signal_BVD + (1 - m_BV1).clamp(min=1e-6).sqrt() * noise_BVD).to(x_BVD.dtype)

@@ -1,4 +1,4 @@
-"""Exact budgets: hard and soft top-k, standardised scores, novelty, equal cells of a grid.
+"""Exact budgets: top-k, standardised scores, novelty, equal cells of a grid.
 
 B rows, V tokens, K retained slots.
 """
@@ -46,38 +46,6 @@ def standardise(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
     mean_B1 = scores_BV.masked_fill(~valid_BV, 0.0).sum(1, keepdim=True) / count_B1
     centred_BV = (scores_BV - mean_B1).masked_fill(~valid_BV, 0.0)
     return centred_BV / (centred_BV.square().sum(1, keepdim=True) / count_B1 + 1e-8).sqrt()
-
-
-def soft_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
-    """Weights m = sigmoid(s + t) with t such that each row's weights sum to its count.
-
-    t is found by bisection; its dependence on s enters the gradient through the implicit function theorem:
-    dt/ds_j = -m'_j / sum_i m'_i with m' = m (1 - m), so the sum stays fixed to first order.
-
-    Args:
-        scores_BV: scores already divided by the temperature (B, V).
-        valid_BV: bool (B, V).
-        num_keep_B: int64 (B,), at most the number of valid tokens.
-
-    Returns:
-        (B, V) in [0, 1], differentiable; 0 on padding.
-    """
-    target_B1 = on(num_keep_B, scores_BV)[:, None].to(scores_BV.dtype)
-    with torch.no_grad():
-        low_B1 = -scores_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True) - 20
-        high_B1 = -scores_BV.masked_fill(~valid_BV, torch.inf).amin(1, keepdim=True) + 20
-        for _ in range(40):
-            middle_B1 = (low_B1 + high_B1) / 2
-            total_B1 = torch.sigmoid(scores_BV + middle_B1).masked_fill(~valid_BV, 0.0).sum(1, keepdim=True)
-            low_B1 = torch.where(total_B1 < target_B1, middle_B1, low_B1)
-            high_B1 = torch.where(total_B1 < target_B1, high_B1, middle_B1)
-        shift_B1 = (low_B1 + high_B1) / 2
-        weight_BV = torch.sigmoid(scores_BV + shift_B1)
-        slope_BV = (weight_BV * (1 - weight_BV)).masked_fill(~valid_BV, 0.0)
-        slope_BV = slope_BV / slope_BV.sum(1, keepdim=True).clamp(min=1e-9)
-    centre_B1 = (slope_BV * scores_BV.masked_fill(~valid_BV, 0.0)).sum(1, keepdim=True)
-    shifted_BV = scores_BV - centre_B1 + (centre_B1.detach() + shift_B1)
-    return torch.sigmoid(shifted_BV).masked_fill(~valid_BV, 0.0)
 
 
 def novelty(x_BVD: Tensor, valid_BV: Tensor) -> Tensor:
