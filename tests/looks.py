@@ -16,7 +16,7 @@ from tpcompress.insertion.trace import StageTrace
 from tpcompress.pruners import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import keep_topk
 
-LAYER_WORDS = ("text", "keys", "attention", "attention_prompt", "attention_last_vision")
+LAYER_WORDS = ("text", "keys", "values", "attention", "attention_prompt", "attention_last_vision")
 
 
 class Looks(Pruner):

@@ -42,7 +42,7 @@ CASES = {
     "no layer": (CLIP, ("tower_features",), {"layers": ()}, r"tower_features of tower layers \(\), but the tower has"),
     "joint space": (CLIP, ("joint",), {}, "CLIP's projections and text tower, but no llava checkpoint holds them"),
     "misspelt": (
-        CLIP, ("atention",), {"layer": 2}, r"'atention', which is no view \(views: attention, .*_received\); correct",
+        CLIP, ("atention",), {"layer": 2}, r"'atention', which is no view \(views: attention, .*values\); correct",
     ),
 }  # fmt: skip
 

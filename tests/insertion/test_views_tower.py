@@ -289,7 +289,7 @@ def test_nothing_is_watched_that_nobody_reads(model: Any) -> None:
 def test_a_copy_watches_its_own_tower_and_no_view_carries_a_gradient() -> None:
     for model in lent(("llava", ("clip_vision_model",)), "sdpa"):
         inputs = batch([(5, 2, 7), (3, 1, 4)])
-        attach(model, plan_of(*words_of(model), *LAYER_WORDS, "attention_next", "input", layer=2))
+        attach(model, plan_of(*words_of(model), *LAYER_WORDS, "attention_next", "input", "normed", "pixels", layer=2))
         twin = copy.deepcopy(model)
         with record(model) as trace:
             model(**inputs)
@@ -298,7 +298,8 @@ def test_a_copy_watches_its_own_tower_and_no_view_carries_a_gradient() -> None:
             twin(**inputs)
         one, two = vars(trace.stages[0].view), vars(again.stages[0].view)
         tensors = {name: x for name, x in one.items() if isinstance(x, Tensor)}
-        assert len(tensors) == len(one) - 2, "all but the canvas and `soft`"
+        # The projector's rows carry one: new values are made of them.
+        assert one.keys() - tensors.keys() == {"canvas", "soft", "projector_BVC", "project"}
         for name, x in tensors.items():
             assert torch.equal(x, two[name]), name
             assert x.requires_grad == (name in ("vision_BVD", "text_BSD")), name

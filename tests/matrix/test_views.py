@@ -108,16 +108,16 @@ def check_rows(view: TokenView, full: Tensor, rows: list[tuple[int, list[int]]],
 def check_keys(
     subject: Subject, view: TokenView, rows: list[tuple[int, list[int]]], inputs: dict[str, Any], layer: int
 ) -> None:
-    """Keys against what the layer writes into a cache that forgets nothing."""
+    """Keys and values against what the layer writes into a cache that forgets nothing."""
     kept: dict[str, Tensor] = {}
     index = resolve(subject.base).family.keys_of(subject.config, layer - 1)
     module = resolve(subject.base).layers[index].self_attn
 
     class Keeps:
-        """A cache that hands back what it is given and remembers the keys of one layer."""
+        """A cache that hands back what it is given and remembers that of one layer."""
 
         def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
-            kept["keys"] = keys
+            kept["keys"], kept["values"] = keys, values
             return keys, values
 
     def give(_: Any, args: tuple, kwargs: dict) -> tuple:
@@ -127,10 +127,12 @@ def check_keys(
     with torch.no_grad():
         subject.base(**inputs, use_cache=False)
     handle.remove()
-    keys_BSD = kept["keys"].transpose(1, 2).flatten(2)
+    keys_BSD, values_BSD = (kept[name].transpose(1, 2).flatten(2) for name in ("keys", "values"))
     for r, (b, places) in enumerate(rows):
         assert close(view.keys_BVD[r, : len(places)], keys_BSD[b, places])
         assert torch.allclose(view.text_keys_BSD[r], keys_BSD[b], atol=1e-5)
+        assert close(view.values_BVD[r, : len(places)], values_BSD[b, places])
+        assert torch.allclose(view.text_values_BSD[r], values_BSD[b], atol=1e-5)
     assert not torch.allclose(view.text_keys_BSD[0], keys_BSD[0].roll(1, 0), atol=1e-2), "control: positions differ"
 
 

@@ -19,6 +19,9 @@ from tpcompress.families.refused import check_not_refused
 Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
 """(config, arguments of the encoder by name, tokens of each of its features) -> one layout per image or video."""
 
+ToTokens = Callable[[Any, str, Mapping[str, Any], Tensor], Sequence[Tensor]]
+"""See `Tower.to_tokens`."""
+
 MODALITIES = ("image", "video")
 
 
@@ -92,13 +95,17 @@ class Tower:
             each feature of the encoder, weighted as the model weighs patches; separators may hold anything.
         has_class: (config) -> whether a class token stands before the patches.
         refuse: (config) -> reason why patches cannot be told apart in a variant, or None.
+        projected: the same for rows of the projector's input; None where no such row is one vision token.
+        pixels: the same for the pixels of patches; None if they lie as in the layers.
     """
 
     layers: str
     attention: str
-    to_tokens: Callable[[Any, str, Mapping[str, Any], Tensor], Sequence[Tensor]]
+    to_tokens: ToTokens
     has_class: Callable[[Any], bool]
     refuse: Callable[[Any], str | None] = supported
+    projected: ToTokens | None = None
+    pixels: ToTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Family:
         tiny: a tiny model and its inputs.
         core: the model that merges vision tokens into the sequence.
         language_model, layers: the text model and its decoder layers.
+        final_norm: name of the language model's last norm.
         image_token, video_token: config attributes with the ids that vision tokens have in `input_ids`.
         video_layouts: the same as `image_layouts` for `core.get_video_features`; None if the family has no videos.
         positions: `1d`, or `mrope` for rows of time, height and width.
@@ -137,6 +145,7 @@ class Family:
     core: str = "model"
     language_model: str = "model.language_model"
     layers: str = "model.language_model.layers"
+    final_norm: str = "norm"
     image_token: str = "image_token_id"
     video_token: str = "video_token_id"
     video_layouts: Layouts | None = None
@@ -177,6 +186,11 @@ class Parts:
     def text_config(self) -> Any:
         """Config of the language model."""
         return self.model.config.get_text_config()
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last decoder layer."""
+        return self.language_model.get_submodule(self.family.final_norm)
 
     @property
     def stage_layers(self) -> list[int]:

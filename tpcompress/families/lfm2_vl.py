@@ -64,6 +64,7 @@ LFM2_VL = Family(
     model_types=("lfm2_vl",),
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
+    final_norm="embedding_norm",
     image_layouts=image_layouts,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), variants=(("lfm2",), ("lfm2_moe",))),
 )

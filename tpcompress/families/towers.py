@@ -51,6 +51,11 @@ def packed_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Ten
     return core.pack_image_features(x_TPC.split(counts), sizes, "default", image_newline=newline_C)[0]
 
 
+def image_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
+    """What the projector of LLaVA-NeXT gets of images; of frames it gets what is pooled already."""
+    return packed_tiles(core, modality, inputs, x_TPC) if modality == "image" else []
+
+
 def tiles_of(config: Any, image_size: Any) -> int:
     """Tiles of an image of some height and width, overview included."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -114,16 +119,16 @@ def average_pool(config: Any) -> str | None:
     return class_kept(config)
 
 
-CLIP_LIKE = Tower("encoder.layers", "self_attn", one_each, class_first, class_kept)
+CLIP_LIKE = Tower("encoder.layers", "self_attn", one_each, class_first, class_kept, projected=one_each)
 """CLIP or SigLIP, one vision token per patch."""
 
-TILED = Tower("encoder.layers", "self_attn", packed_tiles, class_first, class_kept)
+TILED = Tower("encoder.layers", "self_attn", packed_tiles, class_first, class_kept, projected=image_tiles)
 """CLIP or SigLIP over the tiles of LLaVA-NeXT."""
 
 SHRINKING = Tower("encoder.layers", "self_attn", shrunk_tiles, class_first, class_kept)
 """LLaVA-OneVision."""
 
-SHUFFLING = Tower("encoder.layer", "attention", shuffled_patches, always_class, class_kept)
+SHUFFLING = Tower("encoder.layer", "attention", shuffled_patches, always_class, class_kept, projected=one_each)
 """InternVL."""
 
 AVERAGING = Tower("encoder.layers", "self_attn", pooled_patches, no_class)
@@ -135,5 +140,5 @@ POOLING = replace(TILED, refuse=average_pool)
 MERGING = Tower("blocks", "attn", merged_patches, no_class)
 """Qwen2-VL and Qwen3-VL."""
 
-WINDOWED = replace(MERGING, to_tokens=merged_windows)
+WINDOWED = replace(MERGING, to_tokens=merged_windows, pixels=merged_patches)
 """Qwen2.5-VL."""

@@ -1,4 +1,4 @@
-"""Queries and keys of a layer, as the layer itself makes them: recomputed from its input, up to its attention kernel.
+"""Queries, keys and values of a layer, as the layer itself makes them: recomputed from its input, up to its kernel.
 
 The layer runs once more as a shallow copy whose attention calls our function as its kernel, which stops it there. So
 norms, fused projections, rotary embeddings and scales of every family are the family's own code, and the model keeps
@@ -29,6 +29,7 @@ class Looked:
 
     Attributes:
         query_BHNd, key_BGLd: after norms and rotary embedding.
+        value_BGLd: the values.
         mask: as the layer was given it: 4-D (bool, or added to the logits), 2-D (True on real keys) or None.
         scaling: factor of the logits.
         softcap: bound of the logits, or None.
@@ -37,6 +38,7 @@ class Looked:
 
     query_BHNd: Tensor
     key_BGLd: Tensor
+    value_BGLd: Tensor
     mask: Tensor | None
     scaling: float
     softcap: float | None
@@ -82,7 +84,7 @@ def _stop(
     **kwargs: Any,
 ) -> None:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    raise _Stop(Looked(query, key, attention_mask, scaling, softcap, sliding_window))
+    raise _Stop(Looked(query, key, value, attention_mask, scaling, softcap, sliding_window))
 
 
 AttentionInterface.register(KERNEL, _stop)
@@ -116,7 +118,7 @@ def look(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, Any]) -> 
 
 @dataclass
 class LayerInput:
-    """What one decoder layer was called with; its queries and keys are recomputed from this, at most once.
+    """What one decoder layer was called with; its queries, keys and values are recomputed from this, at most once.
 
     Attributes:
         layer: the decoder layer.
@@ -133,7 +135,7 @@ class LayerInput:
 
     @property
     def looked(self) -> Looked:
-        """Queries and keys of the columns at hand; of shared keys, all that the layer reads."""
+        """Queries, keys and values of the columns at hand; of shared keys, all that the layer reads."""
         if "looked" not in self.memo:
             kwargs = dict(self.kwargs) | {"past_key_values": None}
             if kwargs.get("shared_kv_states") is not None:
@@ -145,6 +147,10 @@ class LayerInput:
     def keys(self) -> Tensor:
         """Keys of the columns at hand after rotary embedding (B, G, N, d)."""
         return self.looked.key_BGLd[:, :, -self.hidden_BND.shape[1] :]
+
+    def values(self) -> Tensor:
+        """Values of the columns at hand (B, G, N, d)."""
+        return self.looked.value_BGLd[:, :, -self.hidden_BND.shape[1] :]
 
     def attention(self, query_BQ: Tensor, held: int) -> Tensor:
         """Attention of chosen columns to the columns at hand, fp32 (B, H, Q, N), as the eager kernel has it.

@@ -6,10 +6,10 @@ from tpcompress.families import Parts, list_families
 from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.tower import tower_layers
-from tpcompress.insertion.views import LAYER_VIEWS, TOWER_VIEWS
+from tpcompress.insertion.views import LAYER_VIEWS, LOOSE_VIEWS, TOWER_VIEWS
 from tpcompress.pruners import Pruner, list_pruners
 
-WORDS = LAYER_VIEWS | TOWER_VIEWS | {"text", "input", "joint"}
+WORDS = LAYER_VIEWS | TOWER_VIEWS | {"text", "input", "normed", "joint"}
 """Everything that a pruner can need."""
 
 
@@ -57,7 +57,7 @@ def _before_layer(parts: Parts, word: str, layer: int) -> str | None:
     if kind in RECURRENT:
         good = [i for i in parts.stage_layers if i and layer_kind(config, i + index - layer) not in RECURRENT]
         return f"{what}, but layer {index} is of kind {kind}; set layer to one of {', '.join(map(str, good))}"
-    if word != "keys" and config._attn_implementation == "flex_attention":
+    if word not in ("keys", "values") and config._attn_implementation == "flex_attention":
         return f"{what}, but the masks of flex attention cannot be read; load with attn_implementation='sdpa'"
     return None
 
@@ -72,6 +72,11 @@ def _in_tower(parts: Parts, word: str, layers: tuple[int, ...]) -> str | None:
         return f"{word}, but in this model {reason}; take another model"
     if word.startswith("tower_cls") and not tower.has_class(config):
         return f"{word}, but the tower of this model has no class token; read tower_received instead"
+    if word == "projector" and tower.projected is None:
+        known = ", ".join(f.name for f in list_families().values() if f.tower is not None and f.tower.projected)
+        return f"{word}, but the projector of {name} does not work token by token; take one of {known}"
+    if word in LOOSE_VIEWS:
+        return None
     depth = len(tower_layers(parts))
     far = [layer for layer in layers if not -depth <= layer < depth]
     if far or not layers:

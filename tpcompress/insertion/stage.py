@@ -46,7 +46,7 @@ def run_stage(
     last_B = frame.column_of(call.last_prompt_B[:, None])[:, 0]
     pruner: Any = controller.pruners[number]
     hide = controller.mode == "mask"
-    view, cell_RV = build_view(pruner, call, hidden_BND, padding_BN, last_B, soft=hide)
+    view, cell_RV = build_view(controller.parts, pruner, call, hidden_BND, padding_BN, last_B, soft=hide)
     call.before = call.behind = None  # they hold the queries and keys of a whole layer
     # Out of mixed precision: the choice must be the one that the exported model makes.
     with torch.autocast(hidden_BND.device.type, enabled=False):

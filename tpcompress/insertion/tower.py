@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tpcompress.families import Parts
+from tpcompress.families.base import ToTokens
 from tpcompress.insertion.look import Looked, look
-from tpcompress.insertion.views import TOWER_VIEWS
+from tpcompress.insertion.views import LOOSE_VIEWS, TOWER_VIEWS
 from tpcompress.pruners import Pruner
 
 TowerValues = dict[tuple[str, int], list[Tensor]]
-"""(word of the view, layer as the pruner counts it) -> values of the placeholders of each feature."""
+"""(word of the view, layer as the pruner counts it or 0) -> values of the placeholders of each feature."""
 
 QUERIES = 1024
 """Queries whose attention maps exist at one time."""
@@ -33,16 +34,24 @@ class TowerWatch:
     def __init__(self, parts: Parts, rules: Iterable[Pruner]) -> None:
         self.parts = parts
         self.wanted = {
-            (word, layer) for rule in rules for word in rule.needs & TOWER_VIEWS for layer in rule.tower_layers
+            (word, layer)
+            for rule in rules
+            for word in rule.needs & TOWER_VIEWS
+            for layer in ((0,) if word in LOOSE_VIEWS else rule.tower_layers)
         }
         self.seen: dict[tuple[str, int], Tensor] | None = None
 
     def install(self) -> list[RemovableHandle]:
         """Register the hooks; bound methods only, so that copies and pickles of the model keep their own."""
         handles: list[RemovableHandle] = []
-        for index in sorted({self._index(layer) for _, layer in self.wanted}):
+        for word, module in (("projector", self.parts.projector), ("pixels", self.parts.vision_tower)):
+            if (word, 0) in self.wanted:
+                hook = functools.partial(self._given, word)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        layered = [(word, layer) for word, layer in self.wanted if word not in LOOSE_VIEWS]
+        for index in sorted({self._index(layer) for _, layer in layered}):
             block = tower_layers(self.parts)[index]
-            words = frozenset(word for word, layer in self.wanted if self._index(layer) == index)
+            words = frozenset(word for word, layer in layered if self._index(layer) == index)
             if words - {"tower_features"}:
                 hook = functools.partial(self._before, index, words)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -77,23 +86,33 @@ class TowerWatch:
         Raises:
             ValueError: patches and placeholders do not fit.
         """
-        if not seen:
-            return {}
+        values: TowerValues = {}
+        for (word, index), x_BNx in seen.items():
+            to_tokens, x_BPx = self._reading(word, x_BNx)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and word == "projector"):
+                made = to_tokens(self.parts.core, modality, arguments, x_BPx.flatten(2))
+            if word == "projector" and not made:
+                continue
+            if [len(x) for x in made] != list(sizes):
+                raise ValueError(
+                    f"{self.parts.family.name}'s tower shows {[len(x) for x in made]} tokens, but its encoder made "
+                    f"{list(sizes)}; please report this model's config and the sizes of the images."
+                )
+            found = [x.unflatten(1, x_BPx.shape[2:]) for x in made]
+            layers = {layer for name, layer in self.wanted if name == word}
+            values |= {(word, layer): found for layer in layers if word in LOOSE_VIEWS or self._index(layer) == index}
+        return values
+
+    def _reading(self, word: str, x_BNx: Tensor) -> tuple[ToTokens, Tensor]:
+        """How what was seen becomes tokens, and its rows without the class token."""
         tower = self.parts.family.tower
         assert tower is not None
-        values: TowerValues = {}
-        with torch.no_grad():
-            for (word, index), x_BNx in seen.items():
-                x_BPx = x_BNx[:, 1:] if tower.has_class(self.parts.model.config) else x_BNx
-                made = tower.to_tokens(self.parts.core, modality, arguments, x_BPx.flatten(2))
-                if [len(x) for x in made] != list(sizes):
-                    raise ValueError(
-                        f"{self.parts.family.name}'s tower shows {[len(x) for x in made]} tokens, but its encoder made "
-                        f"{list(sizes)}; please report this model's config and the sizes of the images."
-                    )
-                found = [x.unflatten(1, x_BPx.shape[2:]) for x in made]
-                values |= {key: found for key in self.wanted if key[0] == word and self._index(key[1]) == index}
-        return values
+        if word == "projector":
+            assert tower.projected is not None
+            return tower.projected, x_BNx
+        if word == "pixels":
+            return tower.pixels or tower.to_tokens, x_BNx
+        return tower.to_tokens, x_BNx[:, 1:] if tower.has_class(self.parts.model.config) else x_BNx
 
     def _index(self, layer: int) -> int:
         return layer % len(tower_layers(self.parts))
@@ -118,6 +137,15 @@ class TowerWatch:
             }
             self.seen |= {(word, index): made[word]() for word in sorted(words & made.keys())}
 
+    def _given(self, word: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """What the projector or the tower was called with."""
+        if self.seen is None:
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        if word == "pixels":
+            x = patches(x.detach(), self.parts.model.config.vision_config.patch_size)
+        self.seen[word, 0] = x
+
     def _after(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         if self.seen is not None:
             x = output[0] if isinstance(output, tuple) else output
@@ -130,6 +158,14 @@ def tower_layers(parts: Parts) -> nn.ModuleList:
     layers = parts.vision_tower.get_submodule(parts.family.tower.layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def patches(pixels: Tensor, patch_size: int | Sequence[int]) -> Tensor:
+    """The pixels of each patch, (T, P, C * height * width), from pictures (T, C, H, W) or from patches (P, ...)."""
+    if pixels.ndim == 2:
+        return pixels[None]
+    side = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    return torch.nn.functional.unfold(pixels.float(), side, stride=side).mT
 
 
 def _rows(looked: Looked, queries: slice, window: slice) -> Tensor:

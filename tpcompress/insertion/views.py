@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tpcompress.families import Parts
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.sequence import Frame, Rows, get_tokens, sent
 from tpcompress.pruners import Pruner, TokenView
@@ -18,22 +19,32 @@ from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
 if TYPE_CHECKING:
     from tpcompress.insertion.call import Call
 
-BEFORE_VIEWS = frozenset({"keys", "attention", "attention_prompt", "attention_last_vision"})
+BEFORE_VIEWS = frozenset({"keys", "values", "attention", "attention_prompt", "attention_last_vision"})
 """Views of the layer before the stage."""
 
 LAYER_VIEWS = BEFORE_VIEWS | {"attention_next"}
 """Views of the layers around the stage: they do not exist before the language model."""
 
-TOWER_VIEWS = frozenset({"tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features"})
-"""Views of layers of the vision tower."""
+LOOSE_VIEWS = frozenset({"projector", "pixels"})
+"""Views around the vision tower that belong to no layer of it."""
+
+TOWER_VIEWS = LOOSE_VIEWS | {"tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features"}
+"""Views that are seen while the vision tower runs."""
 
 
 def build_view(
-    pruner: Pruner, call: Call, hidden_BND: Tensor, padding_BN: Tensor | None, last_prompt_B: Tensor, soft: bool
+    parts: Parts,
+    pruner: Pruner,
+    call: Call,
+    hidden_BND: Tensor,
+    padding_BN: Tensor | None,
+    last_prompt_B: Tensor,
+    soft: bool,
 ) -> tuple[TokenView, Tensor]:
     """What a pruner may look at, and the flat columns (R, V) of the tokens that it judges.
 
     Args:
+        parts: of the model.
         pruner: its `needs` decide what is built.
         call: the prefill under way.
         hidden_BND: hidden states at the stage.
@@ -49,6 +60,11 @@ def build_view(
     cell_RV = frame.cells(rows)
     column_RV = cell_RV - rows.owner_R[:, None] * frame.width
     optional: dict[str, Any] = {}
+    if "normed" in needs:
+        with torch.no_grad():
+            normed_BND = parts.final_norm(hidden_BND)
+        optional["normed_BVD"] = get_tokens(normed_BND, cell_RV)
+        optional["text_normed_BSD"] = normed_BND[rows.owner_R]
     if needs & {"text", "attention_prompt", "input"}:
         text_BN = _prompt_text(call, frame, padding_BN, last_prompt_B)
         role_RN = _roles(rows, column_RV, text_BN)
@@ -76,6 +92,12 @@ def build_view(
             if "keys" in needs:
                 key_BNd = before.keys().transpose(1, 2).flatten(2)
                 optional["keys_BVD"], optional["text_keys_BSD"] = get_tokens(key_BNd, cell_RV), key_BNd[rows.owner_R]
+            if "values" in needs:
+                value_BNd = before.values().transpose(1, 2).flatten(2)
+                optional["values_BVD"], optional["text_values_BSD"] = (
+                    get_tokens(value_BNd, cell_RV),
+                    value_BNd[rows.owner_R],
+                )
             if "attention" in needs:
                 weight_BHQN = before.attention(last_prompt_B[:, None], held)
                 optional["attention_BHV"] = _to_tokens(weight_BHQN[rows.owner_R], column_RV)[:, :, 0]
@@ -86,9 +108,13 @@ def build_view(
                 optional["attention_prompt_BHQV"] = weight_RHQV.masked_fill(no_word_R1Q1, 0.0)
             if "attention_last_vision" in needs:
                 optional["attention_last_vision_BHV"] = _last_vision_row(before, rows, column_RV, held)
-        for word in sorted(needs & TOWER_VIEWS):
+        for word in sorted(needs & (TOWER_VIEWS - LOOSE_VIEWS)):
             per_layer = [_from_tower(call, rows, word, layer) for layer in pruner.tower_layers]
             optional[TOWER_FIELDS[word]] = torch.stack(per_layer, 1)
+    if "pixels" in needs:
+        optional["pixels_BVC"] = _from_tower(call, rows, "pixels", 0)
+    if "projector" in needs:
+        optional["projector_BVC"], optional["project"] = _from_tower(call, rows, "projector", 0), parts.projector
     table_RV4 = rows.table_RV4
     view = TokenView(
         vision_BVD=get_tokens(hidden_BND, cell_RV),
@@ -185,8 +211,8 @@ def _from_tower(call: Call, rows: Rows, word: str, layer: int) -> Tensor:
     for modality, note in call.encoded.items():
         if (word, layer) not in note.tower:
             raise ValueError(
-                f"The {modality} features of this call came without {word}: they were encoded in mode off, or by "
-                f"another tower; encode them again, or use a pruner that does not need it."
+                f"The {modality} features of this call came without {word}: they were encoded in mode off, by another "
+                f"tower, or pooled before the projector; encode them again, or use a pruner that does not need it."
             )
         values = note.tower[word, layer]
         here_BS = call.places[modality]
