@@ -1,4 +1,7 @@
-"""FastV: retain the vision tokens that the last prompt token attends to most (arXiv 2403.06764, section 4)."""
+"""FastV: retain the vision tokens that the last prompt token attends to most (arXiv 2403.06764, section 4).
+
+B rows, V vision tokens, H attention heads, Q queries.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,68 @@ from torch import Tensor
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import keep_topk
 
+QUERIES = {
+    "last_prompt": "attention",
+    "all_prompt": "attention_prompt",
+    "last_vision": "attention_last_vision",
+}
+"""The view behind each `query_source`."""
+
 
 class FastV(Pruner):
-    """score(v) = mean over heads of A[last prompt token, v] in the layer before the stage.
+    """score(v) = mean over heads and queries of A[query, v] in the layer before the stage.
 
-    needs  attention (so `layer` >= 1; paper: K = 2 and half of the tokens).     gives  keep_BV, scores_BV.
-    Unlike the official code: only the one query row is recomputed from the layer's own projections, so the model
+    The query is the last prompt token; `all_prompt` takes every word of the prompt (words before an image do not see
+    it and lower all its scores alike), `last_vision` the row's last vision token: the control FastV_VIS, which no
+    prompt steers (arXiv 2502.11501, section 5).
+
+    needs  the view of `QUERIES[query_source]` (so `layer` >= 1).     gives  keep_BV, scores_BV.
+    Paper: the last prompt token, K = 2 (`layer: 2`), half of the tokens. Cost: one row of attention, or one per word.
+    Unlike the official code: only these query rows are recomputed from the layer's own projections, so the model
     stays on sdpa or flash attention; batched; the query is the last *prompt* token, in training, too, where the
-    official last token would be part of the answer.
+    official last token would be part of the answer; ranked once, where one official variant ranks anew at each
+    decoded token. Of the official roundings of a ratio (round, int) the budget has the first.
+
+    Args:
+        query_source: "last_prompt", "all_prompt" or "last_vision".
+
+    Raises:
+        ValueError: there is no such source.
     """
 
     name = "fastv"
+    paper = "2403.06764"
+
+    def __init__(self, query_source: str = "last_prompt") -> None:
+        super().__init__()
+        if query_source not in QUERIES:
+            raise ValueError(f"fastv has no query source '{query_source}'; choose one of {', '.join(QUERIES)}.")
+        self.query_source = query_source
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"attention"})
+        return frozenset({QUERIES[self.query_source]})
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        assert tokens.attention_BHV is not None
-        scores_BV = tokens.attention_BHV.float().mean(1)
+        if self.query_source == "all_prompt":
+            assert tokens.attention_prompt_BHQV is not None and tokens.prompt_role_BQ is not None
+            scores_BV = fastv_score(tokens.attention_prompt_BHQV, tokens.prompt_role_BQ > 0)
+        else:
+            last = self.query_source == "last_prompt"
+            row_BHV = tokens.attention_BHV if last else tokens.attention_last_vision_BHV
+            assert row_BHV is not None
+            scores_BV = fastv_score(row_BHV[:, :, None])
         return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
+
+
+def fastv_score(attention_BHQV: Tensor, query_BQ: Tensor | None = None) -> Tensor:
+    """Mean attention over heads and queries, fp32 (B, V).
+
+    Args:
+        attention_BHQV: attention of each query to each vision token.
+        query_BQ: False where a shorter row has no query; without it all count. A row without any scores 0.
+    """
+    mean_BQV = attention_BHQV.float().mean(1)
+    if query_BQ is None:
+        return mean_BQV.mean(1)
+    return mean_BQV.masked_fill(~query_BQ[..., None], 0.0).sum(1) / query_BQ.sum(1, keepdim=True).clamp(min=1)
