@@ -1,0 +1,119 @@
+"""DTD: retain what changed since the frame before (TimeChat-Online, arXiv 2504.17343, section 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.topk import keep_topk
+
+LEVELS = ("feature", "pixel")
+
+
+class DTD(Pruner):
+    """d(v) = 1 - cos(x_v, x_u), u the token of the same cell of the frame before (`level: feature`), or the mean over
+    its patch of |p_v - p_u| (`level: pixel`); 1 + the largest d of the row where there is no such token.
+
+    keep = the budget's tokens of largest d; with a `threshold` t all with cos <= t, or |p_v - p_u| >= t, whatever the
+    budget. Each frame is compared with its immediate predecessor, retained or not. The first frame comes first: within
+    a budget it stays as far as that reaches, and with a threshold it stays whole, so that some token always does. So
+    does every cell whose predecessor an earlier stage dropped.
+
+    On an image of one rectangle all d are equal, and the first tokens fill the budget. Tiles of an image cannot be
+    told from frames here and are compared like them: use another pruner for images.
+
+    needs  nothing, or pixels with level pixel.     gives  keep_BV, scores_BV = d.
+    Paper: feature level; threshold 0.25 (about 85 % of tokens dropped) or 0.5 (about 45 %); original M-RoPE positions,
+    which a plan keeps by default. Here the default is an exact budget. Cost: one pass over the tokens.
+    Unlike the official code: pixels are those that the tower was given, normalised, so thresholds of level pixel are in
+    their units, not in [0, 1]; batched.
+    """
+
+    name = "dtd"
+    paper = "2504.17343"
+
+    def __init__(self, level: str = "feature", threshold: float | None = None) -> None:
+        super().__init__()
+        if level not in LEVELS:
+            raise ValueError(f"dtd has no level '{level}'; choose one of {', '.join(LEVELS)}.")
+        if threshold is not None and not (-1 <= threshold <= 1 if level == "feature" else threshold >= 0):
+            possible = "a cosine between -1 and 1" if level == "feature" else "a difference of at least 0"
+            raise ValueError(f"dtd at level {level} needs a threshold that is {possible}, got {threshold}.")
+        self.level, self.threshold = level, threshold
+        self.exact = threshold is None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"pixels"} if self.level == "pixel" else ())
+
+    @torch.no_grad()
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        before_BV, exists_BV = cell_before(
+            tokens.row_BV, tokens.col_BV, tokens.tile_BV, tokens.image_BV, tokens.valid_BV, tokens.canvas
+        )
+        x_BVD = tokens.vision_BVD if self.level == "feature" else tokens.pixels_BVC
+        assert x_BVD is not None
+        change_BV = change(x_BVD, before_BV, self.level).masked_fill(~exists_BV, 0.0)
+        scores_BV = torch.where(exists_BV, change_BV, 1 + change_BV.amax(1, keepdim=True))
+        if self.threshold is None:
+            return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
+        least = 1 - self.threshold if self.level == "feature" else self.threshold
+        return Selection(tokens.valid_BV & (~exists_BV | (change_BV >= least)), scores_BV)
+
+
+def cell_before(
+    row_BV: Tensor, col_BV: Tensor, tile_BV: Tensor, image_BV: Tensor, valid_BV: Tensor, canvas: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The token of the same cell in the frame before.
+
+    Rows count on from frame to frame. Frames of a video are equally high: with h rows each, a token of frame t lies in
+    a row below (t + 1) h, so the largest row // (t + 1) is h - 1. That holds after an earlier stage, too, as long as
+    some frame has a token of its last row left; of several videos in a row, each but the first must still have
+    one of its very first row.
+
+    Args:
+        row_BV: canvas row of each token, int64 (B, V).
+        col_BV: its column.
+        tile_BV: its frame, counted in the row of the batch.
+        image_BV: its video, counted in the row of the batch.
+        valid_BV: bool (B, V).
+        canvas: (rows, columns) that hold every row of the batch.
+
+    Returns:
+        int64 (B, V), the index of that token, and bool (B, V): whether there is one. Tokens of one cell must follow
+        each other in the order of their frames, as in a sequence.
+    """
+    B, V = row_BV.shape
+    images = max(canvas[0], V)  # every image has a row of its own on the canvas
+    image_BV = image_BV.masked_fill(~valid_BV, images)
+    none_BI = row_BV.new_full((B, images + 1), torch.iinfo(torch.long).max)
+    none_BI[:, 0] = 0  # the first video starts at row 0, whatever was dropped of it
+    row_BV, tile_BV = (
+        x_BV - none_BI.scatter_reduce(1, image_BV, x_BV, "amin").gather(1, image_BV) for x_BV in (row_BV, tile_BV)
+    )
+    last_BI = torch.zeros_like(none_BI).scatter_reduce(1, image_BV, row_BV // (tile_BV + 1), "amax")
+    height_BV = last_BI.gather(1, image_BV) + 1
+    cell_BV = (image_BV * canvas[0] + row_BV - tile_BV * height_BV) * canvas[1] + col_BV
+    order_BV = cell_BV.masked_fill(~valid_BV, torch.iinfo(torch.long).max).argsort(dim=1, stable=True)
+    previous_BV = order_BV.roll(1, dims=1)
+    same_BV = (cell_BV.gather(1, order_BV) == cell_BV.gather(1, previous_BV)) & valid_BV.gather(1, order_BV)
+    same_BV &= tile_BV.gather(1, order_BV) == tile_BV.gather(1, previous_BV) + 1
+    before_BV = torch.empty_like(order_BV).scatter(1, order_BV, previous_BV)
+    return before_BV, torch.zeros_like(valid_BV).scatter(1, order_BV, same_BV)
+
+
+def change(x_BVD: Tensor, before_BV: Tensor, level: str) -> Tensor:
+    """fp32 (B, V): how far each token is from the one before it: 1 - cosine ("feature"), mean |difference| ("pixel").
+
+    Args:
+        x_BVD: features, or pixels of the tokens' patches.
+        before_BV: index of the token to compare with.
+        level: "feature" or "pixel".
+    """
+    x_BVD = x_BVD.float()
+    if level == "feature":
+        x_BVD = F.normalize(x_BVD, dim=-1)
+    other_BVD = x_BVD.gather(1, before_BV[..., None].expand_as(x_BVD))
+    return 1 - (x_BVD * other_BVD).sum(-1) if level == "feature" else (x_BVD - other_BVD).abs().mean(-1)

@@ -1,0 +1,118 @@
+"""RESTORE: merge into what any pruner retains, with positions and attention set right (after arXiv 2606.01711)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.compose import Composed
+from tpcompress.pruners.merge import group_sizes, merge_groups, nearest_kept
+from tpcompress.pruners.topk import keep_topk
+
+WEIGHTS = ("mean", "similarity")
+PLACES = ("median", "own")
+
+
+class Restore(Composed):
+    """S = what `pruner` retains, the share `anchors` of the budget excepted, which goes to the best of the others by
+
+    R_i (1 - max_{j: R_j > R_i} cos(x_i, x_j)),  R_i = sum over j of cos(x_i, x_j)   (`distinctive`).
+
+    Each dropped token joins the most similar anchor (without a share: the most similar retained token), and
+      merge      x_s = mean of its group (`weights: mean`), or weighted by max(0, cos) (`similarity`);
+      position   that of the group's median token (`place: median`) or its own (`own`);
+      attention  log(size of the group) added to the logits of its key behind the stage, with `proportional`.
+
+    needs  what `pruner` needs.     gives  keep_BV, scores_BV, vision_BVD, place_BV with median, size_BV with
+    proportional.
+    From the paper: dropped tokens join their most similar anchor and are averaged; positions of the full sequence
+    instead of renumbered ones, the median for merged tokens; log size; the score of distinctive anchors.
+    Ours: with `anchors: 0`, the default, a pruner's own choice serves as the anchors; the share, and that anchors are
+    scored among the tokens that the pruner left; `similarity` weights; the earlier of two median tokens; 1-D order for
+    the median of a grid.
+    Not here: the paper's attention is log(size (c - D(m - n))), D the decay of rotary embedding with the distance of a
+    query m to the token n. That differs from query to query, and a `Selection` weighs a key alike for all of them; what
+    is left is the size. The paper names the distance its larger part, so this is less than its method.
+    """
+
+    name = "restore"
+    paper = "2606.01711"
+    merges = True
+
+    def __init__(
+        self,
+        pruner: Pruner | str | dict[str, Any] = "divprune",
+        anchors: float = 0.0,
+        weights: str = "mean",
+        place: str = "median",
+        proportional: bool = True,
+    ) -> None:
+        super().__init__(pruner=pruner)
+        if not 0 <= anchors < 1:
+            raise ValueError(f"restore needs 0 <= anchors < 1, a share of the budget, got {anchors}.")
+        for argument, given, known in (("weights", weights, WEIGHTS), ("place", place, PLACES)):
+            if given not in known:
+                raise ValueError(f"restore has no {argument} '{given}'; choose one of {', '.join(known)}.")
+        part = self.parts[0]
+        if part.merges or part.learned or not part.exact:
+            why = "merges itself" if part.merges else "is trained" if part.learned else "keeps no exact count"
+            raise ValueError(
+                f"restore cannot build on '{part.name}', which {why}; name an exact one that only selects."
+            )
+        self.anchors, self.weights, self.place, self.proportional = anchors, weights, place, proportional
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        x_BVD, valid_BV, most = tokens.vision_BVD, tokens.valid_BV, int(num_keep_B.max())
+        own_B = (num_keep_B - (num_keep_B * self.anchors).round().long()).clamp(min=1)
+        chosen = self.ask(self.parts[0], tokens, own_B)
+        keep_BV, scores_BV, target_BV = chosen.keep_BV, chosen.scores_BV, chosen.keep_BV
+        if self.anchors:
+            rest_BV = valid_BV & ~keep_BV
+            anchor_scores_BV = distinctive(x_BVD, rest_BV)
+            anchor_BV = keep_topk(anchor_scores_BV, rest_BV, num_keep_B - own_B)
+            keep_BV = keep_BV | anchor_BV
+            target_BV = torch.where(anchor_BV.any(1, keepdim=True), anchor_BV, keep_BV)
+            above_B1 = scores_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True) + 1
+            scores_BV = torch.where(anchor_BV, above_B1 + anchor_scores_BV, scores_BV)
+        group_BV, similar_BV = nearest_kept(x_BVD, target_BV, valid_BV & (target_BV | ~keep_BV), most)
+        weight_BV = similar_BV.clamp(min=0) if self.weights == "similarity" else None
+        return Selection(
+            keep_BV,
+            scores_BV,
+            vision_BVD=merge_groups(x_BVD, group_BV, keep_BV, most, weight_BV),
+            size_BV=group_sizes(group_BV).clamp(min=1).float() if self.proportional else None,
+            place_BV=median_member(group_BV) if self.place == "median" else None,
+        )
+
+
+@torch.no_grad()
+def distinctive(x_BVD: Tensor, valid_BV: Tensor) -> Tensor:
+    """How central and how little covered each token is: R_i (1 - max(0, max_{j: R_j > R_i} C_ij)).
+
+    Args:
+        x_BVD: features (B, V, D); C_ij is their cosine.
+        valid_BV: bool (B, V): the tokens that are looked at.
+
+    Returns:
+        fp32 (B, V), R_i = sum of C_ij over all j, i among them; meaningless where not valid.
+    """
+    unit_BVD = F.normalize(x_BVD.float(), dim=-1).masked_fill(~valid_BV[..., None], 0.0)
+    similar_BVV = unit_BVD @ unit_BVD.mT
+    central_BV = similar_BVV.sum(-1)
+    stronger_BVV = central_BV[:, None] > central_BV[..., None]
+    covered_BV = similar_BVV.masked_fill(~(stronger_BVV & valid_BV[:, None]), 0.0).amax(-1).clamp(min=0)
+    return central_BV * (1 - covered_BV)
+
+
+def median_member(group_BV: Tensor) -> Tensor:
+    """int64 (B, V): for the token that a group goes by its median member, the earlier of two; for others themselves."""
+    B, V = group_BV.shape
+    itself_BV = torch.arange(V, device=group_BV.device).expand(B, V)
+    member_BV = group_BV.argsort(dim=1, stable=True)
+    size_BV = group_sizes(group_BV)
+    middle_BV = size_BV.cumsum(1) - size_BV + (size_BV - 1).clamp(min=0) // 2
+    return torch.where(size_BV > 0, member_BV.gather(1, middle_BV.clamp(max=V - 1)), itself_BV)
