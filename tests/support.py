@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from tpcompress.families import list_families
+from tpcompress.families import Parts, list_families, resolve
 from tpcompress.families.tiny import IMAGE, VIDEO
+from tpcompress.insertion.offers import missing
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 
@@ -26,14 +28,49 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 """Arguments worth testing beside the defaults. Every registered pruner is tested with its defaults in any case."""
 
+INEXACT: dict[str, list[dict[str, Any]]] = {}
+"""Arguments with which a pruner counts for itself: adaptive thresholds, and counts of official code."""
+
 
 def pruner_configs() -> list[dict[str, Any]]:
-    """Every registered pruner with its defaults, and the variants above."""
-    return [{"type": name, **more} for name in list_pruners() for more in [{}, *VARIANTS.get(name, [])]]
+    """Every registered pruner that retains its budget, with its defaults and the variants above."""
+    return [
+        {"type": name, **more}
+        for name, cls in list_pruners().items()
+        for more in [{}, *VARIANTS.get(name, [])]
+        if not cls.withdraws
+    ]
+
+
+def inexact_configs() -> list[dict[str, Any]]:
+    """Every pruner that counts for itself."""
+    return [{"type": name, **more} for name, variants in INEXACT.items() for more in variants]
+
+
+def placed_configs(*layers: int) -> list[tuple[dict[str, Any], int]]:
+    """(config, layer) of every pruner that a tiny LLaVA offers its views at one of these layers, and that repeats."""
+    return [
+        (config, layer)
+        for config in pruner_configs()
+        for layer in layers
+        if not config.get("resample") and missing(_llava_parts(), create(dict(config)), layer) is None
+    ]
+
+
+def placed_id(value: Any) -> str:
+    """Test id of a config or of its layer."""
+    return config_id(value) if isinstance(value, dict) else f"layer={value}"
+
+
+@cache
+def _llava_parts() -> Parts:
+    return resolve(tiny_model())
 
 
 def config_id(config: dict[str, Any]) -> str:
-    return "-".join([config["type"], *(f"{k}={v}" for k, v in config.items() if k != "type")])
+    """Readable and unique; a pruner inside another shows in brackets."""
+    words = (f"{k}=({config_id(v)})" if isinstance(v, dict) else f"{k}={v}" for k, v in config.items() if k != "type")
+    return "-".join([config["type"], *words])
 
 
 def scramble(module: torch.nn.Module, seed: int = 1) -> torch.nn.Module:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from export.helpers import GATE, answer, make_base, make_inputs, run_python, two_stages
 from safetensors import safe_open
+from support import placed_configs, placed_id
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import tpcompress as tp
 from tpcompress.export import load, verify
 from tpcompress.insertion.attach import controller_of
-from tpcompress.pruners import list_pruners
 
 FRESH = """
 import torch
@@ -71,10 +71,9 @@ def test_plan_and_weights_survive(trained: Any, exported: Path) -> None:
     assert not loaded.training
 
 
-@pytest.mark.parametrize("pruner", list_pruners())
-def test_every_pruner(pruner: str, base: Any, round_trip: Any) -> None:
-    layer = 2 if list_pruners()[pruner]().needs & {"keys", "attention"} else 0
-    model = tp.attach(base, tp.PruningPlan([tp.Stage(pruner, layer, keep_tokens=9)]))
+@pytest.mark.parametrize(("config", "layer"), placed_configs(2), ids=placed_id)
+def test_every_pruner(config: dict[str, Any], layer: int, base: Any, round_trip: Any) -> None:
+    model = tp.attach(base, tp.PruningPlan([tp.Stage(config, layer, keep_tokens=9)]))
     assert equal(model, round_trip(model))
 
 

@@ -14,16 +14,17 @@ from support import (
     answer_labels,
     batch,
     case_id,
-    config_id,
     generate,
     model_cases,
     one_sample,
-    pruner_configs,
+    placed_configs,
+    placed_id,
     tiny_model,
 )
 
 from tpcompress.insertion.attach import attach, budgets, detach, mode, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
+from tpcompress.pruners import list_pruners
 
 LEFT = [(5, 2, 7), (9, 2, 8)]
 RAGGED = [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, 3, 4)]
@@ -65,13 +66,15 @@ def test_ragged_batches_equal_the_reference(model: Any, base: Any, name: str, si
     check(model, base, PruningPlan(PLANS[name], positions=positions), batch(RAGGED, side))
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("config", pruner_configs(), ids=config_id)
+@pytest.mark.parametrize(("config", "layer"), placed_configs(0, 2), ids=placed_id)
 def test_every_pruner_equals_the_reference(model: Any, base: Any, config: dict[str, Any], layer: int) -> None:
-    stage = Stage(config, layer, keep_tokens=13)
-    if layer == 0 and stage.rule.needs & {"keys", "attention"}:
-        pytest.skip("needs a layer before")
-    check(model, base, PruningPlan([stage]), batch([(5, 1, 7), (3, 2, 8)]))
+    check(model, base, PruningPlan([Stage(config, layer, keep_tokens=13)]), batch([(5, 1, 7), (3, 2, 8)]))
+
+
+def test_every_pruner_has_a_place() -> None:
+    """No pruner passes the matrices by being left out of them."""
+    placed = {config["type"] for config, _ in placed_configs(0, 2)}
+    assert placed == {name for name, cls in list_pruners().items() if not cls.withdraws}
 
 
 @pytest.mark.parametrize("scope", ["image", "prompt"])

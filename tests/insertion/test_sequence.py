@@ -6,7 +6,8 @@ import torch
 
 from tpcompress.families import Grid, Layout
 from tpcompress.insertion.call import last_prompt_token
-from tpcompress.insertion.sequence import Frame, Rows, get_tokens, locate, put_tokens, take, take_square
+from tpcompress.insertion.locate import locate
+from tpcompress.insertion.sequence import Frame, Rows, get_tokens, put_tokens, take, take_square
 
 CPU = torch.device("cpu")
 V = True

@@ -15,14 +15,14 @@ from support import (
     config_id,
     generate,
     gradients,
-    pruner_configs,
+    placed_configs,
+    placed_id,
     stir,
     tiny_model,
 )
 
 from tpcompress.insertion.attach import attach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.pruners import create
 
 SAMPLES = [(5, 1, 9), (3, 2, 8), (4, 0, 9)]
 SETUPS = {
@@ -92,7 +92,7 @@ def test_gradients_equal_those_of_the_reference(trained: Any) -> None:
     assert max((found[n] - plain[n]).abs().max().item() for n in expected) > 1e-2, "control: pruning changes gradients"
 
 
-@pytest.mark.parametrize("config", [c for c in pruner_configs() if not c.get("resample")], ids=config_id)
+@pytest.mark.parametrize("config", [config for config, _ in placed_configs(2)], ids=config_id)
 def test_training_and_inference_retain_the_same_tokens(model: Any, config: dict[str, Any]) -> None:
     """With the answer appended and labelled, and at generation without it. Left padding, so that prompts agree."""
     prompt = batch(SAMPLES)
@@ -115,12 +115,9 @@ def test_training_and_inference_retain_the_same_tokens(model: Any, config: dict[
     model.eval()
 
 
-@pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("config", [c for c in pruner_configs() if not c.get("resample")], ids=config_id)
+@pytest.mark.parametrize(("config", "layer"), placed_configs(0, 2), ids=placed_id)
 def test_answers_never_change_the_retained_tokens(model: Any, config: dict[str, Any], side: str, layer: int) -> None:
-    if layer == 0 and create(config).needs & {"keys", "attention"}:
-        pytest.skip("needs a layer before")
     inputs = batch(SAMPLES, side)
     labels = answer_labels(inputs)
     other = dict(inputs)
