@@ -1,4 +1,4 @@
-"""What pruners made of other pruners share: the parts by name, and all that they need together.
+"""What pruners made of other pruners share: the parts by name, what they need together, quotas of groups of tokens.
 
 B rows, V tokens, L layers of the vision tower.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.base import TOWER_LAYERS, Pruner, Selection, TokenView
 from tpcompress.pruners.registry import create
+from tpcompress.pruners.topk import on, rank
 
 TOWER_FIELDS = (
     "tower_cls_BLHV",
@@ -23,20 +24,37 @@ TOWER_FIELDS = (
     "tower_features_BLVD",
 )
 
+SHARES = ("equal", "proportional")
+
 
 class Composed(Pruner):
-    """A pruner whose parts are pruners; subclasses list their arguments that name one in `part_names`."""
+    """A pruner whose parts are pruners; subclasses list their arguments that name one in `part_names`.
+
+    A part is given as a pruner, its name, or `{"type": name, **arguments}`; one from outside this package as a pruner.
+
+    Raises:
+        ValueError: a part retains nothing; or, where parts must only rank, it merges, learns or counts for itself.
+    """
 
     part_names: tuple[str, ...] = ("pruner",)
+    only_rank: ClassVar[bool] = False
+    """Parts are read for their ranking alone, so that their new values, gates and counts would be lost."""
 
     def __init__(self, **parts: Pruner | str | dict[str, Any]) -> None:
         super().__init__()
         for argument, given in parts.items():
-            part = create(given)
-            if part.withdraws:
-                raise ValueError(
-                    f"{self.name} cannot build on '{part.name}', which retains nothing; name another pruner."
-                )
+            # A dotted path may come from a checkpoint that its user does not trust: it must not import here.
+            part = create(given, allow_outside=False)
+            reasons = {"retains nothing": part.withdraws}
+            if self.only_rank:
+                reasons |= {
+                    "merges tokens": part.merges,
+                    "learns by gates of its own": part.learned,
+                    "counts for itself": not part.exact,
+                }
+            for reason, holds in reasons.items():
+                if holds:
+                    raise ValueError(f"{self.name} cannot build on '{part.name}', which {reason}; name another pruner.")
             self.add_module(argument, part)
 
     @property
@@ -50,15 +68,12 @@ class Composed(Pruner):
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(layer for part in self.parts for layer in part.tower_layers))
+        layers = dict.fromkeys(layer for part in self.parts if _reads_tower(part) for layer in part.tower_layers)
+        return tuple(layers) or TOWER_LAYERS
 
     @property
     def prompt_dependent(self) -> bool:
         return any(part.prompt_dependent for part in self.parts)
-
-    @property
-    def learned(self) -> bool:
-        return any(part.learned for part in self.parts)
 
     def build(self, hidden_size: int) -> None:
         for part in self.parts:
@@ -75,7 +90,7 @@ class Composed(Pruner):
     def ask(self, part: Pruner, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         """What a part would choose, given the layers of the tower that it asked for."""
         own = self.tower_layers
-        if part.tower_layers != own:
+        if _reads_tower(part) and part.tower_layers != own:
             index_L = [own.index(layer) for layer in part.tower_layers]
             tokens = replace(tokens, **_layers(tokens, index_L))
         selection: Selection = part(tokens, num_keep_B)
@@ -86,6 +101,70 @@ class Composed(Pruner):
         # The count of valid tokens is on the device; asking for all V spares the host the look: padding comes last.
         V = tokens.valid_BV.shape[1]
         return self.ask(part, tokens, torch.full((len(tokens.valid_BV),), V)).scores_BV
+
+    def ranking(self, part: Pruner, tokens: TokenView, num_keep_B: Tensor) -> Tensor:
+        """Place (B, V) of each token, 0 = best: what the part retains within this budget, then the rest by its scores.
+
+        Scores alone do not tell what rules such as `dart` retain.
+        """
+        place_BV = rank(self.ranked(part, tokens), tokens.valid_BV)
+        return places((~self.ask(part, tokens, num_keep_B).keep_BV).long(), place_BV)
+
+
+def quotas(place_BV: Tensor, group_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor, share: str = "equal") -> Selection:
+    """The best tokens of each group, in shares that differ by no more than they must.
+
+    equal          order by (place in the group, place): one token of every group, then a second one, ...; a group that
+                   has run out leaves its part to the others, and the last incomplete round goes to the best tokens.
+    proportional   order by ((2 place in the group + 1) / size of the group, place): the divisor method of Webster
+                   (Sainte-Lague), which never asks a group for more than it has.
+
+    Args:
+        place_BV: place of each token in its row, all different, 0 = best.
+        group_BV: int64, any numbers.
+        valid_BV: bool (B, V).
+        num_keep_B: int64 (B,).
+        share: "equal" or "proportional".
+
+    Returns:
+        Exactly `num_keep` tokens per row, with scores_BV = - place in that order.
+    """
+    inside_BV, group_BV = place_inside(place_BV, group_BV, valid_BV)
+    if share == "equal":
+        key_BV = inside_BV.masked_fill(~valid_BV, valid_BV.shape[1])
+    else:
+        size_BV = torch.zeros_like(group_BV).scatter_add(1, group_BV, valid_BV.long()).gather(1, group_BV)
+        # Equal fractions divide to equal floats, so a tie is a tie.
+        key_BV = ((2 * inside_BV + 1).double() / size_BV.clamp(min=1)).masked_fill(~valid_BV, torch.inf)
+    final_BV = places(key_BV, place_BV)
+    return Selection((final_BV < on(num_keep_B, final_BV)[:, None]) & valid_BV, -final_BV.float())
+
+
+def places(key_BV: Tensor, place_BV: Tensor) -> Tensor:
+    """Place of each token when sorted by key, the smallest first, and by `place_BV` where keys are equal."""
+    order_BV = place_BV.argsort(1)
+    return _inverse(order_BV.gather(1, key_BV.gather(1, order_BV).argsort(dim=1, stable=True)))
+
+
+def place_inside(place_BV: Tensor, group_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each token among the tokens of its group, 0 = best, and the groups numbered from 0 without gaps."""
+    group_BV = group_BV.masked_fill(~valid_BV, torch.iinfo(torch.long).max)
+    sorted_BV = places(group_BV, place_BV)
+    order_BV, column_V = _inverse(sorted_BV), torch.arange(valid_BV.shape[1], device=valid_BV.device)
+    starts_BV = group_BV.gather(1, order_BV).diff(dim=1, prepend=group_BV.new_full((len(group_BV), 1), -1)) != 0
+    first_BV = torch.where(starts_BV, column_V, 0).cummax(1).values
+    number_BV = starts_BV.cumsum(1) - 1
+    return (column_V - first_BV).gather(1, sorted_BV), number_BV.gather(1, sorted_BV)
+
+
+def _inverse(order_BV: Tensor) -> Tensor:
+    """The permutation that undoes another."""
+    column_BV = torch.arange(order_BV.shape[1], device=order_BV.device).expand_as(order_BV)
+    return torch.empty_like(order_BV).scatter_(1, order_BV, column_BV)
+
+
+def _reads_tower(part: Pruner) -> bool:
+    return any(view.startswith("tower_") for view in part.needs)
 
 
 def _layers(tokens: TokenView, index_L: Sequence[int]) -> dict[str, Any]:

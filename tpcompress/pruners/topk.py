@@ -39,6 +39,15 @@ def on(num_keep_B: Tensor, like: Tensor) -> Tensor:
     return num_keep_B.to(like.device, non_blocking=True)
 
 
+def hash_uniform(seed: int, index: Tensor) -> Tensor:
+    """A number in [0, 1) per index: a 32-bit multiply-and-xor-shift mix of (seed, index), equal on every device."""
+    mixed = (seed * 0x85EBCA77 + 0x27D4EB2F) & 0xFFFFFFFF  # in Python, where no seed is too large
+    bits = (index.long() * 0x9E3779B1 + mixed) & 0xFFFFFFFF
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        bits = ((bits ^ (bits >> 15)) * multiplier) & 0xFFFFFFFF
+    return ((bits ^ (bits >> 16)) >> 8).float() / 2**24  # 24 bits: what fp32 holds without rounding up to 1
+
+
 def standardise(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
     """Zero mean and unit deviation over the valid tokens of each row, in fp32."""
     scores_BV = scores_BV.float()

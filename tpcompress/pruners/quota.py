@@ -1,0 +1,45 @@
+"""Quota: any rule with a share of the budget for each tile, image or frame of its row (ours)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.compose import SHARES, Composed, quotas
+
+GROUPS = ("tile", "frame", "image")
+
+
+class Quota(Composed):
+    """keep = the best tokens of each group by the inner rule, in equal shares or in proportion to its tokens.
+
+    `per: tile` and `per: frame` are two words for one thing: the rectangles of a row are the tiles of an image or the
+    frames of a video. `per: image` matters under the plan's `scope: prompt`, where one row holds several images.
+    `share: equal` differs by at most one token between groups that have enough; `share: proportional` follows the
+    number of tokens (Webster's method, see `quotas`). Unlike a budget per image, the total stays the row's own.
+
+    needs  what the inner rule needs.     gives  keep_BV, scores_BV = - place in the order of the quotas.
+    The inner rule ranks all tokens of the row together: `divprune` still looks at other tiles.
+    """
+
+    name = "quota"
+    only_rank = True
+
+    def __init__(
+        self, pruner: Pruner | str | dict[str, Any] = "fastv", per: str = "tile", share: str = "equal"
+    ) -> None:
+        super().__init__(pruner=pruner)
+        if per not in GROUPS:
+            raise ValueError(f"quota has no group '{per}'; choose one of {', '.join(GROUPS)}.")
+        if share not in SHARES:
+            raise ValueError(f"quota has no share '{share}'; choose one of {', '.join(SHARES)}.")
+        self.per, self.share = per, share
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        group_BV = tokens.image_BV if self.per == "image" else tokens.tile_BV
+        with torch.no_grad():
+            place_BV = self.ranking(self.parts[0], tokens, num_keep_B)
+            return quotas(place_BV, group_BV, tokens.valid_BV, num_keep_B, self.share)
