@@ -1,0 +1,176 @@
+"""PruMerge and PruMerge+: retain attended patches, each enriched by its nearest ones (arXiv 2403.15388, section 3).
+
+B rows, V tokens, K slots of retained tokens, C width of what is merged, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.saliency import (
+    check_merge_at,
+    check_share,
+    check_source,
+    in_tiers,
+    put,
+    saliency,
+    slots,
+    take,
+    to_merge,
+)
+from tpcompress.pruners.topk import keep_topk, on
+
+
+class PruMerge(Pruner):
+    """a = softmax(q_class K^T / sqrt(Hd)), one head over all channels, in the tower's last layer; keep the top of a.
+
+    A kept token becomes h_v + sum of a_n h_n over the `neighbours` tokens n of nearest key (cosine), and one token more
+    becomes sum of a_n h_n over all that were not kept. It takes the slot of the best of these, so T - 1 tokens are kept
+    as themselves. With `plus`, only floor of (1 - `uniform`) of these by attention, and the others at even distances
+    over the rest. Where the budget holds all tokens none changes.
+
+    `adaptive`: the tokens above Q3 + 1.5 (Q3 - Q1) of a in their row are kept, and with `plus` every s-th token, s a
+    third of the row's tokens per outlier; their number is not the budget's.
+
+    needs  tower_keys, tower_cls_query or tower_received (`attention`), projector with `merge_at: features`.
+    gives  keep_BV, scores_BV = (kept, slot of the rest or dropped; attention), vision_BVD.
+    Paper: adaptive, 32 tokens of 576 on average, 144 with `plus` (1 by attention to 3 uniform ones), 32 neighbours,
+    merging what the projector is given; new values are projector(merged). `merge_at: tokens` merges after the projector
+    (see VisionZip); `attention: received` is for towers without a class token.
+    Cost: V cosines per kept token. Unlike the official code: exact counts unless `adaptive`, quartiles of one row
+    (there of the whole batch), batched, uniform tokens that are never among those of attention, ascending order (there
+    by attention), the softmax over the row's patches (there with the class token's own key, which scales all a alike,
+    and tile by tile). `compat` adds the token of the rest to the budget, as there: T + 1.
+    """
+
+    name = "prumerge"
+    paper = "2403.15388"
+    merges = True
+
+    def __init__(
+        self,
+        plus: bool = False,
+        adaptive: bool = False,
+        uniform: float = 0.75,
+        neighbours: int = 32,
+        attention: str = "class",
+        merge_at: str = "features",
+        compat: bool = False,
+    ) -> None:
+        super().__init__()
+        check_source(self.name, attention)
+        check_merge_at(self.name, merge_at)
+        check_share(self.name, "uniform", uniform)
+        if neighbours < 0:
+            raise ValueError(f"prumerge merges 0 or more neighbours, got {neighbours}; 32 is the paper's.")
+        self.plus, self.adaptive, self.uniform, self.neighbours = plus, adaptive, uniform, neighbours
+        self.attention, self.merge_at, self.compat = attention, merge_at, compat
+        self.exact = not (adaptive or compat)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        source = "tower_cls_query" if self.attention == "class" else "tower_received"
+        return frozenset({"tower_keys", source, *(["projector"] * (self.merge_at == "features"))})
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        return (-1,)
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        assert tokens.tower_keys_BLHVD is not None
+        keys_BVC, valid_BV = tokens.tower_keys_BLHVD[:, 0].transpose(1, 2).flatten(2), tokens.valid_BV
+        if self.attention == "class":
+            assert tokens.tower_cls_query_BLHVD is not None
+            query_BVC = tokens.tower_cls_query_BLHVD[:, 0].transpose(1, 2).flatten(2)
+            attention_BV = class_attention(query_BVC, keys_BVC, valid_BV)
+        else:
+            attention_BV = saliency(tokens, self.attention)
+        kept_BV = self._keep(attention_BV, valid_BV, num_keep_B)
+        rest_BV = valid_BV & ~kept_BV
+        extra_BV = keep_topk(attention_BV, rest_BV, torch.ones_like(num_keep_B))
+        K = valid_BV.shape[1] if self.adaptive else int(num_keep_B.max())
+        index_BK, exists_BK = slots(kept_BV, K)
+        extra_B1, has_B1 = slots(extra_BV, 1)
+        weight_BKV = nearest(keys_BVC, index_BK, valid_BV, self.neighbours) * attention_BV[:, None]
+        h_BVC = to_merge(tokens, self.merge_at)
+        merged_BKC = take(h_BVC, index_BK) + weight_BKV @ h_BVC
+        extra_B1C = (rest_BV * attention_BV)[:, None] @ h_BVC
+        # With one token outside, the token of the rest would be that one, and nothing is lost that merging could save.
+        lossy_B1 = rest_BV.sum(1, keepdim=True) > 1
+        vision_BVD = put(
+            tokens,
+            self.merge_at,
+            torch.cat([merged_BKC, extra_B1C], 1),
+            torch.cat([index_BK, extra_B1], 1),
+            torch.cat([exists_BK, has_B1], 1) & lossy_B1,
+        )
+        tier_BV = 2 * kept_BV.long() + extra_BV
+        return Selection(kept_BV | extra_BV, in_tiers(tier_BV, attention_BV), vision_BVD=vision_BVD)
+
+    def _keep(self, attention_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+        """The tokens that stay as themselves."""
+        if self.adaptive:
+            kept_BV = upper_outliers(attention_BV, valid_BV)
+            return kept_BV | every_third(kept_BV, valid_BV) if self.plus else kept_BV
+        own_B = num_keep_B if self.compat else num_keep_B - 1
+        spread_B = (own_B.double() * self.uniform * self.plus).floor().long()
+        kept_BV = keep_topk(attention_BV, valid_BV, own_B - spread_B)
+        return kept_BV | spread(valid_BV & ~kept_BV, on(spread_B, valid_BV))
+
+
+def class_attention(query_BVC: Tensor, keys_BVC: Tensor, valid_BV: Tensor) -> Tensor:
+    """Single-head attention of the class token to the patches of its row, fp32 (B, V); 0 on padding.
+
+    Args:
+        query_BVC: the class token's query, of each token's image or tile, heads side by side.
+        keys_BVC: keys of the patches, heads side by side.
+        valid_BV: bool (B, V).
+    """
+    logits_BV = (query_BVC.float() * keys_BVC.float()).sum(-1) * keys_BVC.shape[-1] ** -0.5
+    return logits_BV.masked_fill(~valid_BV, -torch.inf).softmax(-1).masked_fill(~valid_BV, 0.0)
+
+
+def upper_outliers(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """bool (B, V): scores above Q3 + 1.5 (Q3 - Q1) of the valid tokens of their row (quartiles interpolated)."""
+    sorted_BV = scores_BV.float().masked_fill(~valid_BV, torch.inf).sort(dim=1).values
+    last_B1 = valid_BV.sum(1, keepdim=True) - 1
+    quartiles = []
+    for quarter in (1, 3):
+        low_B1 = (last_B1 * quarter // 4).clamp(min=0)
+        part_B1 = (last_B1 * quarter % 4) / 4
+        below_B1, above_B1 = (
+            sorted_BV.gather(1, low_B1),
+            sorted_BV.gather(1, (low_B1 + 1).minimum(last_B1.clamp(min=0))),
+        )
+        quartiles.append(below_B1 + part_B1 * (above_B1 - below_B1))
+    q1_B1, q3_B1 = quartiles
+    return valid_BV & (scores_BV.float() > q3_B1 + 1.5 * (q3_B1 - q1_B1))
+
+
+def every_third(outlier_BV: Tensor, valid_BV: Tensor) -> Tensor:
+    """bool (B, V): every s-th token of a row of n with o outliers, s = max(1, n // o // 3); none without outliers."""
+    count_B1 = outlier_BV.sum(1, keepdim=True)
+    stride_B1 = (valid_BV.sum(1, keepdim=True) // count_B1.clamp(min=1) // 3).clamp(min=1)
+    return valid_BV & ((valid_BV.cumsum(1) - 1) % stride_B1 == 0) & (count_B1 > 0)
+
+
+def spread(rest_BV: Tensor, count_B: Tensor) -> Tensor:
+    """bool (B, V): `count` tokens of the M of a rest at even distances, places floor(i M / count) of its order."""
+    size_B1, count_B1 = rest_BV.sum(1, keepdim=True), count_B[:, None].minimum(rest_BV.sum(1, keepdim=True))
+    place_BV = rest_BV.cumsum(1) - 1
+    # Place p is floor(i M / c) of some i < c where the count of such places up to p grows: ceil((p + 1) c / M) does.
+    upto_BV, before_BV = (-(-(place_BV + one) * count_B1 // size_B1.clamp(min=1)) for one in (1, 0))
+    return rest_BV & (upto_BV > before_BV)
+
+
+def nearest(keys_BVC: Tensor, index_BK: Tensor, valid_BV: Tensor, num: int) -> Tensor:
+    """bool (B, K, V): the `num` other valid tokens of nearest key (cosine) of each slot's token; ties: the earlier."""
+    unit_BVC = F.normalize(keys_BVC.float(), dim=-1)
+    token_V = torch.arange(keys_BVC.shape[1], device=keys_BVC.device)
+    other_BKV = valid_BV[:, None] & (token_V != index_BK[..., None])
+    cosine_BKV = (take(unit_BVC, index_BK) @ unit_BVC.mT).masked_fill(~other_BKV, -torch.inf)
+    best_BKN = cosine_BKV.argsort(dim=-1, descending=True, stable=True)[..., :num]
+    return torch.zeros_like(other_BKV).scatter(-1, best_BKN, True) & other_BKV
