@@ -1,0 +1,177 @@
+"""EADP: retain tokens that resemble what the sharply aimed words of the question point at (arXiv 2607.02484)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy, stretch
+
+SPACES = ("text", "joint")
+
+
+class EADP(Pruner):
+    """Greedy argmax_u sum_j w_j max(0, s(u, j) - c_j), with c_j = max_{k in S} s(k, j), at first 0.
+
+    s = (1 + cosine of the tokens) / 2; w = smooth(stretch(mu g + (1 - mu) d))^beta: demand is where the words point.
+    c_ij = cosine of word i and token j, p_i = softmax_j(c_ij / tau), h_i = entropy of p_i: high for words that point
+    nowhere. d_j = sum_i a_i c_ij over the words with h_i up to the q-quantile, a = softmax(-h / gamma); g_j = mean of
+    c_ij over all words; smooth = 3 x 3 Gaussian (sigma 1) over the grid of each tile, reflected at its edges.
+
+    `relevance: text` reads words and tokens as they are at the stage. The paper reads both in CLIP's joint space
+    (`joint`, which no checkpoint of a language model holds) with all cosines negated, and g from the token that ends
+    the question there; `text` is its substitute, with the sign as it stands and the mean word for that token.
+
+    needs  text.     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
+    Paper: mu = q = 0.5, tau = gamma = 0.01, beta = 1, 64 of LLaVA-1.5's 576 tokens, before the language model.
+    Cost: one V x V Gram matrix, then V x V work per pick at most, on a CPU a few rows of it (see `Coverage`).
+    Unlike the paper: relevance that is equal everywhere (a prompt without words) demands all tokens alike, there none;
+    a neighbour that an earlier stage dropped is replaced by the one opposite, then by the token itself; the budget of
+    an image is spent over all its tiles, there in proportion to their demand.
+    """
+
+    name = "eadp"
+    paper = "2607.02484"
+
+    def __init__(
+        self,
+        mu: float = 0.5,
+        q: float = 0.5,
+        beta: float = 1.0,
+        tau: float = 0.01,
+        gamma: float = 0.01,
+        relevance: str = "text",
+    ) -> None:
+        super().__init__()
+        if not (0 <= mu <= 1 and 0 < q <= 1):
+            raise ValueError(f"eadp needs mu in [0, 1] and q in (0, 1], got mu {mu} and q {q}.")
+        if not (beta >= 0 and tau > 0 and gamma > 0):
+            raise ValueError(f"eadp needs beta >= 0, tau > 0 and gamma > 0, got {beta}, {tau} and {gamma}.")
+        if relevance not in SPACES:
+            raise ValueError(f"eadp has no relevance '{relevance}'; choose one of {', '.join(SPACES)}.")
+        self.mu, self.q, self.beta, self.tau, self.gamma, self.relevance = mu, q, beta, tau, gamma, relevance
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.relevance})
+
+    @torch.no_grad()
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        if self.relevance == "joint":
+            raise ValueError("eadp is shown no joint space of image and text; set relevance to text.")
+        assert tokens.text_BSD is not None and tokens.text_valid_BS is not None
+        valid_BV = tokens.valid_BV
+        aim_BV = instruction_relevance(
+            tokens.vision_BVD, valid_BV, tokens.text_BSD, tokens.text_valid_BS, self.mu, self.q, self.tau, self.gamma
+        )
+        tile_BV = torch.stack([tokens.tile_BV, tokens.image_BV], -1)
+        smooth_BV = smooth(stretch(aim_BV, valid_BV), valid_BV, tokens.row_BV, tokens.col_BV, tile_BV, tokens.canvas)
+        similar_BVV = cosines(tokens.vision_BVD).add_(1).mul_(0.5)
+        order_BV = demanded_cover(similar_BVV, smooth_BV**self.beta, valid_BV, int(num_keep_B.max()))
+        return first_picks(order_BV, valid_BV, num_keep_B)
+
+
+def instruction_relevance(
+    vision_BVD: Tensor,
+    valid_BV: Tensor,
+    text_BSD: Tensor,
+    text_valid_BS: Tensor,
+    mu: float = 0.5,
+    q: float = 0.5,
+    tau: float = 0.01,
+    gamma: float = 0.01,
+) -> Tensor:
+    """mu g + (1 - mu) d of `EADP`, before it is stretched.
+
+    Args:
+        vision_BVD: features of the vision tokens (B, V, D).
+        valid_BV: bool (B, V).
+        text_BSD: features of the sequence (B, S, D).
+        text_valid_BS: its words that are read.
+        mu, q, tau, gamma: as in `EADP`.
+
+    Returns:
+        fp32 (B, V); 0 in a row without words.
+    """
+    near_BSV = F.normalize(text_BSD.float(), dim=-1) @ F.normalize(vision_BVD.float(), dim=-1).mT
+    near_BSV = near_BSV.masked_fill(~text_valid_BS[..., None], 0.0)
+    words_B1 = text_valid_BS.sum(1, keepdim=True)
+    global_BV = near_BSV.sum(1) / words_B1.clamp(min=1)
+    log_BSV = (near_BSV / tau).masked_fill(~valid_BV[:, None], -torch.inf).log_softmax(-1)
+    entropy_BS = -(log_BSV.exp() * log_BSV.masked_fill(~valid_BV[:, None], 0.0)).sum(-1)
+    # h <= quantile means h <= the value at its floor, since what it is interpolated towards lies above.
+    place_B1 = ((words_B1 - 1).clamp(min=0) * q + 1e-4).long()
+    limit_B1 = entropy_BS.masked_fill(~text_valid_BS, torch.inf).sort(1).values.gather(1, place_B1)
+    aimed_BS = text_valid_BS & (entropy_BS <= limit_B1)
+    weight_BS = (-entropy_BS / gamma).masked_fill(~aimed_BS, torch.finfo(torch.float32).min).softmax(1)
+    dense_BV = (weight_BS[:, None] @ near_BSV)[:, 0]
+    return mu * global_BV + (1 - mu) * dense_BV
+
+
+def smooth(
+    x_BV: Tensor, valid_BV: Tensor, row_BV: Tensor, col_BV: Tensor, tile_BVN: Tensor, canvas: tuple[int, int]
+) -> Tensor:
+    """3 x 3 Gaussian (sigma 1) over the grid, within each tile; reflected where there is no neighbour.
+
+    Args:
+        x_BV: real numbers (B, V).
+        valid_BV: bool (B, V).
+        row_BV, col_BV: place of each token, as in `TokenView`.
+        tile_BVN: numbers (B, V, N) that neighbours share.
+        canvas: (rows, columns) that hold every place.
+    """
+    rows, cols = canvas
+    V = x_BV.shape[1]
+    place_BV = torch.where(valid_BV, row_BV * cols + col_BV, rows * cols)
+    token_V = torch.arange(V, device=x_BV.device)
+    # One place more, where all padding goes and where every step off the canvas leads: no token is there.
+    token_BP = torch.full((len(x_BV), rows * cols + 1), V, device=x_BV.device)
+    token_BP = token_BP.scatter(1, place_BV, token_V.expand_as(place_BV))
+    token_BP[:, -1] = V
+    for across in (False, True):
+        side = [_neighbour(token_BP, row_BV, col_BV, tile_BVN, canvas, step, across) for step in (-1, 1)]
+        itself_BV = token_V.expand_as(place_BV)
+        before_BV = torch.where(side[0] < V, side[0], torch.where(side[1] < V, side[1], itself_BV))
+        after_BV = torch.where(side[1] < V, side[1], torch.where(side[0] < V, side[0], itself_BV))
+        edge = math.exp(-0.5)
+        x_BV = (x_BV + edge * (x_BV.gather(1, before_BV) + x_BV.gather(1, after_BV))) / (1 + 2 * edge)
+    return x_BV
+
+
+def _neighbour(
+    token_BP: Tensor,
+    row_BV: Tensor,
+    col_BV: Tensor,
+    tile_BVN: Tensor,
+    canvas: tuple[int, int],
+    step: int,
+    across: bool,
+) -> Tensor:
+    """The token one step away in the same tile, int64 (B, V); V where there is none."""
+    rows, cols = canvas
+    V = row_BV.shape[1]
+    row_BV, col_BV = (row_BV, col_BV + step) if across else (row_BV + step, col_BV)
+    inside_BV = (row_BV >= 0) & (row_BV < rows) & (col_BV >= 0) & (col_BV < cols)
+    token_BV = token_BP.gather(1, torch.where(inside_BV, row_BV * cols + col_BV, rows * cols))
+    index_BVN = token_BV.clamp(max=V - 1)[..., None].expand_as(tile_BVN)
+    kin_BV = (tile_BVN.gather(1, index_BVN) == tile_BVN).all(-1)
+    return torch.where(kin_BV, token_BV, V)
+
+
+def demanded_cover(similar_BVV: Tensor, demand_BV: Tensor, valid_BV: Tensor, num_picks: int) -> Tensor:
+    """Order of the greedy picks by coverage gain, weighed by how much each covered token matters.
+
+    Args:
+        similar_BVV: symmetric similarity, fp32 (B, V, V).
+        demand_BV: at least 0 (B, V).
+        valid_BV: bool (B, V); padding neither covers nor wants to be covered.
+        num_picks: how many picks to make.
+
+    Returns:
+        int64 (B, V): 0 for the first pick, ...; V for tokens never picked. Ties: the earlier token.
+    """
+    return greedy(Coverage(similar_BVV, demand_BV.masked_fill(~valid_BV, 0.0)), valid_BV, num_picks)
