@@ -96,7 +96,7 @@ def siblings(path: Path) -> set[str]:
 
 def test_pruners_do_not_know_each_other() -> None:
     for path in (ROOT / "pruners").glob("*.py"):
-        if path.stem not in ("__init__", "compose"):  # which makes the pruners inside another by name
+        if path.stem not in ("__init__", "compose"):  # whose parts are pruners by name
             assert siblings(path) <= HELPERS | {path.stem}, path.name
 
 

@@ -167,23 +167,27 @@ def pruners(name: str | None = None) -> int:
     """The table of pruners, or one pruner's documentation and arguments.
 
     Args:
-        name: one pruner.
+        name: one pruner, or the dotted path of one elsewhere.
     """
     from tpcompress.pruners import list_pruners, pruner_class
+    from tpcompress.pruners.catalogue import COLUMNS, about, arguments, facts, retains, unserved
 
     if name is not None:
         cls = pruner_class(name)
-        console.print(f"[bold]{cls.name}[/bold]  {escape(str(inspect.signature(cls)))}\n")
-        console.print(escape(inspect.getdoc(sys.modules[cls.__module__]) or ""))
-        console.print(escape("\n" + (inspect.getdoc(cls) or "")))
+        console.print(f"[bold]{cls.name}[/bold]\n\n{escape(about(cls))}\n", highlight=False)
+        grid = Table.grid(padding=(0, 2))
+        for what, words in facts(cls()).items():
+            grid.add_row(what, escape(words))
+        grid.add_row("", unserved(cls()) or "")
+        for argument, default in arguments(cls).items():
+            grid.add_row(f"[bold]{argument}[/bold]", escape(default))
+        console.print(grid)
         return 0
-    table = Table("pruner", "retains", "reads", "prompt", "learns", "merges", title="Pruners")
+    table = Table("pruner", "retains", *COLUMNS, title="Pruners", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for key, cls in list_pruners().items():
-        one = cls()
-        first = (inspect.getdoc(sys.modules[cls.__module__]) or "").partition("\n")[0].partition(": ")[2]
-        flags = (("yes" if flag else "-") for flag in (one.prompt_dependent, one.learned, one.merges))
-        table.add_row(key, escape(first), ", ".join(sorted(one.needs)) or "tokens", *flags)
+        table.add_row(key, escape(retains(cls)), *facts(cls()).values())
     console.print(table)
+    console.print("tpcompress pruners NAME shows one in full, with its arguments.")
     return 0
 
 

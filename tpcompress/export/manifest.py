@@ -15,6 +15,7 @@ from tpcompress.export.probe import Probe
 from tpcompress.export.registry import stock_class
 from tpcompress.families import resolve
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.pruners.catalogue import unserved
 
 
 def describe(base: PreTrainedModel, plan: PruningPlan, probe: Probe) -> dict[str, Any]:
@@ -69,9 +70,10 @@ def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> 
     late = [n for n, stage in enumerate(plan.stages) if stage.layer > 0]
     if late:
         return False, f"stage {late[0]} acts at layer {plan.stages[late[0]].layer}, inside the language model"
-    asking = next((stage.rule.name for stage in plan.stages if stage.rule.prompt_dependent), None)
-    if asking is not None:
-        return False, f"'{asking}' reads the prompt, so an image is pruned anew for every question"
+    for stage in plan.stages:
+        reason = unserved(stage.rule)
+        if reason is not None:
+            return False, reason
     if plan.scope != "image":
         return False, "the budget holds per prompt, so an image's count depends on the other images"
     if plan.stages[0].keep_tokens is None and getattr(config, "image_seq_length", None) != total:

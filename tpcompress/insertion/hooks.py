@@ -24,7 +24,7 @@ from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.taps import DeepstackTap, ForwardTap, ShortenedLoss
 from tpcompress.insertion.tower import TowerWatch
 from tpcompress.insertion.trace import Trace
-from tpcompress.insertion.views import BEFORE_VIEWS
+from tpcompress.pruners.base import BEFORE_VIEWS
 
 MODES = ("drop", "mask", "off")
 

@@ -6,8 +6,8 @@ from tpcompress.families import Parts, list_families
 from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.tower import tower_layers
-from tpcompress.insertion.views import LAYER_VIEWS, LOOSE_VIEWS, TOWER_VIEWS
 from tpcompress.pruners import Pruner, list_pruners
+from tpcompress.pruners.base import LAYER_VIEWS, LOOSE_VIEWS, TOWER_VIEWS
 
 WORDS = LAYER_VIEWS | TOWER_VIEWS | {"text", "input", "normed", "joint"}
 """Everything that a pruner can need."""
@@ -32,7 +32,7 @@ def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:
         if word in LAYER_VIEWS:
             reason = _before_layer(parts, word, layer)
         elif word in TOWER_VIEWS:
-            reason = _in_tower(parts, word, rule.tower_layers)
+            reason = _in_tower(parts, word, rule.tower_layers, layer)
         elif word == "joint":
             reason = (
                 f"CLIP's projections and text tower, but no {parts.family.name} checkpoint holds them; give the pruner "
@@ -62,7 +62,7 @@ def _before_layer(parts: Parts, word: str, layer: int) -> str | None:
     return None
 
 
-def _in_tower(parts: Parts, word: str, layers: tuple[int, ...]) -> str | None:
+def _in_tower(parts: Parts, word: str, layers: tuple[int, ...], stage: int) -> str | None:
     tower, config, name = parts.family.tower, parts.model.config, parts.family.name
     if tower is None:
         known = ", ".join(family.name for family in list_families().values() if family.tower is not None)
@@ -75,6 +75,8 @@ def _in_tower(parts: Parts, word: str, layers: tuple[int, ...]) -> str | None:
     if word == "projector" and tower.projected is None:
         known = ", ".join(f.name for f in list_families().values() if f.tower is not None and f.tower.projected)
         return f"{word}, but the projector of {name} does not work token by token; take one of {known}"
+    if word == "projector" and stage > 0:
+        return f"{word}, whose values are those of the language model's input; set layer: 0"
     if word in LOOSE_VIEWS:
         return None
     depth = len(tower_layers(parts))

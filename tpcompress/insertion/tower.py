@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from tpcompress.families import Parts
 from tpcompress.families.base import ToTokens
 from tpcompress.insertion.look import Looked, look
-from tpcompress.insertion.views import LOOSE_VIEWS, TOWER_VIEWS
 from tpcompress.pruners import Pruner
+from tpcompress.pruners.base import LOOSE_VIEWS, TOWER_VIEWS
 
 TowerValues = dict[tuple[str, int], list[Tensor]]
 """(word of the view, layer as the pruner counts it or 0) -> values of the placeholders of each feature."""

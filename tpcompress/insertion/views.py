@@ -14,23 +14,10 @@ from tpcompress.families import Parts
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.sequence import Frame, Rows, get_tokens, sent
 from tpcompress.pruners import Pruner, TokenView
-from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
+from tpcompress.pruners.base import BEFORE_VIEWS, BETWEEN, INSTRUCTION, LOOSE_VIEWS, SYSTEM, TOWER_VIEWS
 
 if TYPE_CHECKING:
     from tpcompress.insertion.call import Call
-
-BEFORE_VIEWS = frozenset({"keys", "values", "attention", "attention_prompt", "attention_last_vision"})
-"""Views of the layer before the stage."""
-
-LAYER_VIEWS = BEFORE_VIEWS | {"attention_next"}
-"""Views of the layers around the stage: they do not exist before the language model."""
-
-LOOSE_VIEWS = frozenset({"projector", "pixels"})
-"""Views around the vision tower that belong to no layer of it."""
-
-TOWER_VIEWS = LOOSE_VIEWS | {"tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features"}
-"""Views that are seen while the vision tower runs."""
-
 
 def build_view(
     parts: Parts,

@@ -21,6 +21,21 @@ Everything else has role 0: vision tokens, separators, padding, and every word o
 TOWER_LAYERS = (-2,)
 """The layer of a vision tower whose attention, keys and features most pruners read."""
 
+BEFORE_VIEWS = frozenset({"keys", "values", "attention", "attention_prompt", "attention_last_vision"})
+"""Views of the layer before the stage."""
+
+LAYER_VIEWS = BEFORE_VIEWS | {"attention_next"}
+"""Views of the layers around the stage: they do not exist before the language model."""
+
+LOOSE_VIEWS = frozenset({"projector", "pixels"})
+"""Views around the vision tower that belong to no layer of it."""
+
+TOWER_VIEWS = LOOSE_VIEWS | {"tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features"}
+"""Views that are seen while the vision tower runs."""
+
+PROMPT_VIEWS = frozenset({"text", "attention", "attention_prompt", "attention_next", "input", "joint"})
+"""Views that show the prompt."""
+
 
 @dataclass(frozen=True)
 class TokenView:
@@ -177,6 +192,8 @@ class Pruner(nn.Module):
     """It retains exactly the budget. Others count for themselves, which costs the host a look at the device."""
     differentiable: bool = False
     """A gradient reaches its scores."""
+    calibrates: bool = False
+    """What it retains carries sizes or other positions, which the layers behind the stage must honour."""
     withdraws: ClassVar[bool] = False
     """It retains nothing: its budget is 0, and no other pruner's is."""
     starts_as: ClassVar[str | None] = None
@@ -197,7 +214,7 @@ class Pruner(nn.Module):
     @property
     def prompt_dependent(self) -> bool:
         """The choice depends on the prompt, so an image cannot be pruned once for all its questions."""
-        return bool(self.needs & {"text", "attention", "attention_prompt", "attention_next", "input", "joint"})
+        return bool(self.needs & PROMPT_VIEWS)
 
     @property
     def learned(self) -> bool:
