@@ -119,8 +119,9 @@ def caption(settings: dict[str, Any], ended: bool) -> str:
     layer = (
         "The layer is timed with the whole batch."
         if settings["full"]
-        else "The layer of a batch is timed with one sample, times the samples: generous to the pruners as far as a "
-        "batch is quicker than its samples one by one; --full times it whole."
+        else "The layer of a batch is timed with one sample, times the samples: within a tenth of the whole on one "
+        "CPU thread, generous to the pruners wherever a batch is quicker than its samples one by one; --full times it "
+        "whole."
     )
     where = ", ".join([settings["dtype"], settings["device"], f"{settings['threads']} thread(s)"])
     end = "" if ended else " Interrupted: what there was until then."

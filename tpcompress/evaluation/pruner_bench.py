@@ -242,24 +242,36 @@ def capture(pruner: Pruner, view: TokenView, num_keep_B: Tensor) -> str:
         num_keep_B: pinned, because a graph cannot read other host memory.
     """
     try:
-        expected_BV = pruner(view, num_keep_B).keep_BV
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up outside the capture
-            pruner(view, num_keep_B)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = pruner(view, num_keep_B)
-        graph.replay()
-        torch.cuda.synchronize()
-        same = torch.equal(captured.keep_BV, expected_BV)
-    except Exception as error:  # torch raises several kinds here
-        torch.cuda.synchronize()
-        return f"no: {_line(error)}"
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails would leave us on its own stream
+            expected_BV = pruner(view, num_keep_B).keep_BV
+            _rehearse(partial(pruner, view, num_keep_B))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = pruner(view, num_keep_B)
+            graph.replay()
+            torch.cuda.synchronize()
+            same = torch.equal(captured.keep_BV, expected_BV)
+    except Exception as error:  # torch raises several kinds here; the first one says what the pruner did
+        return f"no: {_line(error.__context__ or error)}"
     return "yes" if same else "no: its replay retains other tokens"
 
 
-def _line(error: Exception) -> str:
+def _rehearse(run: Run) -> None:
+    """One run beside the current stream, where libraries set themselves up, that refuses any wait for the device.
+
+    A wait inside a capture would fail, too, but can break the memory allocator for captures after it.
+    """
+    aside, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+    aside.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(aside):
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.current_stream().wait_stream(aside)
+
+
+def _line(error: BaseException) -> str:
     """The first line of a message, which is what a table can hold."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
