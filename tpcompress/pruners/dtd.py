@@ -21,8 +21,9 @@ class DTD(Pruner):
     a budget it stays as far as that reaches, and with a threshold it stays whole, so that some token always does. So
     does every cell whose predecessor an earlier stage dropped.
 
-    On an image of one rectangle all d are equal, and the first tokens fill the budget. Tiles of an image cannot be
-    told from frames here and are compared like them: use another pruner for images.
+    On an image of one rectangle all d are equal, and the first tokens fill the budget. Tiles of an image cannot be told
+    from frames here and are compared like them: use another pruner for images. Frames that a model takes for images of
+    their own (SmolVLM) have no predecessor.
 
     needs  nothing, or pixels with level pixel.     gives  keep_BV, scores_BV = d.
     Paper: feature level; threshold 0.25 (about 85 % of tokens dropped) or 0.5 (about 45 %); original M-RoPE positions,

@@ -28,6 +28,7 @@ class Merged(Composed):
 
     name = "merged"
     merges = True
+    only_rank = True
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Merged(Composed):
         if weights not in WEIGHTS:
             raise ValueError(f"merged has no weights '{weights}'; choose one of {', '.join(WEIGHTS)}.")
         self.metric, self.weights, self.proportional = metric, weights, proportional
-        self.differentiable = self.parts[0].differentiable
+        self.differentiable, self.calibrates = self.parts[0].differentiable, proportional
 
     @property
     def needs(self) -> frozenset[str]:

@@ -42,6 +42,7 @@ class Restore(Composed):
     name = "restore"
     paper = "2606.01711"
     merges = True
+    only_rank = True
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class ToFu(Pruner):
         check_metric(self.name, metric)
         self.mode, self.metric, self.proportional = mode, metric, proportional
         self.merges = mode == "merge"
+        self.calibrates = self.merges and proportional
 
     @property
     def needs(self) -> frozenset[str]:

@@ -34,6 +34,7 @@ class ToMe(Pruner):
         super().__init__()
         check_metric(self.name, metric)
         self.metric, self.proportional = metric, proportional
+        self.calibrates = proportional
 
     @property
     def needs(self) -> frozenset[str]:
