@@ -13,9 +13,11 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from tpcompress.bundled import find_config
 from tpcompress.data.benchmark import load_benchmark
-from tpcompress.evaluation.figures import accuracy_figure, retained_figure, retained_masks
+from tpcompress.evaluation.downsample import downsampled, tokens_per_image
+from tpcompress.evaluation.figures import accuracy_figure, bias_figure, retained_figure, retained_masks
+from tpcompress.evaluation.plans import control_plan, key_of, recipe_plan
+from tpcompress.evaluation.position_bias import PositionBias, RetentionMap
 from tpcompress.evaluation.report import Report, Row
 from tpcompress.evaluation.score import Prepared, Scores, evaluate, learnt_families, prepare
 from tpcompress.families import resolve
@@ -24,7 +26,6 @@ from tpcompress.insertion.encode import layouts_of
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.training.checkpoint import load_trained
 from tpcompress.training.module import load_base, load_processor
-from tpcompress.training.produce import plan_in
 from tpcompress.training.run import run_recipe
 
 PICTURES = 4
@@ -49,6 +50,7 @@ class Run:
         separate: one question per sequence, for pruners that read the prompt.
         controlled: the dense model after the same steps.
         shown: how to make the model of each pruner of the figure.
+        biases: where its retention map is.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Run:
     separate: Prepared | None = None
     controlled: nn.Module | None = None
     shown: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    biases: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, folder: Path, console: Console, base: str, num_images: int, seed: int, batch_size: int) -> Run:
@@ -96,6 +99,31 @@ class Run:
             self.report.meta |= {"learnt": learnt_families(scores, blind), "blind": blind.families}
         self._row("dense", None, 0, lambda: self.model)
 
+    def downsampled(self, budget: Budget) -> None:
+        """The base as it is on smaller pictures, without a pruner.
+
+        Raises:
+            ValueError: pictures of this family cannot be made smaller.
+        """
+        keep = budget.keep_tokens or budget.keep_ratio
+        if self.report.find("downsample", None, keep) is not None:
+            return
+        with downsampled(self.model, self.processor, budget.count(self.vision_tokens)) as smaller:
+            data = prepare(smaller.processor, self.data, batch_size=self.batch_size)
+            scores = evaluate(self.model, smaller.processor, data, batch_size=self.batch_size)
+        scores, count = scores.with_learnt(self.report.meta["learnt"]), tokens_per_image(self.model, data.batches)
+        grid = "" if smaller.grid is None else f", {smaller.grid[0]} x {smaller.grid[1]}"
+        row = Row.of(
+            scores,
+            arm="downsample",
+            keep_tokens=keep,
+            vision_tokens=self.vision_tokens,
+            retained_tokens=count,
+            layer_average=count,
+            note=f"{count:g} tokens{grid}, of pictures with fewer pixels",
+        )
+        self._add(row, scores)
+
     def training_free(self, pruner: Any, layer: int, budget: Budget, seed: int | None) -> None:
         """One pruner on the base as it is; `seed` goes to a pruner that takes one."""
         config = {"type": pruner} if isinstance(pruner, str) else dict(pruner)
@@ -124,6 +152,10 @@ class Run:
         accuracy_figure(self.report, self.folder / "accuracy.png")
         self._draw_retained()
         files = "report.json, report.csv, report.md, accuracy.png, retained.png"
+        maps = {label: RetentionMap.load(path) for label, path in self.biases.items() if path.is_file()}
+        if maps:
+            bias_figure(maps, self.folder / "position_bias.png")
+            files += ", position_bias.png"
         self.console.print(f"[bold]{self.folder}[/bold]: {files}", soft_wrap=True)
         return self.report
 
@@ -136,20 +168,23 @@ class Run:
 
     def _row(self, arm: str, plan: PruningPlan | None, seed: int, make: Callable[[], nn.Module]) -> None:
         """Make the model of a row, score it and write the report; a row that is there already costs nothing."""
-        pruner, layer, keep = _key(plan)
+        pruner, layer, keep = key_of(plan)
+        path = self._path("position_bias", arm, pruner, keep, layer, seed)
         if plan is not None and arm != "dense_ft":
-            self.shown.setdefault(f"{pruner}, trained" if arm == "training_aware" else str(pruner), make)
+            label = f"{pruner}, trained" if arm == "training_aware" else str(pruner)
+            self.shown.setdefault(label, make)
+            self.biases.setdefault(label, path)
         if self.report.find(arm, pruner, keep, layer, seed) is not None:
             return
         start = time.perf_counter()
         model = make()
         seconds = time.perf_counter() - start
+        bias = PositionBias()
         try:
-            scores = self._evaluate(model).with_learnt(self.report.meta["learnt"])
+            scores = self._evaluate(model, bias=bias).with_learnt(self.report.meta["learnt"])
         finally:
             if plan is not None and arm != "training_aware":
                 detach(model)
-        scores.save(self._scores_path(arm, pruner, keep, layer, seed))
         depth = len(resolve(self.model).layers)
         row = Row.of(
             scores,
@@ -165,9 +200,18 @@ class Run:
         )
         if arm == "training_aware" and plan is not None:
             row = self._against(row, scores, plan)
+        maps = bias.maps()
+        if maps:
+            maps[-1].save(path)
+            row = row.spread(*maps[-1].places, *maps[-1].thirds)
+        self._add(row, scores)
+
+    def _add(self, row: Row, scores: Scores) -> None:
+        """Write a row and what it was made of, and say so."""
+        scores.save(self._path("scores", *row.key))
         self.report.add(row)
         self.report.write(self.folder)
-        what = arm if pruner is None else f"{arm} · {pruner} · {keep}"
+        what = " · ".join(str(part) for part in (row.arm, row.pruner, row.keep_tokens) if part is not None)
         self.console.print(f"  {what}: {100 * scores.score:.1f} % ± {100 * scores.ci95:.1f}", highlight=False)
 
     def _against(self, row: Row, scores: Scores, plan: PruningPlan) -> Row:
@@ -183,18 +227,20 @@ class Run:
 
     def _over(self, other: Row | None, scores: Scores) -> tuple[float, float, float] | None:
         """Paired difference to another row on the same images."""
-        path = None if other is None else self._scores_path(*other.key)
+        path = None if other is None else self._path("scores", *other.key)
         return scores.difference(Scores.load(path)) if path is not None and path.is_file() else None
 
-    def _scores_path(self, arm: str, pruner: str | None, keep: float | None, layer: int, seed: int) -> Path:
-        return self.folder / "scores" / f"{arm}-{pruner or 'dense'}-l{layer}-{keep or 'all'}-seed{seed}.npz"
+    def _path(self, what: str, arm: str, pruner: str | None, keep: float | None, layer: int, seed: int) -> Path:
+        """Of the scores of a row, or of its retention map."""
+        return self.folder / what / f"{arm}-{pruner or 'dense'}-l{layer}-{keep or 'all'}-seed{seed}.npz"
 
-    def _evaluate(self, model: nn.Module, blank: bool = False) -> Scores:
+    def _evaluate(self, model: nn.Module, blank: bool = False, bias: PositionBias | None = None) -> Scores:
         one_by_one = is_attached(model) and plan_of(model).reads_prompt
         if one_by_one and self.separate is None:
             self.separate = prepare(self.processor, self.data, batch_size=self.batch_size, pack=False)
         data = self.separate if one_by_one and self.separate is not None else self.packed
-        return evaluate(model, self.processor, data, batch_size=self.batch_size, blank=blank)
+        watch = None if bias is None else lambda trace, meta: bias.add(trace, meta.rows)
+        return evaluate(model, self.processor, data, batch_size=self.batch_size, blank=blank, watch=watch)
 
     def _controlled(self, recipe: str) -> nn.Module:
         if self.controlled is None:
@@ -206,7 +252,7 @@ class Run:
 
     def _train(self, recipe: str, plan: PruningPlan | None, seed: int) -> nn.Module:
         """Train a recipe, or take the finished run of an earlier attempt, or go on with an interrupted one."""
-        folder = self.run_folder(*_key(plan), seed)
+        folder = self.run_folder(*key_of(plan), seed)
         last = folder / "checkpoints" / "last.ckpt"
         resume = []
         if last.is_file():
@@ -235,43 +281,3 @@ class Run:
                 detach(model)
         if masks:
             retained_figure(masks, self.folder / "retained.png")
-
-
-def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
-    """The plan of a recipe at another budget.
-
-    Raises:
-        ValueError: the recipe has no plan, or one of several stages.
-    """
-    plan = plan_in(find_config(recipe))
-    if len(plan.stages) != 1:
-        raise ValueError(
-            f"{recipe}: a comparison sets the budget of plans with one stage, this has {len(plan.stages)}."
-        )
-    stage = plan.stages[0]
-    new = Stage(stage.rule.config(), stage.layer, budget.keep_ratio, budget.keep_tokens)
-    return PruningPlan([new], plan.positions, plan.scope)
-
-
-def control_plan(plan: PruningPlan) -> PruningPlan | None:
-    """The plan without training: itself, or what its learned pruner starts as; None if that is nothing."""
-    stage = plan.stages[-1]
-    if not stage.rule.learned:
-        return plan
-    if stage.rule.starts_as is None:
-        return None
-    start = Stage(stage.rule.starts_as, stage.layer, stage.keep_ratio, stage.keep_tokens)
-    return PruningPlan([start], plan.positions, plan.scope)
-
-
-def budget_of(value: float) -> Budget:
-    """16 is a count, 0.111 a ratio."""
-    return Budget(keep_tokens=value) if isinstance(value, int) else Budget(keep_ratio=value)
-
-
-def _key(plan: PruningPlan | None) -> tuple[str | None, int, float | None]:
-    """Pruner, layer and nominal budget of the last stage: what tells rows of an arm apart."""
-    if plan is None:
-        return None, 0, None
-    stage = plan.stages[-1]
-    return stage.rule.name, stage.layer, stage.keep_tokens or stage.keep_ratio

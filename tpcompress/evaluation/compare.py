@@ -10,7 +10,8 @@ import yaml
 from rich.console import Console
 
 from tpcompress.bundled import find_config
-from tpcompress.evaluation.arms import Run, budget_of
+from tpcompress.evaluation.arms import Run
+from tpcompress.evaluation.plans import budget_of
 from tpcompress.evaluation.report import Report
 
 
@@ -55,6 +56,7 @@ class Comparison:
         training_free: `FreeArm`s; a bare name is one at layer 0.
         training_aware: `AwareArm`s; a bare path is one at the first budget.
         control: recipe of the dense model with the same extra steps.
+        downsample: the base on smaller pictures at every budget, without a pruner.
         num_images: held-out images of the benchmark's test split.
         seed: of the benchmark's pictures and of the bootstrap.
         batch_size: images per evaluation batch.
@@ -66,6 +68,7 @@ class Comparison:
     training_free: tuple[FreeArm, ...] = ()
     training_aware: tuple[AwareArm, ...] = ()
     control: str | None = None
+    downsample: bool = False
     num_images: int = 1024
     seed: int = 0
     batch_size: int = 64
@@ -123,6 +126,8 @@ def start(comparison: Comparison, out: str | Path | None, console: Console) -> R
 def run_arms(comparison: Comparison, run: Run) -> None:
     """All rows of a comparison, in the order of the table."""
     run.dense()
+    for value in comparison.budgets if comparison.downsample else ():
+        run.downsampled(budget_of(value))  # early: a family that cannot do it says so before hours of other rows
     for value in comparison.budgets:
         for arm in comparison.training_free:
             for seed in arm.seeds or (None,):

@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy against retained tokens, and which tokens were retained."""
+"""Figures of a comparison: accuracy against retained tokens, which tokens were retained, and where they lie."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tpcompress.evaluation.canvas import new_figure, save
+from tpcompress.evaluation.position_bias import bias_figure
 from tpcompress.evaluation.retained import Retained, retained_figure, retained_masks
 
 if TYPE_CHECKING:
     from tpcompress.evaluation.report import Report
     from tpcompress.evaluation.rows import Row
 
-__all__ = ["Retained", "accuracy_figure", "retained_figure", "retained_masks"]
+__all__ = ["Retained", "accuracy_figure", "bias_figure", "retained_figure", "retained_masks"]
 
 GREY = "#555555"
 
@@ -28,8 +29,9 @@ GREY = "#555555"
 def accuracy_figure(report: Report, path: str | Path) -> None:
     """Draw accuracy against retained tokens: open marks without training, filled ones with the pruner in the loop.
 
-    Crosses are the control (the same extra steps without a pruner, then pruned); lines across are the dense base, the
-    dense base after the same steps and the blind baseline. Bars are 95 % intervals over images; seeds are averaged.
+    Crosses are the control (the same extra steps without a pruner, then pruned), squares the base on smaller pictures;
+    lines across are the dense base, the dense base after the same steps and the blind baseline. Bars are 95 % intervals
+    over images; seeds are averaged.
 
     Args:
         report: at least one row with a score.
@@ -67,14 +69,16 @@ class _Point:
 Curves = dict[tuple[str, str], list[_Point]]
 
 _MARKS: dict[str, dict[str, Any]] = {
+    "downsample": {"marker": "s", "markerfacecolor": "white", "linestyle": "-."},
     "training_free": {"marker": "o", "markerfacecolor": "white", "linestyle": "--"},
     "training_aware": {"marker": "o", "linestyle": "-"},
     "dense_ft": {"marker": "x", "linestyle": ":", "linewidth": 1.0},
 }
-_DODGE = {"training_free": 0.985, "dense_ft": 1.0, "training_aware": 1.015}
+_DODGE = {"downsample": 1.0, "training_free": 0.985, "dense_ft": 1.0, "training_aware": 1.015}
 """Factors on a logarithmic axis that keep marks of one budget apart."""
 
 _WORDS = {
+    "downsample": "smaller picture, no pruner",
     "training_free": "training-free",
     "dense_ft": "control: same steps, then pruned",
     "training_aware": "training-aware",
@@ -86,8 +90,9 @@ def _curves(report: Report) -> Curves:
     groups: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = {}
 
     def put(arm: str, row: Row, score: float | None, ci95: float | None) -> None:
-        if row.pruner is not None and row.retained_tokens is not None and score is not None:
-            name = f"{row.pruner} @ layer {row.layer}" if row.layer else row.pruner
+        pruner = "smaller picture" if row.arm == "downsample" else row.pruner
+        if pruner is not None and row.retained_tokens is not None and score is not None:
+            name = f"{pruner} @ layer {row.layer}" if row.layer else pruner
             points = groups.setdefault((arm, name), {})
             points.setdefault(row.retained_tokens, []).append((score, ci95 or 0.0))
 
@@ -121,7 +126,7 @@ def _draw_columns(axes: Axes, curves: Curves, colours: dict[str, Any]) -> None:
     """One budget: a column per pruner, and an arrow from training-free to training-aware."""
     best = {name: max(p.score for (_, n), ps in curves.items() if n == name for p in ps) for name in colours}
     place = {name: i for i, name in enumerate(sorted(best, key=lambda name: -best[name]))}
-    offset = {"training_free": -0.16, "dense_ft": 0.0, "training_aware": 0.16}
+    offset = {"training_free": -0.16, "downsample": 0.0, "dense_ft": 0.0, "training_aware": 0.16}
     for (arm, pruner), points in curves.items():
         x = [place[pruner] + offset[arm]] * len(points)
         style = _MARKS[arm] | {"linestyle": ""}

@@ -19,6 +19,8 @@ def findings(report: Report) -> list[str]:
     sentences = _on_dense(report)
     for budget in _budgets(report):
         sentences += _on_training_free(report, budget)
+    for smaller in report.arm("downsample"):
+        sentences += _on_smaller_pictures(report, smaller)
     for group in _groups(report.arm("training_aware")):
         sentences += _on_training_aware(report, group)
     for budget in _budgets(report):
@@ -62,6 +64,22 @@ def _on_training_free(report: Report, budget: float) -> list[str]:
         text += f"; not better than {_name(floor[0])} ({percent(_mean(floor))} %): {names}"
     elif others:
         text += f"; every rule beats {_name(floor[0])} ({percent(_mean(floor))} %)"
+    return [text + "."]
+
+
+def _on_smaller_pictures(report: Report, smaller: Row) -> list[str]:
+    """Which rules plain down-sampling makes superfluous at its budget."""
+    if smaller.score is None:
+        return []
+    text = f"Pictures of {tokens(smaller.retained_tokens)} tokens, without any pruner, score {percent(smaller.score)} %"
+    free = [row for row in report.arm("training_free") if row.keep_tokens == smaller.keep_tokens]
+    groups = _groups(free)
+    beaten = [group for group in groups if not _difference(group[0], smaller).helps]
+    if beaten:
+        names = ", ".join(f"{_name(group[0])} ({percent(_mean(group))} %)" for group in beaten)
+        text += f"; not better without training: {names}"
+    elif groups:
+        text += "; every rule beats that without training"
     return [text + "."]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 UNKNOWN = "–"
 NAMES = {
     "dense": "dense",
+    "downsample": "smaller picture",
     "dense_ft": "dense, same steps",
     "training_free": "training-free",
     "training_aware": "training-aware",
@@ -61,6 +62,11 @@ def percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{100 * value:.1f}"
 
 
+def index(value: float | None, ci95: float | None) -> str:
+    """A number in [0, 1] with two decimals, and its interval."""
+    return UNKNOWN if value is None else f"{value:.2f}" + (f" ±{ci95:.2f}" if ci95 is not None else "")
+
+
 def label(report: Report, row: Row) -> str:
     """Pruner, or what the model is without one; layer and seed where they tell rows apart."""
     if row.pruner is None:
@@ -76,7 +82,7 @@ def tokens(value: float | None) -> str:
 
 def _cells(report: Report, row: Row, shown: list[str], only_families: bool) -> list[str]:
     cells = [label(report, row)]
-    if only_families and row.pruner is not None:
+    if only_families and row.keep_tokens is not None:
         cells[0] += f", {_budget(row)}"
     if not only_families:
         aware = row.arm == "training_aware"
@@ -92,7 +98,7 @@ def _blind_cells(report: Report, shown: list[str], only_families: bool) -> list[
 
 
 def _tokens(row: Row) -> str:
-    if row.pruner is None:
+    if row.keep_tokens is None:
         return tokens(row.retained_tokens)
     return " / ".join([_budget(row), tokens(row.retained_tokens), tokens(row.layer_average)])
 
@@ -122,6 +128,8 @@ def _caption(report: Report, families: bool) -> str:
     if report.arm("training_aware"):
         sentences.append("vs free: against the same pruner without training; vs control: against the same extra steps")
         sentences[-1] += " without the pruner, then pruned; n.s.: inside the 95 % interval."
+    if report.arm("downsample"):
+        sentences.append("smaller picture: the dense base on pictures of fewer pixels.")
     if report.meta.get("blind"):
         sentences.append("blind: the dense base on blanked images.")
     if families and set(report.families) - set(report.learnt):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tpcompress.evaluation.scores import Scores
 
-ARMS = ("dense", "dense_ft", "training_free", "training_aware")
-"""The base; the base after the same extra steps (pruned or not); pruned as it is; trained with its pruner."""
+ARMS = ("dense", "downsample", "dense_ft", "training_free", "training_aware")
+"""The base; the base on smaller pictures; the base after the same extra steps (pruned or not); pruned as it is; trained
+with its pruner."""
+
+UNIFORMITY = ("uniformity", "uniformity_ci95", "uniformity_thirds", "uniformity_thirds_ci95")
 
 
 class Gain(NamedTuple):
@@ -41,9 +44,12 @@ class Row:
     Attributes:
         arm: one of `ARMS`.
         pruner: its name; None without pruning.
-        keep_tokens: nominal budget per image; None without pruning.
+        keep_tokens: nominal budget per image; None without one.
         vision_tokens: tokens of an image out of the projector.
         retained_tokens: tokens of an image that are left after the last stage (all of them without pruning).
+        uniformity, uniformity_ci95: how evenly the last stage spreads its tokens over the places of the picture, in
+            [0, 1], and the half width of its 95 % interval over images; None where everything is kept.
+        uniformity_thirds, uniformity_thirds_ci95: the same over 3 x 3 parts of the picture.
         seed: of the training run, or of a random pruner.
         score: mean accuracy of the learnt families; None if there is none.
         ci95: half width of its 95 % interval over images.
@@ -66,6 +72,10 @@ class Row:
     keep_tokens: int | float | None = None
     vision_tokens: int | None = None
     retained_tokens: float | None = None
+    uniformity: float | None = None
+    uniformity_ci95: float | None = None
+    uniformity_thirds: float | None = None
+    uniformity_thirds_ci95: float | None = None
     seed: int = 0
     score: float | None = None
     ci95: float | None = None
@@ -84,7 +94,7 @@ class Row:
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
             raise ValueError(f"A row has no arm '{self.arm}'; choose one of {', '.join(ARMS)}.")
-        for name in ("score", "ci95", "control_score"):
+        for name in ("score", "ci95", "control_score", *UNIFORMITY):
             object.__setattr__(self, name, _known(getattr(self, name)))
         for name in ("gain", "control_gain"):
             value = getattr(self, name)
@@ -102,6 +112,16 @@ class Row:
             "learnt": learnt,
         }
         return cls(arm, **(known | {"num_images": scores.num_images} | others))
+
+    def spread(self, places: float, places_ci95: float, thirds: float, thirds_ci95: float) -> Row:
+        """The same row with its uniformity."""
+        return replace(
+            self,
+            uniformity=places,
+            uniformity_ci95=places_ci95,
+            uniformity_thirds=thirds,
+            uniformity_thirds_ci95=thirds_ci95,
+        )
 
     @property
     def recipe(self) -> tuple[str | None, int | float | None, int]:

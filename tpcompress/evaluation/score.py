@@ -20,11 +20,15 @@ from tpcompress.data.rows import BadRow
 from tpcompress.evaluation.metric import AnswerMetric
 from tpcompress.evaluation.scores import Scores, learnt_families
 from tpcompress.insertion.attach import base_of, is_attached, plan_of, record
+from tpcompress.insertion.trace import Trace
 
 __all__ = ["Prepared", "Scores", "evaluate", "evaluate_by_generation", "evaluating", "learnt_families", "prepare"]
 
 Rows = Sequence[Mapping[str, Any]]
 """A `datasets.Dataset` of rows, or a list of them."""
+
+Watch = Callable[[Trace, BatchMeta], None]
+"""Gets the record of every batch, and what the batch knows beside the model's inputs."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def evaluate(
     blank: bool = False,
     learnt: Sequence[str] | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Scores:
     """Score a model, pruned as it is attached, on every conversation of a data set.
 
@@ -86,6 +91,7 @@ def evaluate(
         blank: replace images by their mean (zeros once normalised): the blind baseline.
         learnt: families that the score averages; default all.
         progress: a rich progress display to report to.
+        watch: is shown what the stages of an attached plan did to each batch.
 
     Raises:
         ValueError: no row is usable, packing asked for where it would change answers, or logits that are not finite.
@@ -105,7 +111,7 @@ def evaluate(
     task = None if progress is None else progress.add_task("evaluating", total=num_images)
     with torch.no_grad(), evaluating(model):
         for batch in source():
-            logits_BNC, labels_BN = _forward(model, batch, blank)
+            logits_BNC, labels_BN = _forward(model, batch, blank, watch)
             metric.update(logits_BNC, labels_BN, batch["labels"], batch["meta"])
             if progress is not None and task is not None:
                 progress.update(task, completed=max(batch["meta"].rows) + 1)
@@ -248,7 +254,7 @@ def _moved(batch: Batch, model: nn.Module, blank: bool) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
 
 
-def _forward(model: nn.Module, batch: Batch, blank: bool) -> tuple[Tensor, Tensor]:
+def _forward(model: nn.Module, batch: Batch, blank: bool, watch: Watch | None) -> tuple[Tensor, Tensor]:
     """Logits and the labels of the same tokens. Labels go in, as pruners must know where the prompt ends."""
     inputs = _moved(batch, model, blank)
     if not is_attached(model):
@@ -256,6 +262,8 @@ def _forward(model: nn.Module, batch: Batch, blank: bool) -> tuple[Tensor, Tenso
         return model(**inputs, use_cache=False).logits, labels
     with record(model) as trace:
         logits = model(**inputs, use_cache=False).logits
+    if watch is not None:
+        watch(trace, batch["meta"])
     return logits, inputs["labels"] if trace.labels_BN is None else trace.labels_BN
 
 
