@@ -30,12 +30,16 @@ class Reference:
         dropped: per stage, bool (B, S): positions that are gone from its layer on.
         layers: first layer of each stage.
         values: per stage, new values of merged tokens.
+        sizes: per stage, fp32 (B, S): how many tokens the key of each position counts for from its layer on.
+        places: per stage, int64 (B, S): the position whose id each one takes from its layer on.
         compact: whether positions close up at each stage.
     """
 
     dropped: list[Tensor]
     layers: list[int]
     values: list[dict[Spot, Tensor]]
+    sizes: list[Tensor]
+    places: list[Tensor]
     compact: bool = False
     positions: Any = field(default=None, init=False)
 
@@ -44,16 +48,21 @@ class Reference:
         """Read what was retained out of a trace; everything else is worked out here, from the ids."""
         dropped: list[Tensor] = []
         layers, values = [], []
+        sizes = [torch.ones(inputs["input_ids"].shape)]
+        places = [torch.arange(inputs["input_ids"].shape[1]).expand(inputs["input_ids"].shape)]
         for stage in trace.stages:
             spots = row_positions(inputs["input_ids"], stage, resolve(model).placeholder_ids)
             gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-            for r, places in enumerate(spots):
-                for v, (b, s) in enumerate(places):
+            for r, row in enumerate(spots):
+                for v, (b, s) in enumerate(row):
                     gone[b, s] = not bool(stage.retained_RV[r, v])
-            values.append(merged_values(stage.selection, spots, gone, dropped[-1] if dropped else None))
+            here = [[spot for spot in row if not dropped or not dropped[-1][spot]] for row in spots]
+            values.append(merged_values(stage.selection, here, gone))
+            sizes.append(told_sizes(stage.selection, here, sizes[-1]))
+            places.append(told_places(stage.selection, here, places[-1]))
             dropped.append(gone)
             layers.append(stage.layer)
-        return cls(dropped, layers, values, compact)
+        return cls(dropped, layers, values, sizes[1:], places[1:], compact)
 
     @property
     def kept(self) -> Tensor:
@@ -94,14 +103,16 @@ class Reference:
             kwargs = dict(kwargs)
             alive = ~self.dropped[stage]
             allowed = self._allowed(parts, kind, alive & real, kwargs.get("attention_mask"))
-            if self.compact:
-                positions = self._closed(hidden, alive, real)
+            moved = bool((self.places[stage] != torch.arange(alive.shape[1])).any())
+            if self.compact or moved:
+                positions = self._closed(hidden, alive, real) if self.compact else self._moved(stage)
                 embed = getattr(parts.language_model, "rotary_emb", None) or parts.language_model.pos_emb
                 more = (kind,) if "layer_type" in inspect.signature(type(embed).forward).parameters else ()
                 kwargs["position_embeddings"] = embed(hidden, positions, *more)
                 kwargs["position_ids"] = positions
             low = torch.finfo(hidden.dtype).min
-            kwargs["attention_mask"] = torch.zeros(allowed.shape)[:, None].masked_fill(~allowed[:, None], low)
+            weight = self.sizes[stage].log()[:, None].expand(allowed.shape)
+            kwargs["attention_mask"] = weight[:, None].masked_fill(~allowed[:, None], low)
             return (hidden, *args[1:]), kwargs if args else kwargs | {"hidden_states": hidden}
 
         return pre
@@ -127,6 +138,15 @@ class Reference:
             beyond = both_ways is not None and bool((opened & both_ways & far).any())
             allowed = allowed & (inside | both_ways) if beyond else allowed & inside
         return (allowed & seen[:, None]) | torch.eye(S, dtype=torch.bool)
+
+    def _moved(self, stage: int) -> Tensor:
+        """Position ids of which some stand elsewhere."""
+        B, S = self.places[stage].shape
+        positions = torch.arange(S)[None] if self.positions is None else self.positions
+        if positions.ndim < 3:
+            return positions.expand(B, S).gather(1, self.places[stage])
+        positions = positions[-3:].expand(3, B, S)
+        return torch.stack([axis.gather(1, self.places[stage]) for axis in positions])
 
     def _closed(self, hidden: Tensor, alive: Tensor, real: Tensor) -> Tensor:
         """Position ids without the values that nobody has any more, in plain loops."""
@@ -200,17 +220,32 @@ def row_positions(ids: Tensor, stage: StageTrace, tokens: dict[str, int]) -> lis
     return rows
 
 
-def merged_values(
-    selection: Selection | None, spots: list[list[Spot]], gone: Tensor, before: Tensor | None
-) -> dict[Spot, Tensor]:
-    """Where the values that a pruner wrote belong."""
+def merged_values(selection: Selection | None, here: list[list[Spot]], gone: Tensor) -> dict[Spot, Tensor]:
+    """Where the values that a pruner wrote belong; `here` is what each row still had."""
     if selection is None or selection.vision_BVD is None:
         return {}
-    found = {}
-    for r, places in enumerate(spots):
-        here = [(b, s) for b, s in places if before is None or not before[b, s]]
-        found |= {(b, s): selection.vision_BVD[r, v] for v, (b, s) in enumerate(here) if not gone[b, s]}
-    return found
+    told = enumerate(here)
+    return {spot: selection.vision_BVD[r, v] for r, row in told for v, spot in enumerate(row) if not gone[spot]}
+
+
+def told_sizes(selection: Selection | None, here: list[list[Spot]], before: Tensor) -> Tensor:
+    """Sizes after a pruner said how many of the tokens that were there each one stands for."""
+    sizes = before.clone()
+    if selection is not None and selection.size_BV is not None:
+        for r, row in enumerate(here):
+            for v, spot in enumerate(row):
+                sizes[spot] = before[spot] * selection.size_BV[r, v]
+    return sizes
+
+
+def told_places(selection: Selection | None, here: list[list[Spot]], before: Tensor) -> Tensor:
+    """Whose position each one has after a pruner moved tokens."""
+    places = before.clone()
+    if selection is not None and selection.place_BV is not None:
+        for r, row in enumerate(here):
+            for v, spot in enumerate(row):
+                places[spot] = before[row[int(selection.place_BV[r, v])]]
+    return places
 
 
 def aligned(full: Tensor, kept: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tpcompress.insertion.encode import Encoded
 from tpcompress.insertion.sequence import Frame, Rows
+from tpcompress.insertion.sizes import joined
 from tpcompress.insertion.views import LayerInput
 
 
@@ -29,6 +30,7 @@ class Cut:
         padding_BN: True on real columns; None if all are.
         whole: no column is a filler or hidden, so only the caller's own padding can be in `padding_BN`.
         lost_B1: positions that the sample lost since the language model's input; compact positions are behind by it.
+        log_size_BN: fp32, logarithm of the number of tokens that each column stands for; None if all stand for one.
     """
 
     layer: int
@@ -36,11 +38,12 @@ class Cut:
     padding_BN: Tensor | None
     whole: bool
     lost_B1: Tensor
+    log_size_BN: Tensor | None = None
 
     @classmethod
     def of(cls, layer: int, frame: Frame, padding_BN: Tensor | None, lost_B1: Tensor) -> Cut:
         """The cut that led to a frame."""
-        return cls(layer, frame.width, padding_BN, frame.present_BN is None, lost_B1)
+        return cls(layer, frame.width, padding_BN, frame.present_BN is None, lost_B1, frame.log_size_BN)
 
     def padding(self, new_BQ: Tensor | None) -> Tensor | None:
         """The 2-D mask of these columns and of later ones, bool (B, N + Q); None if all are real."""
@@ -50,7 +53,19 @@ class Cut:
         """This cut of a later call behind what its layers already held."""
         padding_BN = join(before.padding_BN, before.width, self.padding_BN, self.width)
         lost_B1 = self.lost_B1 + before.lost_B1
-        return Cut(self.layer, before.width + self.width, padding_BN, before.whole and self.whole, lost_B1)
+        log_size_BN = joined(before.log_size_BN, before.width, self.log_size_BN, self.width)
+        return Cut(self.layer, before.width + self.width, padding_BN, before.whole and self.whole, lost_B1, log_size_BN)
+
+    def grown(self, steps: int, new_BQ: Tensor | None) -> Cut:
+        """This cut after `steps` more columns, whose 2-D mask is `new_BQ`."""
+        padding_BN = join(self.padding_BN, self.width, new_BQ, steps)
+        log_size_BN = joined(self.log_size_BN, self.width, None, steps)
+        return replace(self, width=self.width + steps, padding_BN=padding_BN, log_size_BN=log_size_BN)
+
+    def cropped(self, steps: int) -> Cut:
+        """This cut without its last columns."""
+        padding_BN, log_size_BN = (None if x is None else x[:, :-steps] for x in (self.padding_BN, self.log_size_BN))
+        return replace(self, width=self.width - steps, padding_BN=padding_BN, log_size_BN=log_size_BN)
 
 
 @dataclass(frozen=True)
@@ -103,25 +118,20 @@ class Prefix:
             return replace(entry, lost_B1=nothing)
         return Cut(layer, self.length, self.mask_BP, True, nothing)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether some column stands for several tokens."""
+        return any(cut.log_size_BN is not None for cut in self.cuts)
+
     def grown(self, steps: int, new_BQ: Tensor | None) -> Prefix:
         """The same request after `steps` more columns."""
-        cuts = tuple(
-            replace(cut, width=cut.width + steps, padding_BN=join(cut.padding_BN, cut.width, new_BQ, steps))
-            for cut in self.cuts
-        )
+        cuts = tuple(cut.grown(steps, new_BQ) for cut in self.cuts)
         mask_BP = join(self.mask_BP, self.length, new_BQ, steps)
         return replace(self, length=self.length + steps, cuts=cuts, mask_BP=mask_BP)
 
     def cropped(self, steps: int) -> Prefix:
         """The same request without its last columns, which every layer held."""
-        cuts = tuple(
-            replace(
-                cut,
-                width=cut.width - steps,
-                padding_BN=None if cut.padding_BN is None else cut.padding_BN[:, :-steps],
-            )
-            for cut in self.cuts
-        )
+        cuts = tuple(cut.cropped(steps) for cut in self.cuts)
         mask_BP = None if self.mask_BP is None else self.mask_BP[:, :-steps]
         return replace(self, length=self.length - steps, cuts=cuts, mask_BP=mask_BP)
 
@@ -178,6 +188,12 @@ class Call:
     def is_prefill(self) -> bool:
         """Whether the call brings images."""
         return bool(self.places)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some column, of this call or of the conversation before it, stands for several tokens."""
+        new = self.frame is not None and self.frame.log_size_BN is not None
+        return new or (self.prefix is not None and self.prefix.weighs)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, computed once for all layers that share it."""

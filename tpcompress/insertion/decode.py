@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tpcompress.insertion.cache import held_columns, on_host, recall, remember
 from tpcompress.insertion.call import Call, Prefix, num_steps
-from tpcompress.insertion.masks import layer_kind, layer_mask
+from tpcompress.insertion.masks import RECURRENT, layer_kind, layer_mask
 from tpcompress.insertion.positions import rotary
+from tpcompress.insertion.sizes import follow
 
 if TYPE_CHECKING:
     from tpcompress.insertion.hooks import Controller
@@ -29,6 +30,8 @@ def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     core: Any = controller.parts.core
     if prefix.rope_deltas is not None:
         core.rope_deltas = prefix.rope_deltas
+    if prefix.weighs:
+        follow(controller)
     call = Call(prefix=prefix, new_BQ=new_columns(kwargs, prefix, steps)[1])
     if controller.parts.family.masks_in_core:
         kwargs["attention_mask"] = _input_mask(kwargs, call)
@@ -108,11 +111,11 @@ def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> None:
 def layer_arguments(controller: Controller, call: Call, index: int, hidden_BND: Tensor, kwargs: dict[str, Any]) -> None:
     """Bring a layer's arguments up to date."""
     assert call.prefix is not None
-    cut = call.prefix.at_layer(index)
-    if cut is None:
-        return
-    parts = controller.parts
+    parts, inner, entry = controller.parts, call.prefix.at_layer(index), call.prefix.at_input()
     kind = layer_kind(parts.text_config, index)
+    cut = inner or entry
+    if cut is None or (inner is None and (cut.log_size_BN is None or kind in RECURRENT)):
+        return
 
     def turned() -> Any:
         assert call.positions is not None
@@ -121,12 +124,14 @@ def layer_arguments(controller: Controller, call: Call, index: int, hidden_BND: 
     def masked() -> Any:
         unmasked = kwargs.get("attention_mask") is None
         padding_BN = None if unmasked and cut.whole else cut.padding(call.new_BQ)
-        if unmasked and padding_BN is None:
+        if unmasked and padding_BN is None and cut.log_size_BN is None:
             return None
-        layer = parts.family.keys_of(parts.text_config, index)
-        return layer_mask(parts.text_config, kind, hidden_BND, padding_BN, kwargs["past_key_values"], layer)
+        return layer_mask(
+            parts.text_config, kind, hidden_BND, padding_BN, kwargs["past_key_values"],
+            parts.family.keys_of(parts.text_config, index), None, None, cut.log_size_BN,
+        )  # fmt: skip
 
-    if controller.plan.positions == "compact":
+    if inner is not None and controller.plan.positions == "compact":
         if parts.family.reads_positions(parts.model.config) and call.positions is not None:
             kwargs["position_ids"] = call.positions - cut.lost_B1
         kwargs["position_embeddings"] = call.once(f"rotary {kind} {cut.layer}", turned)

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 
 from tpcompress.families.base import Blocks
 from tpcompress.insertion.sequence import Frame, take_square
+from tpcompress.insertion.sizes import weighed
 
 RECURRENT = ("conv", "linear_attention")
 """Kinds of layers that carry a state from column to column: nothing can be hidden from them."""
@@ -43,6 +44,7 @@ def layer_mask(
     layer: int,
     blocks_BL: Tensor | None = None,
     blocks: Blocks | None = None,
+    log_size_BN: Tensor | None = None,
 ) -> Any:
     """The mask of one pruned layer, in whatever form its attention implementation takes.
 
@@ -55,8 +57,36 @@ def layer_mask(
         layer: the layer whose cache counts.
         blocks_BL: int, numbers of blocks that attend both ways, -1 elsewhere; None without such blocks.
         blocks: the family's rule for them.
+        log_size_BN: fp32, logarithm of the number of tokens that each of the first keys stands for; None if all stand
+            for one. It is added to the attention logits of these keys; a layer with a state has none.
+
+    Raises:
+        ValueError: sizes, and an attention implementation whose mask cannot carry them.
     """
-    given: Any = {"position_ids": None, "layer_idx": layer}
+    if log_size_BN is None or kind in RECURRENT:
+        return _made(config, kind, hidden_BND, padding_BL, cache, layer, blocks_BL, blocks)
+    mask = _made(config, kind, hidden_BND, padding_BL, cache, layer, blocks_BL, blocks, allow_is_causal_skip=False)
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise ValueError(
+            f"A pruner of this plan weighs tokens by what they stand for, which {config._attn_implementation} cannot: "
+            f"load the model with attn_implementation='sdpa' or 'eager', or use a pruner without sizes."
+        )
+    forgotten = 0 if cache is None else cache.get_mask_sizes(hidden_BND.shape[1], layer)[1]
+    return weighed(mask, log_size_BN[:, forgotten:], hidden_BND.dtype)
+
+
+def _made(
+    config: Any,
+    kind: str,
+    hidden_BND: Tensor,
+    padding_BL: Tensor | None,
+    cache: Any,
+    layer: int,
+    blocks_BL: Tensor | None,
+    blocks: Blocks | None,
+    **more: bool,
+) -> Any:
+    given: Any = {"position_ids": None, "layer_idx": layer, **more}
     if blocks is None or blocks_BL is None or kind not in blocks.kinds:
         make: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
         return make(config, hidden_BND, padding_BL, cache, **given)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tpcompress.pruners import Pruner, create
+from tpcompress.pruners import Pruner, create, pruner_class
 
 VERSION = 1
 POSITIONS = ("original", "compact")
@@ -23,7 +23,7 @@ class Budget:
 
     Attributes:
         keep_ratio: share, in (0, 1], of the vision tokens that the projector produced, whatever came before.
-        keep_tokens: the count itself; rows with fewer tokens keep all.
+        keep_tokens: the count itself; rows with fewer tokens keep all. 0 is for a pruner that withdraws.
     """
 
     keep_ratio: float | None = None
@@ -38,11 +38,11 @@ class Budget:
             )
         if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1):
             raise ValueError(f"keep_ratio must be in (0, 1], got {ratio!r}; to keep all tokens, drop the stage.")
-        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
             raise ValueError(f"keep_tokens must be a whole number of at least 1, got {tokens!r}.")
 
     def count(self, num_tokens: int) -> int:
-        """Exact number kept of `num_tokens`: the one place where a ratio is rounded, max(1, round(r V))."""
+        """Number to keep of `num_tokens`: the one place where a ratio is rounded, max(1, round(r V))."""
         if self.keep_tokens is not None:
             return min(self.keep_tokens, num_tokens)
         assert self.keep_ratio is not None
@@ -50,6 +50,21 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.keep_tokens} tokens" if self.keep_tokens is not None else f"{self.keep_ratio:g} of the tokens"
+
+
+def check_budget(rule: Pruner, budget: Budget) -> None:
+    """See that a budget is 0 for a pruner that withdraws, and for no other.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if rule.withdraws and budget.keep_tokens != 0:
+        raise ValueError(f"Pruner '{rule.name}' retains nothing, got a budget of {budget}; write keep_tokens: 0.")
+    if budget.keep_tokens == 0 and not rule.withdraws:
+        raise ValueError(
+            f"Pruner '{rule.name}': keep_tokens must be a whole number of at least 1, got 0; a stage that drops every "
+            f"vision token is one of 'vtw'."
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class Stage:
         object.__setattr__(self, "pruner", create(self.pruner))
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise ValueError(f"layer must be a whole number of at least 0, got {self.layer!r}.")
-        Budget(self.keep_ratio, self.keep_tokens)
+        check_budget(self.rule, self.budget)
 
     @property
     def rule(self) -> Pruner:
@@ -98,12 +113,13 @@ class PruningPlan:
     """Ordered stages and the policies they share.
 
     Attributes:
-        stages: at rising layers, with budgets that never grow.
+        stages: at rising layers, with budgets that never grow; one that withdraws every token is the last.
         positions: `original` keeps each token's position id; `compact` renumbers what is retained without gaps.
         scope: the budget holds per `image`, or over all images of a `prompt`.
 
     Raises:
-        ValueError: no stage, layers that do not rise, budgets that grow, unknown policy.
+        ValueError: no stage, layers that do not rise, budgets that grow, a stage after all tokens were withdrawn,
+            unknown policy.
     """
 
     stages: Sequence[Stage]
@@ -123,6 +139,11 @@ class PruningPlan:
                 raise ValueError(
                     f"Stage {i} acts at layer {after.layer} after stage {i - 1} at layer {before.layer}; "
                     f"layers must rise."
+                )
+            if before.rule.withdraws:
+                raise ValueError(
+                    f"Stage {i} has nothing to choose from: stage {i - 1} ('{before.rule.name}') withdraws all tokens; "
+                    f"make that the last stage."
                 )
         for field in ("keep_ratio", "keep_tokens"):
             given = [
@@ -146,7 +167,7 @@ class PruningPlan:
         return any(stage.rule.prompt_dependent for stage in self.stages)
 
     def counts(self, num_tokens: int) -> list[int]:
-        """Tokens that each stage retains of a row of `num_tokens`."""
+        """Tokens that each stage retains of a row of `num_tokens`; what one that is not exact is asked to retain."""
         kept: list[int] = []
         for stage in self.stages:
             kept.append(min([stage.budget.count(num_tokens), *kept[-1:]]))
@@ -168,8 +189,14 @@ class PruningPlan:
     def from_dict(cls, values: dict[str, Any], allow_outside: bool = True) -> PruningPlan:
         """A plan from plain values. A mapping with `pruner` instead of `stages` is a plan of one stage.
 
+        Args:
+            values: as `to_dict` gives them.
+            allow_outside: whether a pruner, or one inside another, may be the dotted path of a class elsewhere, which
+                is then imported.
+
         Raises:
-            ValueError: unknown key or version, or anything that `PruningPlan` and `Stage` refuse.
+            ValueError: unknown key or version, a pruner from outside that is not allowed, or anything that
+                `PruningPlan` and `Stage` refuse.
         """
         if not isinstance(values, dict):
             raise ValueError(f"A plan is a mapping with `stages`, or with `pruner` and a budget, got {values!r}.")
@@ -188,6 +215,8 @@ class PruningPlan:
             if not isinstance(stage, dict) or "pruner" not in stage:
                 raise ValueError(f"A stage is a mapping with `pruner`, `layer` and a budget, got {stage!r}.")
             _no_other_keys(stage, ("pruner", "layer", "keep_ratio", "keep_tokens"), "stage")
+            if not allow_outside:
+                _check_inside(stage["pruner"])
             stages.append(Stage(**{**stage, "pruner": create(stage["pruner"], allow_outside)}))
         return cls(stages, **values)
 
@@ -219,6 +248,27 @@ class PruningPlan:
         if not Path(path).is_file():
             raise FileNotFoundError(f"No plan file at {path}; give a YAML or JSON file with `stages`.")
         return cls.from_yaml(Path(path).read_text())
+
+
+def _check_inside(config: Any) -> None:
+    """See that no class from elsewhere is named, at any depth, before anything is created.
+
+    Raises:
+        ValueError: one is.
+    """
+    if isinstance(config, list | tuple):
+        for part in config:
+            _check_inside(part)
+        return
+    if isinstance(config, str):
+        pruner_class(config, allow_outside=False)
+    if not isinstance(config, dict):
+        return
+    # A word says what it is by its argument only; a mapping with `type` is a pruner wherever it stands.
+    cls = pruner_class(str(config["type"]), allow_outside=False) if "type" in config else None
+    for name, value in config.items():
+        if name in getattr(cls, "part_names", ()) or isinstance(value, dict | list | tuple):
+            _check_inside(value)
 
 
 def _no_other_keys(values: dict[str, Any], known: tuple[str, ...], what: str) -> None:

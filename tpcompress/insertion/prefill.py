@@ -15,10 +15,12 @@ from tpcompress.insertion.cache import held_columns
 from tpcompress.insertion.call import Call, Cut, Prefix, join, last_prompt_token, num_steps
 from tpcompress.insertion.decode import known_prefix, new_columns
 from tpcompress.insertion.encode import given_notes
+from tpcompress.insertion.locate import locate
 from tpcompress.insertion.look import LayerInput
-from tpcompress.insertion.masks import custom_mask, layer_kind, layer_mask
-from tpcompress.insertion.positions import closed_up, rotary
-from tpcompress.insertion.sequence import Frame, locate, sent, take
+from tpcompress.insertion.masks import RECURRENT, custom_mask, layer_kind, layer_mask
+from tpcompress.insertion.positions import packed, retained_positions, rotary, take_rotary
+from tpcompress.insertion.sequence import Frame, take
+from tpcompress.insertion.sizes import joined, weighed
 from tpcompress.insertion.stage import run_stage
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def begin(controller: Controller, kwargs: Mapping[str, Any]) -> Call:
             "output_router_logits asks for the load balancing loss, which wants every layer to see the same tokens; "
             "leave it off while a plan is attached."
         )
-    if mask is None and cache is None and _packed(kwargs.get("position_ids")):
+    if mask is None and cache is None and packed(kwargs.get("position_ids")):
         raise ValueError(
             "position_ids without an attention_mask are read as packed sequences, which a pruned sequence cannot "
             "be; pass an attention_mask (all ones if nothing is padded, or 4-D if sequences are packed)."
@@ -134,7 +136,7 @@ def enter(controller: Controller, call: Call, kwargs: dict[str, Any]) -> bool:
     if 0 in controller.stage_at:
         kwargs["inputs_embeds"], local_BN, changed = run_stage(controller, 0, hidden_BSD, call)
         if changed or earlier is not None:
-            positions, lost_B1 = _retained_positions(controller, call)
+            positions, lost_B1 = retained_positions(call, plan.positions)
             leave_cut(call, 0, lost_B1)
             if plan.positions == "compact" and earlier is not None:
                 positions = positions - earlier.lost_B1
@@ -204,25 +206,18 @@ def _made_mask(
     return layer_mask(
         config, kind, hidden_BND, _padding(call, cut_layer), kwargs.get("past_key_values"),
         controller.parts.family.keys_of(config, layer), blocks_BL, controller.parts.family.blocks,
+        _log_sizes(call, cut_layer),
     )  # fmt: skip
 
 
-def _retained_positions(controller: Controller, call: Call) -> tuple[Tensor, Tensor]:
-    """Position ids of the columns at hand, and the positions that each sample lost since the input (B, 1)."""
-    frame, positions = call.frame, call.positions
-    assert frame is not None and positions is not None
-    lost_B1 = sent(torch.tensor(frame.lost), frame.index_BN.device)[:, None]
-    if controller.plan.positions == "original":
-        return take(positions, frame.base_BN, -1), lost_B1
-    if positions.ndim < 3:
-        return take(positions, frame.base_BN, -1) - frame.shift_BN, lost_B1
-    B, N0 = len(frame.index_BN), positions.shape[-1]
-    alive_BN = torch.zeros(B, N0, dtype=torch.bool, device=positions.device)
-    present_BN = torch.ones_like(frame.base_BN, dtype=torch.bool) if frame.present_BN is None else frame.present_BN
-    alive_BN = alive_BN.scatter(1, frame.base_BN, present_BN)
-    text, axes = positions[: len(positions) - 3], positions[-3:].expand(3, B, N0)
-    closed, lost_B1 = closed_up(axes, call.real_BN, alive_BN)
-    return torch.cat([take(text, frame.base_BN, -1), take(closed, frame.base_BN, -1)]), lost_B1
+def _log_sizes(call: Call, layer: int) -> Tensor | None:
+    """Logarithms of the tokens that each column of a layer stands for, (B, held + N); None if all stand for one."""
+    assert call.frame is not None
+    new_BN = call.frame.log_size_BN
+    if call.prefix is None:
+        return new_BN
+    old = call.prefix.before(layer, call.frame.index_BN.device)
+    return joined(old.log_size_BN, old.width, new_BN, call.frame.width)
 
 
 def leave_cut(call: Call, layer: int, lost_B1: Tensor) -> None:
@@ -242,32 +237,35 @@ def shorten_layer(
     earlier = None if call.prefix is None else call.prefix.at_layer(index)
     if index in controller.looks_ahead:
         ahead = dict(kwargs)
-        if earlier is not None or any(cut.layer > 0 for cut in call.cuts):
-            _layer_arguments(controller, call, index, hidden_BND, ahead)
+        _layer_arguments(controller, call, index, hidden_BND, ahead)
         call.behind = LayerInput(layer, index, hidden_BND, ahead)
     if index in controller.stage_at and index > 0:
         hidden_BND, _, changed = run_stage(controller, controller.stage_at[index], hidden_BND, call)
         if changed or (earlier is not None and earlier.layer == index):
             call.memo.clear()
-            call.layer_positions, lost_B1 = _retained_positions(controller, call)
+            call.layer_positions, lost_B1 = retained_positions(call, controller.plan.positions)
             leave_cut(call, index, lost_B1)
-    inside = [cut for cut in call.cuts if cut.layer > 0]
-    if inside or earlier is not None:
-        _layer_arguments(controller, call, index, hidden_BND, kwargs)
+    _layer_arguments(controller, call, index, hidden_BND, kwargs)
     return hidden_BND
 
 
 def _layer_arguments(
     controller: Controller, call: Call, index: int, hidden_BND: Tensor, kwargs: dict[str, Any]
 ) -> None:
+    """What a layer behind a stage gets. What is left by the stage before the language model came in, but for sizes."""
     frame = call.frame
     assert frame is not None
     kind = layer_kind(controller.parts.text_config, index)
+    behind = any(cut.layer > 0 for cut in call.cuts) or (
+        call.prefix is not None and call.prefix.at_layer(index) is not None
+    )
+    if not behind and (not call.weighs or kind in RECURRENT):
+        return
 
     def placed() -> Tensor:
         compact = controller.plan.positions == "compact" and call.layer_positions is not None
         assert call.positions is not None
-        positions = call.layer_positions if compact else take(call.positions, frame.base_BN, -1)
+        positions = call.layer_positions if compact else take(call.positions, frame.positioned_BN, -1)
         assert positions is not None
         if compact and call.prefix is not None:
             positions = positions - call.prefix.before(index, positions.device).lost_B1
@@ -275,35 +273,27 @@ def _layer_arguments(
 
     def turned() -> Any:
         if controller.plan.positions == "original" or call.layer_positions is None:
-            return _take_rotary(kwargs.get("position_embeddings"), frame.base_BN)
+            return take_rotary(kwargs.get("position_embeddings"), frame.positioned_BN)
         return rotary(controller.parts.language_model, hidden_BND, call.once("positions", placed), kind)
 
     def masked() -> Any:
         if call.custom_mask is not None:
-            return custom_mask(call.custom_mask, frame)
-        if kwargs.get("attention_mask") is None and frame.present_BN is None and call.prefix is None:
+            mask_BHNN = custom_mask(call.custom_mask, frame)
+            if frame.log_size_BN is None or kind in RECURRENT:
+                return mask_BHNN
+            return weighed(mask_BHNN, frame.log_size_BN, hidden_BND.dtype)
+        plain = frame.present_BN is None and call.prefix is None and frame.log_size_BN is None
+        if plain and kwargs.get("attention_mask") is None:
             return None  # nothing was padded and nothing is now: spare the host the look at a mask of ones
         return _made_mask(controller, call, index, hidden_BND, kwargs, index)
 
-    kwargs["position_embeddings"] = call.once(f"rotary {kind}", turned)
     kwargs["attention_mask"] = call.once(f"mask {kind}", masked)
+    if not behind:
+        return
+    kwargs["position_embeddings"] = call.once(f"rotary {kind}", turned)
     for name, dim in LAYER_ROWS.items():
         if kwargs.get(name) is not None:
             kwargs[name] = take(kwargs[name], frame.base_BN, dim)
     # Flash attention reads packed sequences out of gaps in the ids; the rotary embedding is all that most layers need.
     reads = controller.parts.family.reads_positions(controller.parts.model.config)
     kwargs["position_ids"] = call.once("positions", placed) if reads else None
-
-
-def _take_rotary(source: Any, index_BN: Tensor) -> Any:
-    """Columns of a rotary embedding: a tensor (B, S, d), a tuple of them, or None in a layer without positions."""
-    if source is None:
-        return None
-    return take(source, index_BN, -2) if isinstance(source, Tensor) else tuple(take(x, index_BN, -2) for x in source)
-
-
-def _packed(positions: Tensor | None) -> bool:
-    """Whether transformers would read position ids as packed sequences; of M-RoPE it reads the row of text, if any."""
-    if positions is not None and positions.ndim == 3 and len(positions) == 4:
-        positions = positions[0]
-    return positions is not None and positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any())

@@ -1,15 +1,13 @@
-"""THE file that shortens: where vision tokens are in the sequence, and what is left of it after a stage.
+"""THE file that shortens: the vision tokens that are still there, and what is left of the sequence after a stage.
 
 B samples, S positions of the original sequence, N columns of the sequence at hand, R budget rows (one per image or
 per prompt), V vision tokens of a row (padded), D hidden size. Counts live on the host, so nothing here waits for a GPU
-except `locate` and `Frame.full` for a batch of several samples (once per prefill).
+except `Frame.full` for a batch of several samples (once per prefill).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -62,118 +60,21 @@ class Rows:
             table_RV4=self.table_RV4.gather(1, order_RK[..., None].expand(-1, -1, 4)),
         )
 
+    def stood_in(self) -> Rows:
+        """The same rows for a pruner to look at: one that has no token left shows a stand-in, some column of its own.
+
+        Rules need not mind a row of nothing, and rows do not know each other. What is said of a stand-in is ignored.
+        """
+        if all(self.count):
+            return self
+        empty_R = sent(torch.tensor([not count for count in self.count]), self.valid_RV.device)
+        first_V = torch.arange(self.valid_RV.shape[1], device=self.valid_RV.device) == 0
+        return replace(self, valid_RV=self.valid_RV | (empty_R[:, None] & first_V))
+
     def retained_RV(self) -> Tensor:
         """bool (R, largest total): which of its original tokens each row still has."""
         kept_RV = torch.zeros(len(self.total), max(self.total) + 1, dtype=torch.bool, device=self.index_RV.device)
         return kept_RV.scatter_(1, self.token_RV.masked_fill(~self.valid_RV, max(self.total)), True)[:, :-1]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Placeholders of one image, or of adjacent tiles of one, in the list of all placeholders of a call."""
-
-    owner: int
-    start: int
-    layout: Layout
-
-
-def locate(
-    places: Mapping[str, Tensor],
-    layouts: Mapping[str, Sequence[Layout]],
-    scope: str,
-    joins_tiles: bool = False,
-    splits_tiles: bool = False,
-) -> Rows:
-    """Find the vision tokens of every image and video.
-
-    Args:
-        places: by modality, bool (B, S): True where the sequence holds a placeholder.
-        layouts: by modality, how the placeholders of each image or video lie, in their order.
-        scope: `image` for one row per image or video, `prompt` for one row per sample.
-        joins_tiles: layouts whose placeholders follow each other without a gap are tiles of one image.
-        splits_tiles: every rectangle of a layout is an image of its own.
-
-    Transformers has found before that their numbers fit.
-    """
-    B, S = next(iter(places.values())).shape
-    runs: list[_Run] = []
-    found, first = [], 0
-    for modality, given in layouts.items():
-        listed = [layout for layout in given if layout.count]  # a sample without images may have features of no token
-        if splits_tiles:
-            listed = [replace(layout, grids=(grid,)) for layout in listed for grid in layout.grids]
-        # A stable sort instead of `nonzero`: the number of placeholders is known, so the host need not ask for it.
-        length = sum(layout.placeholders for layout in listed)
-        place_T = (~places[modality].reshape(-1)).to(torch.int8).argsort(stable=True)[:length]
-        runs += [replace(run, start=run.start + first) for run in _runs(place_T, listed, B, S, joins_tiles)]
-        found.append(place_T)
-        first += length
-    place_T, device = torch.cat(found), found[0].device
-    groups = [[run] for run in runs]
-    if scope == "prompt":
-        groups = [[run for run in runs if run.owner == sample] for sample in dict.fromkeys(run.owner for run in runs)]
-    tables = [_table(group) for group in groups]
-    total_R = [len(table) for table in tables]
-    # One tensor and one copy to the device: everything that is known of the tokens beforehand.
-    table_RV5 = sent(torch.nn.utils.rnn.pad_sequence(tables, batch_first=True), device)
-    token_V = torch.arange(max(total_R), device=device)
-    count_R1 = sent(torch.tensor(total_R), device)[:, None]
-    token_RV = token_V.minimum(count_R1 - 1)
-    table_RV5 = table_RV5.gather(1, token_RV[..., None].expand_as(table_RV5))
-    index_RV, table_RV4 = place_T[table_RV5[..., 0]] % S, table_RV5[..., 1:]
-    if scope == "prompt" and len(layouts) > 1:  # images and videos were listed apart; their rows follow the sequence
-        order_RV = index_RV.masked_fill(token_V >= count_R1, S).argsort(dim=1, stable=True)
-        index_RV, table_RV4 = (
-            index_RV.gather(1, order_RV),
-            table_RV4.gather(1, order_RV[..., None].expand_as(table_RV4)),
-        )
-    canvases = [[sum(run.layout.canvas[0] for run in group) for group in groups]]
-    canvases.append([max(run.layout.canvas[1] for run in group) for group in groups])
-    return Rows(
-        owner=[group[0].owner for group in groups],
-        total=total_R,
-        count=total_R,
-        layouts=[tuple(run.layout for run in group) for group in groups],
-        owner_R=sent(torch.tensor([group[0].owner for group in groups]), device),
-        index_RV=index_RV,
-        token_RV=token_RV,
-        valid_RV=token_V < count_R1,
-        table_RV4=table_RV4,
-        canvas=(max(canvases[0]), max(canvases[1])),
-    )
-
-
-def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tiles: bool) -> list[_Run]:
-    """Whose each layout is; the host reads positions only where shapes do not tell (B > 1, tiles to join)."""
-    ends = list(accumulate(layout.placeholders for layout in layouts))
-    starts = [0, *ends[:-1]]
-    joins = joins_tiles and len(layouts) > 1
-    edge_2R = [[0] * len(starts)] * 2
-    if B > 1 or joins:
-        edge_2R = (
-            place_T[sent(torch.tensor([starts, [end - 1 for end in ends]]), place_T.device)].cpu().numpy().tolist()
-        )
-    runs: list[_Run] = []
-    previous = -1
-    for begin, last, start, layout in zip(*edge_2R, starts, layouts, strict=True):
-        if joins and runs and begin == previous + 1 and begin % S:
-            whole = replace(layout, grids=runs[-1].layout.grids + layout.grids)
-            runs[-1] = replace(runs[-1], layout=whole)
-        else:
-            runs.append(_Run(begin // S, start, layout))
-        previous = last
-    return runs
-
-
-def _table(group: Sequence[_Run]) -> Tensor:
-    """(V, 5): place in the list of placeholders, canvas row and column, rectangle, image; several images stack up."""
-    parts, top, tiles = [], 0, 0
-    for number, run in enumerate(group):
-        offset = torch.tensor([run.start, top, 0, tiles])
-        table = run.layout.table + offset
-        parts.append(torch.cat([table, torch.full((len(table), 1), number)], 1))
-        top, tiles = top + run.layout.canvas[0], tiles + len(run.layout.grids)
-    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -188,6 +89,8 @@ class Frame:
         lengths: present columns of each sample.
         shift_BN: tokens dropped before each column since the language model's input, for compact positions.
         lost: tokens dropped from each sample since the language model's input.
+        place_BN: column of the language model's input whose position each column takes; None if its own.
+        log_size_BN: fp32, logarithm of the number of tokens that each column stands for; None if all stand for one.
     """
 
     length: int
@@ -197,6 +100,8 @@ class Frame:
     lengths: list[int]
     shift_BN: Tensor
     lost: list[int]
+    place_BN: Tensor | None = None
+    log_size_BN: Tensor | None = None
 
     @classmethod
     def full(cls, B: int, S: int, device: torch.device, mask_BS: Tensor | None = None) -> Frame:
@@ -217,10 +122,42 @@ class Frame:
         """N, columns of the sequence at hand."""
         return self.index_BN.shape[1]
 
+    @property
+    def positioned_BN(self) -> Tensor:
+        """Column of the language model's input whose position each column has."""
+        return self.base_BN if self.place_BN is None else self.place_BN
+
     def as_input(self) -> Frame:
         """The same columns, now counted as the language model's input."""
-        base_BN = torch.arange(self.width, device=self.index_BN.device).expand_as(self.index_BN)
-        return replace(self, base_BN=base_BN, shift_BN=torch.zeros_like(self.shift_BN), lost=[0] * len(self.lost))
+        base_BN, nothing = (
+            torch.arange(self.width, device=self.index_BN.device).expand_as(self.index_BN),
+            [0] * len(self.lost),
+        )
+        return replace(self, base_BN=base_BN, shift_BN=torch.zeros_like(self.shift_BN), lost=nothing, place_BN=None)
+
+    def calibrated(self, rows: Rows, size_RV: Tensor | None, place_RV: Tensor | None) -> Frame:
+        """The same columns after vision tokens took sizes and places; only those that stay matter.
+
+        Args:
+            rows: the vision tokens at hand.
+            size_RV: how many of the tokens at hand each stands for; None for one. What these stood for multiplies.
+            place_RV: number among the row's tokens at hand of the one whose position each takes; None for its own.
+        """
+        if size_RV is None and place_RV is None:
+            return self
+        B, N = self.index_BN.shape
+        cell_RV, log_size_BN, place_BN = self.cells(rows), self.log_size_BN, self.place_BN
+        into_T = cell_RV.masked_fill(~rows.valid_RV, B * N).reshape(-1)
+        if size_RV is not None:
+            log_T = size_RV.to(self.index_BN.device, torch.float32).log().reshape(-1)
+            added_BN = log_T.new_zeros(B * N + 1).scatter(0, into_T, log_T)[:-1].view(B, N)
+            log_size_BN = added_BN if log_size_BN is None else log_size_BN + added_BN
+        if place_RV is not None:
+            flat_M = self.positioned_BN.reshape(-1)
+            from_T = cell_RV.gather(1, place_RV.clamp(0, cell_RV.shape[1] - 1)).reshape(-1)
+            taken_M = torch.cat([flat_M, flat_M.new_zeros(1)]).scatter(0, into_T, flat_M[from_T])
+            place_BN = taken_M[:-1].view(B, N)
+        return replace(self, place_BN=place_BN, log_size_BN=log_size_BN)
 
     def column_of(self, index_BK: Tensor) -> Tensor:
         """Column (B, K) at which original positions (B, K) now stand; meaningless for positions that were dropped."""
@@ -247,6 +184,9 @@ class Frame:
             The new frame, and the old column of each new one (B, N'), or None if columns stay. Retained columns keep
             their order and stand at the right: the last token stays last, which `generate` reads. Shorter samples are
             filled on the left.
+
+        Raises:
+            ValueError: no column is left.
         """
         B, N = self.index_BN.shape
         trash_RV = self.cells(rows).masked_fill(~rows.valid_RV, B * N)
@@ -259,16 +199,21 @@ class Frame:
             lost[owner] += before - after
         if hide:
             return replace(self, present_BN=keep_BN, lengths=lengths, shift_BN=shift_BN, lost=lost), None
+        if not max(lengths):
+            raise ValueError(
+                "Nothing but vision tokens stood in this sequence, and none stays; add words to the prompt."
+            )
         local_BN = keep_BN.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
-        present_BN = None if len(set(lengths)) == 1 else keep_BN.gather(1, local_BN)
         frame = Frame(
             self.length,
             self.index_BN.gather(1, local_BN),
             self.base_BN.gather(1, local_BN),
-            present_BN,
+            None if len(set(lengths)) == 1 else keep_BN.gather(1, local_BN),
             lengths,
             shift_BN.gather(1, local_BN),
             lost,
+            None if self.place_BN is None else self.place_BN.gather(1, local_BN),
+            None if self.log_size_BN is None else self.log_size_BN.gather(1, local_BN),
         )
         return frame, local_BN
 

@@ -5,6 +5,7 @@ B samples, N columns, R budget rows, V vision tokens, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from tpcompress.insertion.call import Call
 from tpcompress.insertion.masks import RECURRENT, layer_kind
+from tpcompress.insertion.plan import check_budget
 from tpcompress.insertion.sequence import put_tokens, take
+from tpcompress.insertion.sizes import follow
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views import build_view
 from tpcompress.pruners import Selection, TokenView
@@ -34,35 +37,72 @@ def run_stage(
 
     Returns:
         Hidden states after the stage; the old column of each new one, or None if columns stay; whether anything
-        changed. A budget that keeps everything does not ask the pruner, so that the model is the base bit for bit.
+        changed. A budget that keeps everything does not ask the pruner, so that the model is the base bit for bit;
+        unless the pruner counts for itself. Without a token left, nobody is asked.
+
+    Raises:
+        ValueError: the budget does not fit the pruner, mode `mask` cannot hide from a layer, or nothing is left.
     """
     rows, frame = call.rows, call.frame
     assert rows is not None and frame is not None and call.last_prompt_B is not None
+    pruner: Any = controller.pruners[number]
+    check_budget(pruner, controller.budgets[number])
     counts = [min(controller.budgets[number].count(t), c) for t, c in zip(rows.total, rows.count, strict=True)]
-    if counts == rows.count:
+    if not any(rows.count) or (pruner.exact and counts == rows.count):
         _note(controller, number, call, rows.count, frame.width, None, None)
         return hidden_BND, None, False
-    padding_BN = frame.padding(call.mask_BS)
-    last_B = frame.column_of(call.last_prompt_B[:, None])[:, 0]
-    pruner: Any = controller.pruners[number]
     hide = controller.mode == "mask"
-    view, cell_RV = build_view(controller.parts, pruner, call, hidden_BND, padding_BN, last_B, soft=hide)
-    call.before = call.behind = None  # they hold the queries and keys of a whole layer
-    # Out of mixed precision: the choice must be the one that the exported model makes.
-    with torch.autocast(hidden_BND.device.type, enabled=False):
-        selection = pruner(view, torch.tensor(counts))
+    view, cell_RV, selection, counts = _ask(controller, pruner, call, hidden_BND, counts)
     if selection.vision_BVD is not None:
         hidden_BND = put_tokens(hidden_BND, cell_RV, rows.valid_RV, selection.vision_BVD, rows.ragged)
-    local_BN, cut = None, selection.gate_BV is None
+    # Compact positions follow the order alone.
+    place_RV = selection.place_BV if controller.plan.positions == "original" else None
+    moved = selection.size_BV is not None or place_RV is not None
+    local_BN, cut = None, selection.gate_BV is None and (counts != rows.count or moved)
     if cut:
         if hide:
             _check_hiding(controller, number, frame.width)
-        call.frame, local_BN = frame.cut(rows, selection.keep_BV, counts, hide)
+        if selection.size_BV is not None:
+            follow(controller)
+        call.frame, local_BN = frame.calibrated(rows, selection.size_BV, place_RV).cut(
+            rows, selection.keep_BV, counts, hide
+        )
         call.rows = rows.retain(selection.keep_BV, counts)
         if local_BN is not None:
             hidden_BND = take(hidden_BND, local_BN, 1)
     _note(controller, number, call, rows.count, frame.width, view, selection)
     return hidden_BND, local_BN, cut
+
+
+def _ask(
+    controller: Controller, pruner: Any, call: Call, hidden_BND: Tensor, counts: list[int]
+) -> tuple[TokenView, Tensor, Selection, list[int]]:
+    """The view of a stage, the flat columns (R, V) of its tokens, the pruner's answer, and how many each row keeps.
+
+    `counts` says how many each row should keep. A pruner that is not exact counts for itself, which the host must read.
+    """
+    rows, frame = call.rows, call.frame
+    assert rows is not None and frame is not None and call.last_prompt_B is not None
+    padding_BN = frame.padding(call.mask_BS)
+    last_B = frame.column_of(call.last_prompt_B[:, None])[:, 0]
+    shown, entry = rows.stood_in(), call.entry
+    if shown is not rows:
+        counts = [count if came else 1 for count, came in zip(counts, rows.count, strict=True)]
+        entry = None if entry is None else (entry[0].stood_in(), *entry[1:])
+    looked_at = call if shown is rows else replace(call, rows=shown, entry=entry)
+    soft = controller.mode == "mask"
+    view, cell_RV = build_view(controller.parts, pruner, looked_at, hidden_BND, padding_BN, last_B, soft=soft)
+    call.before = call.behind = None  # they hold the queries and keys of a whole layer
+    # Out of mixed precision: the choice must be the one that the exported model makes.
+    with torch.autocast(hidden_BND.device.type, enabled=False):
+        selection = pruner(view, torch.tensor(counts))
+    if shown is not rows or not pruner.exact:
+        selection = replace(selection, keep_BV=selection.keep_BV & rows.valid_RV)
+    if not pruner.exact:
+        counts = selection.keep_BV.sum(1).cpu().numpy().tolist()
+    elif shown is not rows:
+        counts = [min(count, came) for count, came in zip(counts, rows.count, strict=True)]
+    return view, cell_RV, selection, counts
 
 
 def _check_hiding(controller: Controller, number: int, width: int) -> None:

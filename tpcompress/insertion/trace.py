@@ -24,12 +24,13 @@ class StageTrace:
         stage: index in the plan.
         layer: first decoder layer that sees fewer.
         total: vision tokens of each row out of the projector.
-        vision_in, vision_out: vision tokens of each row before and after.
+        vision_in, vision_out: vision tokens of each row before and after, as many as were really there.
         sequence_in, sequence_out: columns of the batch before and after.
         retained_RV: bool, which of the projector's tokens each row still has.
         owner: sample of each row.
         layouts: how the tokens of each row lie: one image or video, or all of a prompt.
-        view, selection: what the pruner saw and said; None if the budget kept everything and it was not asked.
+        view, selection: what the pruner saw and said; None if it was not asked, because the budget kept everything or
+            nothing was left. A row without tokens among others showed one stand-in.
     """
 
     stage: int
