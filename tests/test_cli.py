@@ -125,7 +125,7 @@ WRONG = {
     "distill": ({"model": {"distill": {"weight": -1}}}, "distill needs weight > 0"),
     "lora": ({"model": {"lora": {"rank": 8}}}, "lora: got an unexpected keyword argument 'rank'"),
     "train": ({"model": {"train": ["head"]}}, "train: unknown part head; choose of vision_tower, projector"),
-    "pruner": ({"model": {"plan": {"pruner": "poool", "keep_tokens": 9}}}, "No pruner 'poool'. Known: dart, divprune"),
+    "pruner": ({"model": {"plan": {"pruner": "poool", "keep_tokens": 9}}}, "No pruner 'poool'. Known: cdpruner, dart"),
     "ratio": ({"model": {"plan": {"pruner": "pool", "keep_ratio": 1.5}}}, "keep_ratio must be in (0, 1], got 1.5"),
     "both budgets": (
         {"model": {"plan": {"pruner": "pool", "keep_ratio": 0.5, "keep_tokens": 9}}},

@@ -23,6 +23,9 @@ NOISE = (
     ".*_pytree.*",
     ".*across ranks is zero.*",
 )
+WIDE = 130
+"""Columns of a terminal that has room for a sentence beside a table."""
+
 console = Console()
 
 
@@ -183,9 +186,13 @@ def pruners(name: str | None = None) -> int:
             grid.add_row(f"[bold]{argument}[/bold]", escape(default))
         console.print(grid)
         return 0
-    table = Table("pruner", "retains", *COLUMNS, title="Pruners", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title="Pruners", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    wide = console.width >= WIDE
+    table.add_column("pruner", no_wrap=True)
+    for column in (*COLUMNS, *(["retains"] if wide else [])):
+        table.add_column(column, no_wrap=column not in ("reads", "retains"), overflow="fold")
     for key, cls in list_pruners().items():
-        table.add_row(key, escape(retains(cls)), *facts(cls()).values())
+        table.add_row(key, *facts(cls()).values(), *([escape(retains(cls))] if wide else []))
     console.print(table)
     console.print("tpcompress pruners NAME shows one in full, with its arguments.")
     return 0
