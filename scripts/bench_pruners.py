@@ -71,6 +71,7 @@ def measure(bench: PrunerBench, settings: dict[str, Any], out: Path | None) -> b
                 bar.update(task, description=step, advance=1)
                 if out:
                     out.write_text(to_json(bench.rows, settings))
+            bar.update(task, description="done", completed=bench.steps)  # some steps were not needed
         except KeyboardInterrupt:
             return False
         finally:
@@ -94,7 +95,7 @@ def show(console: Console, bench: PrunerBench, settings: dict[str, Any], ended: 
     console.print(table)
     console.print(caption(settings, ended))
     slow = above(bench.rows)
-    console.print("Above one layer:" if slow else "No pruner is above one layer.")
+    console.print("Above one layer:" if slow else "No pruner that was timed is above one layer.")
     for row in slow:
         always = "" if min(row.ratios) > 1 else ", not in every round"
         console.print(
@@ -125,7 +126,7 @@ def caption(settings: dict[str, Any], ended: bool) -> str:
     )
     where = ", ".join([settings["dtype"], settings["device"], f"{settings['threads']} thread(s)"])
     end = "" if ended else " Interrupted: what there was until then."
-    return f"{settings['rounds']} interleaved rounds, median and range of their ratios. {where}. {layer}{end}"
+    return f"{settings['rounds']} interleaved round(s), median and range of their ratios. {where}. {layer}{end}"
 
 
 if __name__ == "__main__":
