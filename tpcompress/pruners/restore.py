@@ -29,8 +29,9 @@ class Restore(Composed):
 
     needs  what `pruner` needs.     gives  keep_BV, scores_BV, vision_BVD, place_BV with median, size_BV with
     proportional.
-    From the paper: dropped tokens join their most similar anchor and are averaged; positions of the full sequence
-    instead of renumbered ones, the median for merged tokens; log size; the score of distinctive anchors.
+    From the paper, as summaries of it tell: dropped tokens join their most similar anchor and are averaged; positions
+    of the full sequence instead of renumbered ones, the median for merged tokens; log size; the score of distinctive
+    anchors.
     Ours: with `anchors: 0`, the default, a pruner's own choice serves as the anchors; the share, and that anchors are
     scored among the tokens that the pruner left; `similarity` weights; the earlier of two median tokens; 1-D order for
     the median of a grid.
@@ -58,12 +59,8 @@ class Restore(Composed):
         for argument, given, known in (("weights", weights, WEIGHTS), ("place", place, PLACES)):
             if given not in known:
                 raise ValueError(f"restore has no {argument} '{given}'; choose one of {', '.join(known)}.")
-        part = self.parts[0]
-        if part.merges or part.learned or not part.exact:
-            why = "merges itself" if part.merges else "is trained" if part.learned else "keeps no exact count"
-            raise ValueError(
-                f"restore cannot build on '{part.name}', which {why}; name an exact one that only selects."
-            )
+        self.differentiable = self.parts[0].differentiable
+        self.calibrates = proportional or place == "median"
         self.anchors, self.weights, self.place, self.proportional = anchors, weights, place, proportional
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:

@@ -9,7 +9,7 @@ from tpcompress.pruners.merge import METRICS, bipartite, check_metric, group_siz
 
 
 class ToMe(Pruner):
-    """In rounds: tokens in turn to A and C; a -> argmax_c cos(m_a, m_c); join the r most similar pairs.
+    """In rounds: tokens in turn to A and C (the paper's B); a -> argmax_c cos(m_a, m_c); join the r most similar pairs.
 
     x_c = sum of s_i x_i / sum of s_i over the pair, s_c = sum of s_i: a retained token holds the mean of all that it
     stands for, at its own position. r = min(left - budget, left // 2), so ceil(log2(V / budget)) rounds reach any
