@@ -116,8 +116,7 @@ def quotas(place_BV: Tensor, group_BV: Tensor, valid_BV: Tensor, num_keep_B: Ten
 
     equal          order by (place in the group, place): one token of every group, then a second one, ...; a group that
                    has run out leaves its part to the others, and the last incomplete round goes to the best tokens.
-    proportional   order by ((2 place in the group + 1) / size of the group, place): the divisor method of Webster
-                   (Sainte-Lague), which never asks a group for more than it has.
+    proportional   floor(k n / N) of a group of n of the N tokens, and one more for the largest remainders.
 
     Args:
         place_BV: place of each token in its row, all different, 0 = best.
@@ -130,14 +129,16 @@ def quotas(place_BV: Tensor, group_BV: Tensor, valid_BV: Tensor, num_keep_B: Ten
         Exactly `num_keep` tokens per row, with scores_BV = - place in that order.
     """
     inside_BV, group_BV = place_inside(place_BV, group_BV, valid_BV)
-    if share == "equal":
-        key_BV = inside_BV.masked_fill(~valid_BV, valid_BV.shape[1])
-    else:
+    count_B1, key_BV = on(num_keep_B, inside_BV)[:, None], inside_BV
+    if share == "proportional":
         size_BV = torch.zeros_like(group_BV).scatter_add(1, group_BV, valid_BV.long()).gather(1, group_BV)
-        # Equal fractions divide to equal floats, so a tie is a tie.
-        key_BV = ((2 * inside_BV + 1).double() / size_BV.clamp(min=1)).masked_fill(~valid_BV, torch.inf)
+        total_B1 = valid_BV.sum(1, keepdim=True).clamp(min=1)
+        ahead_BV = inside_BV - count_B1 * size_BV // total_B1  # < 0: surely kept; 0: its group's remainder decides
+        key_BV = torch.where(ahead_BV == 0, total_B1 - count_B1 * size_BV % total_B1, total_B1 + ahead_BV)
+        key_BV = key_BV.masked_fill(ahead_BV < 0, 0)
+    key_BV = key_BV.masked_fill(~valid_BV, torch.iinfo(torch.long).max)
     final_BV = places(key_BV, place_BV)
-    return Selection((final_BV < on(num_keep_B, final_BV)[:, None]) & valid_BV, -final_BV.float())
+    return Selection((final_BV < count_B1) & valid_BV, -final_BV.float())
 
 
 def places(key_BV: Tensor, place_BV: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Quota(Composed):
     `per: tile` and `per: frame` are two words for one thing: the rectangles of a row are the tiles of an image or the
     frames of a video. `per: image` matters under the plan's `scope: prompt`, where one row holds several images.
     `share: equal` differs by at most one token between groups that have enough; `share: proportional` follows the
-    number of tokens (Webster's method, see `quotas`). Unlike a budget per image, the total stays the row's own.
+    number of tokens to within one (see `quotas`). Unlike a budget per image, the total stays the row's own.
 
     needs  what the inner rule needs.     gives  keep_BV, scores_BV = - place in the order of the quotas.
     The inner rule ranks all tokens of the row together: `divprune` still looks at other tiles.

@@ -1,0 +1,476 @@
+"""Pruners made of pruners: windows, quotas, and the dial between importance and uniqueness."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from exact import check
+from support import batch, gradients, make_pruner, make_view, pad_view
+from torch import Tensor
+
+from tpcompress.insertion.attach import attach, mode, record
+from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.pruners import Pruner, Selection, TokenView, create
+from tpcompress.pruners.compose import Composed, place_inside, places, quotas
+from tpcompress.pruners.mix import normalise, unlike_last
+from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.window import windows
+
+D = 16
+INNER = ["fastv", "novelty", "divprune", "dart", "uniform", "random"]
+CONFIGS: list[dict[str, Any]] = [
+    {"type": "window"},
+    {"type": "window", "pruner": {"type": "dart", "vision_pivots": 2}, "rows": 2, "cols": 3},
+    {"type": "quota", "per": "image", "share": "proportional"},
+    {"type": "quota", "pruner": {"type": "window", "pruner": {"type": "novelty"}, "rows": 2}},
+    {"type": "mix"},
+    {"type": "mix", "alpha": 1.0, "uniqueness": {"type": "novelty"}},
+    {"type": "mix", "uniqueness": "last_vision", "norm": "rank", "mode": "scheduled", "alpha": 1.0, "alpha_end": 0.3},
+    {"type": "mix", "importance": {"type": "random", "seed": 3}, "norm": "standard", "mode": "learned"},
+]
+
+
+class Ranks(Pruner):
+    """Scores as given, to see what a combinator does with them."""
+
+    name = "ranks"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores_BV: Tensor = torch.zeros(1, 1)
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        return Selection(keep_topk(self.scores_BV, tokens.valid_BV, num_keep_B), self.scores_BV)
+
+
+def features(B: int, V: int, seed: int = 0) -> Tensor:
+    return torch.randn(B, V, D, generator=torch.Generator().manual_seed(seed))
+
+
+def view_over(pruner: Pruner, grid: tuple[int, int], B: int = 3, **fields: Tensor) -> TokenView:
+    return replace(make_view(pruner, features(B, grid[0] * grid[1]), grid), **fields)
+
+
+def kept_of(keep_V: Tensor) -> set[int]:
+    return set(keep_V.nonzero().flatten().tolist())
+
+
+def tiles_view(sizes: list[tuple[int, int]], left: Tensor | None = None) -> TokenView:
+    """Rectangles on top of each other, as the tiles of an image lie; of a thinned row, what is left."""
+    cells = [
+        (top, r, c, t)
+        for t, (h, w) in enumerate(sizes)
+        for top in [sum(s[0] for s in sizes[:t])]
+        for r in range(h)
+        for c in range(w)
+    ]
+    table = torch.tensor([(top + r, c, t) for top, r, c, t in cells])
+    table = table if left is None else table[left]
+    row, col, tile = table.T[:, None]
+    valid = torch.ones_like(row, dtype=torch.bool)
+    return TokenView(
+        torch.zeros(1, len(table), 2), valid, row, col, tile, tile, (int(row.max()) + 1, int(col.max()) + 1)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+def test_places_sort_by_key_then_place() -> None:
+    g = torch.Generator().manual_seed(0)
+    place = torch.stack([torch.randperm(40, generator=g) for _ in range(3)])
+    key = torch.randint(0, 5, (3, 40), generator=g)
+    found = places(key, place)
+    for b in range(3):
+        order = sorted(range(40), key=lambda v: (int(key[b, v]), int(place[b, v])))
+        assert [int(found[b, v]) for v in order] == list(range(40))
+
+
+def test_place_inside_counts_per_group() -> None:
+    group = torch.tensor([[7, 2, 7, 2, 2, 0, 9]])
+    place = torch.tensor([[3, 5, 0, 1, 2, 4, 6]])
+    valid = torch.tensor([[True] * 6 + [False]])
+    inside, number = place_inside(place, group, valid)
+    assert inside[0, :6].tolist() == [1, 2, 0, 0, 1, 0]
+    assert number.tolist() == [[2, 1, 2, 1, 1, 0, 3]]
+
+
+def shares(sizes: list[int], k: int, share: str) -> list[int]:
+    """Ties go to the earlier group, whose next token is better in the test below."""
+    if share == "proportional":
+        given = [k * size // sum(sizes) for size in sizes]
+        left = sorted(range(len(sizes)), key=lambda g: (-(k * sizes[g] % sum(sizes)), g))[: k - sum(given)]
+        return [n + (g in left) for g, n in enumerate(given)]
+    given = [0] * len(sizes)
+    for _ in range(k):
+        given[min((g for g in range(len(sizes)) if given[g] < sizes[g]), key=lambda g: (given[g], g))] += 1
+    return given
+
+
+@pytest.mark.parametrize("share", ["equal", "proportional"])
+@pytest.mark.parametrize("sizes", [[5], [4, 4, 4], [1, 9, 3], [2, 2, 40, 7, 1], [17, 5]])
+def test_quotas_at_every_budget(share: str, sizes: list[int]) -> None:
+    V = sum(sizes)
+    group = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)])
+    place = torch.arange(V)  # earlier groups are better, so that ties go to them
+    selection = quotas(
+        place.expand(V, V), group.expand(V, V), torch.ones(V, V, dtype=torch.bool), torch.arange(1, V + 1), share
+    )
+    for k in range(1, V + 1):
+        counts = Counter(group[selection.keep_BV[k - 1]].tolist())
+        given = [counts[g] for g in range(len(sizes))]
+        assert given == shares(sizes, k, share)
+        assert sum(given) == k
+        if share == "proportional":
+            assert all(abs(n - k * size / V) < 1 for n, size in zip(given, sizes, strict=True))
+        else:
+            assert all(n >= min(size, k // len(sizes)) for n, size in zip(given, sizes, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- windows
+
+
+def test_windows_cut_each_tile_by_itself() -> None:
+    sizes = [(6, 4), (3, 5), (1, 2)]
+    window = windows(tiles_view(sizes), 2, 2)[0].tolist()
+    cells = [(t, r, c, h, w) for t, (h, w) in enumerate(sizes) for r in range(h) for c in range(w)]
+    assert window == [(t * 2 + r * 2 // h) * 2 + c * 2 // w for t, r, c, h, w in cells]
+    assert Counter(window[:24]) == {0: 6, 1: 6, 2: 6, 3: 6}
+
+
+def test_windows_of_a_thinned_row_number_no_more_tiles_than_tokens() -> None:
+    left = torch.tensor([23, 30, 40])  # the last token of tile 1, and two of tile 2
+    window = windows(tiles_view([(3, 4), (3, 4), (5, 5)], left), 4, 4)[0]
+    assert window[0] < 16 <= window[1] < window[2] < 32
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_one_window_is_the_inner_rule(inner: str) -> None:
+    window, plain = make_pruner({"type": "window", "pruner": inner, "rows": 1, "cols": 1}), make_pruner({"type": inner})
+    view = view_over(window, (5, 7))
+    for k in (1, 6, 20, 35):
+        assert torch.equal(window(view, torch.full((3,), k)).keep_BV, plain(view, torch.full((3,), k)).keep_BV)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (2, 3), (9, 9)])
+def test_window_fastv(rows: int, cols: int) -> None:
+    """As many of each window as of any other, by attention; the last incomplete round by attention, too."""
+    pruner = make_pruner({"type": "window", "rows": rows, "cols": cols})
+    view = view_over(pruner, (8, 6))
+    score = view.attention_BHV.mean(1)
+    for k in (1, 5, 16, 17, 40, 48):
+        keep = pruner(view, torch.full((3,), k)).keep_BV
+        for b in range(3):
+            queues: dict[tuple[int, int], list[int]] = {}
+            for v in sorted(range(48), key=lambda v: (-float(score[b, v]), v)):
+                queues.setdefault((v // 6 * rows // 8, v % 6 * cols // 6), []).append(v)
+            rounds = [[queue[n] for queue in queues.values() if n < len(queue)] for n in range(48)]
+            order = [v for turn in rounds for v in sorted(turn, key=lambda v: (-float(score[b, v]), v))]
+            assert kept_of(keep[b]) == set(order[:k])
+    plain = make_pruner({"type": "fastv"})(view, torch.full((3,), 16)).keep_BV
+    alike = torch.equal(pruner(view, torch.full((3,), 16)).keep_BV, plain)
+    assert alike == (rows == 9), "windows of one token are FastV again"
+
+
+def test_windows_spread_what_attention_heaps_up() -> None:
+    """Attention that rises towards the end of the image: FastV keeps the bottom, Window FastV the whole."""
+    pruner = make_pruner({"type": "window"})
+    view = view_over(pruner, (8, 8), attention_BHV=torch.arange(64.0).expand(3, 4, 64).softmax(-1))
+    counts = torch.full((3,), 16)
+    assert (view.row_BV[make_pruner({"type": "fastv"})(view, counts).keep_BV] >= 6).all()
+    kept = windows(view, 4, 4)[0][pruner(view, counts).keep_BV[0]]
+    assert sorted(kept.tolist()) == list(range(16))
+
+
+# ---------------------------------------------------------------------------------------------------------- quotas
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_a_quota_of_one_group_is_the_inner_rule(inner: str) -> None:
+    for share in ("equal", "proportional"):
+        quota, plain = make_pruner({"type": "quota", "pruner": inner, "share": share}), make_pruner({"type": inner})
+        view = view_over(quota, (5, 7))
+        for k in (1, 6, 20, 35):
+            assert torch.equal(quota(view, torch.full((3,), k)).keep_BV, plain(view, torch.full((3,), k)).keep_BV)
+
+
+@pytest.mark.parametrize(("per", "expected"), [("tile", [4, 4, 4, 4]), ("frame", [4, 4, 4, 4]), ("image", [8, 8])])
+def test_quota_per_group(per: str, expected: list[int]) -> None:
+    tile = torch.tensor([0] * 4 + [1] * 10 + [2] * 10 + [3] * 24).expand(3, -1)
+    image = (tile >= 3).long()
+    pruner = make_pruner({"type": "quota", "per": per})
+    view = view_over(pruner, (8, 6), tile_BV=tile, image_BV=image)
+    group = image if per == "image" else tile
+    for keep, groups in zip(pruner(view, torch.full((3,), 16)).keep_BV, group, strict=True):
+        assert groups[keep].bincount().tolist() == expected
+    shared = make_pruner({"type": "quota", "per": per, "share": "proportional"})
+    for keep, groups in zip(shared(view, torch.full((3,), 24)).keep_BV, group, strict=True):
+        assert groups[keep].bincount().tolist() == [int(n) // 2 for n in groups.bincount()]
+
+
+def test_quota_takes_the_best_of_each_group() -> None:
+    tile = (torch.arange(48) // 12).expand(3, -1)
+    pruner = make_pruner({"type": "quota"})
+    view = view_over(pruner, (8, 6), tile_BV=tile)
+    score, keep = view.attention_BHV.mean(1), pruner(view, torch.full((3,), 20)).keep_BV
+    for b in range(3):
+        for t in range(4):
+            best = score[b, t * 12 : t * 12 + 12].topk(5).indices + t * 12
+            assert kept_of(keep[b] & (tile[b] == t)) == set(best.tolist())
+
+
+# ------------------------------------------------------------------------------------------------------------- mix
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("norm", ["minmax", "rank", "standard"])
+def test_the_ends_of_alpha_are_the_two_rules(inner: str, norm: str) -> None:
+    plain = make_pruner({"type": inner})
+    first = make_pruner({"type": "mix", "importance": inner, "alpha": 1.0, "norm": norm})
+    second = make_pruner({"type": "mix", "uniqueness": inner, "alpha": 0.0, "norm": norm})
+    assert first.needs == second.needs == plain.needs
+    view = view_over(plain, (5, 7))
+    for k in (1, 6, 20, 35):
+        expected = plain(view, torch.full((3,), k)).keep_BV
+        assert torch.equal(first(view, torch.full((3,), k)).keep_BV, expected)
+        assert torch.equal(second(view, torch.full((3,), k)).keep_BV, expected)
+
+
+def test_near_the_ends_the_order_is_that_of_the_rule() -> None:
+    """Without the short cut of the ends: normalising must not turn two scores around."""
+    for norm in ("minmax", "rank", "standard"):
+        near = make_pruner({"type": "mix", "alpha": 1 - 1e-7, "norm": norm})
+        view = view_over(near, (8, 8))
+        expected = make_pruner({"type": "fastv"})(view, torch.tensor([1, 16, 40])).keep_BV
+        assert torch.equal(near(view, torch.tensor([1, 16, 40])).keep_BV, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("uniqueness", ["last_prompt", "last_vision"])
+def test_mix_as_published(alpha: float, uniqueness: str) -> None:
+    pruner = make_pruner({"type": "mix", "alpha": alpha, "uniqueness": uniqueness})
+    view = view_over(pruner, (5, 7))
+    scores = pruner(view, torch.tensor([3, 9, 20])).scores_BV
+    for b in range(3):
+        importance = view.attention_BHV[b].double().mean(0)
+        last = view.text_BSD[b, -1] if uniqueness == "last_prompt" else view.vision_BVD[b, -1]
+        unique = 1 - torch.stack(
+            [torch.cosine_similarity(x.double(), last.double(), dim=0) for x in view.vision_BVD[b]]
+        )
+        ours = [(s - s.min()) / (s.max() - s.min()) for s in (importance, unique)]
+        assert torch.allclose(scores[b].double(), alpha * ours[0] + (1 - alpha) * ours[1], atol=1e-5)
+
+
+def test_the_last_word_is_that_of_the_prompt() -> None:
+    pruner = make_pruner({"type": "mix"})
+    view = view_over(pruner, (5, 7))
+    role = view.text_role_BS.clone()
+    role[1, 8:], role[2] = 0, 0
+    view = replace(view, text_role_BS=role)
+    score = unlike_last(view, "last_prompt")
+    for b, s in ((0, 10), (1, 7)):
+        expected = 1 - torch.cosine_similarity(view.vision_BVD[b], view.text_BSD[b, s][None], dim=-1)
+        assert torch.allclose(score[b], expected, atol=1e-6)
+    assert (score[2] == 1).all(), "no word"
+    padded = unlike_last(pad_view(view, 4, (6, 7)), "last_vision")
+    assert torch.allclose(padded[:, :35], unlike_last(view, "last_vision"))
+
+
+def test_norms() -> None:
+    scores = torch.tensor([[3.0, 1.0, 3.0, -5.0, 99.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
+    valid = torch.tensor([[True] * 4 + [False], [True] * 5])
+    assert torch.allclose(normalise(scores, valid, "minmax")[0, :4], torch.tensor([1.0, 0.75, 1.0, 0.0]))
+    assert torch.allclose(normalise(scores, valid, "rank")[0, :4], torch.tensor([1.0, 1 / 3, 1.0, 0.0]))
+    assert torch.allclose(normalise(scores, valid, "standard")[0, :4].mean(), torch.tensor(0.0), atol=1e-6)
+    assert [normalise(scores, valid, norm)[1].unique().tolist() for norm in ("minmax", "rank", "standard")] == [
+        [0],
+        [1],
+        [0],
+    ]
+    one = torch.tensor([[4.0]])
+    assert all(normalise(one, one > 0, norm).isfinite().all() for norm in ("minmax", "rank", "standard"))
+
+
+def test_scheduled_alpha_follows_progress_and_ends_at_its_end() -> None:
+    pruner = make_pruner({"type": "mix", "mode": "scheduled", "alpha": 1.0, "alpha_end": 0.0})
+    view, counts = view_over(pruner, (5, 7)), torch.tensor([5, 9, 20])
+    fixed = {alpha: make_pruner({"type": "mix", "alpha": alpha})(view, counts).keep_BV for alpha in (1.0, 0.5, 0.0)}
+    assert torch.equal(pruner(view, counts).keep_BV, fixed[0.0]), "outside training it is the end"
+    for progress, alpha in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0), (7.0, 0.0)):
+        pruner.set_progress(progress)
+        assert torch.equal(pruner(view, counts).keep_BV, fixed[alpha])
+
+
+def test_learned_alpha_starts_as_the_fixed_one_and_learns_from_the_gate() -> None:
+    pruner = create({"type": "mix", "mode": "learned", "alpha": 0.3})
+    pruner.build(D)
+    weight = pruner.weight
+    pruner.build(D)
+    assert pruner.weight is weight
+    assert [p.numel() for p in pruner.parameters()] == [1]
+    view, counts = replace(view_over(pruner, (5, 7)), soft=True), torch.tensor([5, 9, 20])
+    fixed = make_pruner({"type": "mix", "alpha": 0.3})(view, counts)
+    assert torch.equal(pruner.eval()(view, counts).keep_BV, fixed.keep_BV)
+    # The gate should open for what is important: alpha rises; for what is unique: it falls.
+    attention = view.attention_BHV.mean(1)
+    for target, rises in ((attention, True), (unlike_last(view, "last_prompt"), False)):
+        learner = create({"type": "mix", "mode": "learned", "alpha": 0.3})
+        learner.build(D)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
+        wanted = normalise(target, view.valid_BV, "standard")
+        for _ in range(20):
+            optimizer.zero_grad()
+            gate = learner.train()(view, counts).gate_BV
+            (-(gate * wanted).mean()).backward()
+            optimizer.step()
+        alpha = float(learner.weight.detach().sigmoid())
+        assert (alpha > 0.35) == rises
+        assert (alpha < 0.25) == (not rises)
+
+
+# ------------------------------------------------------------------------------------------ what all of them promise
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_plans_with_combinators_go_through_yaml(config: dict[str, Any]) -> None:
+    plan = PruningPlan([Stage(config, 2, keep_tokens=9)])
+    again = PruningPlan.from_yaml(plan.to_yaml())
+    assert again.to_dict() == PruningPlan.from_json(plan.to_json()).to_dict() == plan.to_dict()
+    pruner, loaded = plan.stages[0].rule, again.stages[0].rule
+    for p in (pruner, loaded):
+        p.build(D)
+    view = view_over(pruner, (5, 7))
+    counts = torch.tensor([4, 9, 30])
+    expected = pruner(view, counts).keep_BV
+    assert expected.sum(1).tolist() == [4, 9, 30]
+    assert torch.equal(loaded(view, counts).keep_BV, expected)
+    assert torch.equal(copy.deepcopy(pruner)(view, counts).keep_BV, expected)
+
+
+def test_a_part_may_be_a_pruner_a_name_or_a_mapping() -> None:
+    given = [create("novelty"), "novelty", {"type": "novelty"}]
+    configs = [create({"type": "window", "pruner": part}).config() for part in given]
+    assert configs == [{"type": "window", "pruner": {"type": "novelty"}, "rows": 4, "cols": 4}] * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "window", "pruner": "pool"}, "window cannot build on 'pool', which merges tokens; name another"),
+        ({"type": "quota", "pruner": "learned_gate"}, "quota cannot build on 'learned_gate', which learns by gates"),
+        ({"type": "window", "pruner": {"type": "dart", "compat": "llava"}}, "on 'dart', which counts for itself"),
+        ({"type": "mix", "importance": "vtw"}, "mix cannot build on 'vtw', which retains nothing"),
+        ({"type": "window", "pruner": "fastw"}, "No pruner 'fastw'. Known: .* Did you mean fastv?"),
+        ({"type": "window", "pruner": "torch.nn.Linear"}, "outside tpcompress"),
+        ({"type": "mix", "uniqueness": {"type": "torch.nn.Linear"}}, "outside tpcompress"),
+        ({"type": "window", "rows": 0}, "window cuts into rows and cols of at least 1, got 0 x 4"),
+        ({"type": "quota", "per": "video"}, "quota has no group 'video'; choose one of tile, frame, image"),
+        ({"type": "quota", "share": "fair"}, "quota has no share 'fair'; choose one of equal, proportional"),
+        ({"type": "mix", "mode": "free"}, "mix has no mode 'free'"),
+        ({"type": "mix", "norm": "l2"}, "mix has no norm 'l2'"),
+        ({"type": "mix", "alpha": 1.5}, "mix needs alpha and alpha_end in .0, 1., .* got 1.5, 0.5"),
+        ({"type": "mix", "mode": "learned", "alpha": 1.0}, "alpha inside it to be learned; got 1.0"),
+        ({"type": "mix", "temperature_end": 0.0}, "mix needs 0 < temperature_end <= temperature_start"),
+    ],
+)
+def test_refused_values(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        create(config)
+    assert "\n" not in str(error.value)
+
+
+class TowerAt(Pruner):
+    """Reads one layer of the tower."""
+
+    name = "tower_at"
+    layers: ClassVar[tuple[int, ...]]
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tower_cls"})
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        assert tokens.tower_cls_BLHV.shape[1] == 1
+        scores_BV = tokens.tower_cls_BLHV[:, 0].mean(1)
+        return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
+
+
+def test_each_part_gets_its_own_layers_of_the_tower() -> None:
+    pruner = create("mix")
+    both = type(pruner)(TowerAt(3), TowerAt(-2), alpha=0.5)
+    assert both.tower_layers == (3, -2)
+    assert type(pruner)(TowerAt(3), "novelty").tower_layers == (3,), "a rule without a tower asks for no layer of it"
+    assert type(pruner)("fastv", "novelty").tower_layers == (-2,)
+    view = view_over(both, (5, 7))
+    scores = both(view, torch.tensor([3, 4, 5])).scores_BV
+    parts = [normalise(view.tower_cls_BLHV[:, n].mean(1), view.valid_BV, "minmax") for n in (0, 1)]
+    assert torch.allclose(scores, (parts[0] + parts[1]) / 2)
+
+
+def test_what_depends_on_the_prompt() -> None:
+    depends = {
+        str(config): create(config).prompt_dependent
+        for config in (
+            {"type": "window"},
+            {"type": "window", "pruner": "novelty"},
+            {"type": "mix", "importance": "novelty", "uniqueness": "last_prompt"},
+            {"type": "mix", "importance": "novelty", "uniqueness": "last_vision"},
+        )
+    }
+    assert list(depends.values()) == [True, False, True, False]
+
+
+def test_parts_are_told_of_width_and_progress() -> None:
+    class Told(Ranks):
+        heard: ClassVar[list[Any]] = []
+
+        def build(self, hidden_size: int) -> None:
+            self.heard.append(hidden_size)
+
+        def set_progress(self, progress: float) -> None:
+            self.heard.append(progress)
+
+    for pruner in (type(create("window"))(Told()), type(create("mix"))(Told())):
+        pruner.build(D)
+        pruner.set_progress(0.25)
+    assert Told.heard == [D, 0.25, D, 0.25]
+    assert isinstance(create("window"), Composed)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("scope", ["image", "prompt"])
+def test_inside_a_model(model: Any, base: Any, config: dict[str, Any], scope: str) -> None:
+    plan = PruningPlan([Stage(config, 2, keep_tokens=13)], scope=scope)
+    check(model, base, plan, batch([(5, 1, 7), (3, 2, 8)]))
+
+
+def test_images_of_a_prompt_share_its_budget_equally(model: Any) -> None:
+    attach(model, PruningPlan([Stage({"type": "quota", "per": "image"}, 2, keep_tokens=21)], scope="prompt"))
+    with record(model) as trace, torch.no_grad():
+        model(**batch([(3, 3, 8)]))
+    stage = trace.stages[0]
+    assert stage.view.image_BV[0][stage.retained_RV[0]].bincount().tolist() == [7, 7, 7]
+
+
+def test_alpha_is_trained_inside_a_model(model: Any) -> None:
+    attach(model, PruningPlan([Stage({"type": "mix", "mode": "learned"}, 2, keep_tokens=9)]))
+    inputs = batch([(5, 1, 7), (3, 1, 8)])
+    model.train()
+    with mode(model, "mask"):
+        model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] > 90, -100)).loss.backward()
+    found = {name: g for name, g in gradients(model).items() if "token_pruners" in name}
+    assert len(found) == 1
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in found.values())
