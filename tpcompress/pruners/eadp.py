@@ -15,7 +15,7 @@ SPACES = ("text", "joint")
 
 
 class EADP(Pruner):
-    """Greedy argmax_u sum_j w_j max(0, s(u, j) - c_j), with c_j = max_{k in S} s(k, j), at first 0.
+    """Greedy argmax_u sum_j w_j max(0, s(u, j) - c_j), with c_j = max(0, max_{k in S} s(k, j)).
 
     s = (1 + cosine of the tokens) / 2; w = smooth(stretch(mu g + (1 - mu) d))^beta: demand is where the words point.
     c_ij = cosine of word i and token j, p_i = softmax_j(c_ij / tau), h_i = entropy of p_i: high for words that point

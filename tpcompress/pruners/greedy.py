@@ -92,7 +92,7 @@ def stretch(scores_BV: Tensor, valid_BV: Tensor, least: float = 1e-6) -> Tensor:
 
 
 class Coverage(Criterion):
-    """Facility location: gain(u) = w_u sum_j m_j max(0, s(u, j) - c_j), where c_j = max over the picks k of s(k, j).
+    """Facility location: gain(u) = w_u sum_j m_j max(0, s(u, j) - c_j), c_j = max(start, max over picks k of s(k, j)).
 
     On an accelerator every pick looks at all gains: a fixed number of steps, and no wait. In the host's memory it is
     lazy: gains only fall, so one from an earlier pick is a bound on today's, and a token whose fresh gain beats every
@@ -104,7 +104,7 @@ class Coverage(Criterion):
         similar_BVV: symmetric similarity (B, V, V).
         demand_BV: how much it matters to cover a token, m >= 0; 0 on padding.
         weight_BV: how much a candidate counts, w >= 0; 1 without it.
-        start: c_j before the first pick.
+        start: how well every token counts as covered without any pick.
         lazy: whether bounds are used; without it, where they pay off and the host can read them without waiting.
     """
 

@@ -13,7 +13,7 @@ FEATURES = ("tower", "tokens")
 
 
 class SCOPE(Pruner):
-    """Greedy argmax_i a_i^alpha sum_j max(0, s(i, j) - c_j), with c_j = max_{k in S} s(k, j), at first 0.
+    """Greedy argmax_i a_i^alpha sum_j max(0, s(i, j) - c_j), with c_j = max(0, max_{k in S} s(k, j)).
 
     s = cosine of the tower's features (`feature: tower`; `tokens` = of the vision tokens themselves, for models whose
     tower cannot be followed); a = saliency, the mean attention that a token gets from the class token
