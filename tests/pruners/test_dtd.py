@@ -9,9 +9,10 @@ import torch
 from support import batch, make_view, pad_view, tiny_model, view_rows
 from torch import Tensor
 
-from tpcompress.families import Layout, list_families
+from tpcompress.families import Layout, resolve
 from tpcompress.families.layout import Grid
 from tpcompress.insertion.attach import attach, record
+from tpcompress.insertion.offers import missing
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.dtd import cell_before, change
@@ -181,10 +182,27 @@ def test_refusals_say_what_is_possible(arguments: dict[str, Any], words: str) ->
         create({"type": "dtd", **arguments})
 
 
+@pytest.mark.parametrize("level", ["feature", "pixel"])
+def test_a_still_video_with_one_cut_keeps_both_scenes_first_frames(level: str) -> None:
+    family = "llava_next_video"
+    inputs = batch([(4, ["video"], 3)], family=family)
+    frames = inputs["pixel_values_videos"]
+    frames[:, 1:6], frames[:, 7:] = frames[:, :1], frames[:, 6:7]
+    model = attach(tiny_model(family), PruningPlan([Stage({"type": "dtd", "level": level}, 0, keep_tokens=8)]))
+    with record(model) as trace, torch.no_grad():
+        model(**inputs)
+    assert chosen(trace.stages[0].retained_RV[0]) == {*range(4), *range(24, 28)}
+
+
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "video_llava", "llava_next_video"])
-@pytest.mark.parametrize("arguments", [{}, {"threshold": 0.8}], ids=["budget", "threshold"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"threshold": 0.8}, {"level": "pixel"}], ids=["budget", "threshold", "pixel"]
+)
 def test_videos_of_a_model(family: str, arguments: dict[str, Any]) -> None:
-    assert "video" in list_families()[family].tiny.kinds
+    level = arguments.get("level", "feature")
+    if missing(resolve(tiny_model(family)), create({"type": "dtd", **arguments}), 0):
+        assert (family, level) == ("video_llava", "pixel"), "whose class token has no pixels"
+        return
     inputs = batch([(4, ["video"], 3), (3, ["video", "image"], 2)], family=family)
     plan = PruningPlan([Stage("random", 0, keep_ratio=0.8), Stage({"type": "dtd", **arguments}, 2, keep_ratio=0.4)])
     whole = PruningPlan([Stage({"type": "dtd", **arguments}, 0, keep_ratio=0.4)])
@@ -202,13 +220,14 @@ def test_videos_of_a_model(family: str, arguments: dict[str, Any]) -> None:
             for v in tokens.tolist():
                 _, row, col, tile = table[v].tolist()
                 cells.append((0, tile, row - sum(grid.rows for grid in layouts[0].grids[:tile]), col))
-            changes = naive_changes(note.view.vision_BVD[r], cells)
+            seen = note.view.vision_BVD if level == "feature" else note.view.pixels_BVC
+            changes = naive_changes(seen[r], cells, level)
             if not layouts[0].video and len(layouts[0].grids) > 1:
                 continue  # tiles of other sizes are no frames
             kept = note.vision_out[r]
             expected = (
                 {v for v, value in enumerate(changes) if value is None or value >= 0.2}
-                if arguments
+                if "threshold" in arguments
                 else naive_keep(changes, kept)
             )
             assert chosen(note.retained_RV[r]) == {int(tokens[v]) for v in expected}
