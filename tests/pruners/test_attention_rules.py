@@ -502,6 +502,18 @@ def test_sparsevlm_stages_equal_the_reference(model: Any, base: Any, config: dic
     check(model, base, PruningPlan(stages, positions=positions), batch([(5, 2, 7), (9, 2, 8)]))
 
 
+def test_official_counts_in_a_model(model: Any, base: Any) -> None:
+    """30 by rank and 2 recycled of 64; then 11 by rank and 1 recycled of these 32."""
+    stages = [Stage(RECYCLES | {"compat": True}, layer, keep_tokens=k) for layer, k in ((2, 30), (4, 11))]
+    plan = PruningPlan(stages, positions="compact")
+    check(model, base, plan, batch([(5, 2, 7), (9, 2, 8)]))
+    detach(model)
+    attach(model, plan)
+    with record(model) as trace, torch.no_grad():
+        model(**batch(SAMPLES))
+    assert [stage.vision_out for stage in trace.stages] == [[32] * 3, [12] * 3]
+
+
 def test_raters_do_not_change_from_stage_to_stage(model: Any) -> None:
     plan = PruningPlan([Stage(dict(RECYCLES), layer, keep_tokens=k) for layer, k in ((2, 30), (4, 11))])
     attach(model, plan)
