@@ -20,8 +20,8 @@ class ToMe(Pruner):
     which a dropped token was merged; 3 for retained ones.
     Paper: keys, proportional attention; here `features` are the default, which every family has.
     Cost: a product of V/2 x V/2 in the first round, a quarter in each one after it.
-    A mean is closer to everything than its members are: tokens that share a mean and form no clusters, as random numbers
-    do, end up in one large group.
+    A mean is closer to everything than its members are: tokens that share a mean and form no clusters, as random
+    numbers do, end up in one large group.
     Unlike the official code: all at once at the stage, where it merges r tokens between attention and MLP of every
     tower layer and has new keys in each; a merged token's metric is the size-weighted mean instead. Tokens stay in the
     order of their positions (there those of A first, then those of C, so that its next round deals them otherwise).
