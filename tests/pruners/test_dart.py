@@ -271,6 +271,13 @@ def test_inside_a_model(model: Any, base: Any, config: dict[str, Any]) -> None:
     check(model, base, plan, batch([(5, 1, 7), (3, 2, 8)]))
 
 
+def test_before_the_language_model(model: Any, base: Any) -> None:
+    config = {"type": "dart", "pivot": "hidden_norm", "norm_power": 1, "words": "prompt"}
+    check(model, base, PruningPlan([Stage(config, 0, keep_ratio=0.75)]), batch([(5, 1, 7), (3, 2, 8)]))
+    with pytest.raises(ValueError, match="Pruner 'dart' needs keys of the layer before, which does not exist"):
+        attach(base, PruningPlan([Stage("dart", 0, keep_ratio=0.75)]))
+
+
 def test_the_model_shows_what_the_formula_reads(model: Any) -> None:
     """Keys, normed states and words of a real prefill give the tokens that the slow version takes."""
     pruner = create({"type": "dart"})

@@ -33,7 +33,7 @@ class Composed(Pruner):
     A part is given as a pruner, its name, or `{"type": name, **arguments}`; one from outside this package as a pruner.
 
     Raises:
-        ValueError: a part retains nothing; or, where parts must only rank, it merges, learns or counts for itself.
+        ValueError: a part is a dotted path, or retains nothing; or, where parts must only rank, it merges, learns or counts for itself.
     """
 
     part_names: tuple[str, ...] = ("pruner",)
@@ -43,8 +43,13 @@ class Composed(Pruner):
     def __init__(self, **parts: Pruner | str | dict[str, Any]) -> None:
         super().__init__()
         for argument, given in parts.items():
-            # A dotted path may come from a checkpoint that its user does not trust: it must not import here.
-            part = create(given, allow_outside=False)
+            path = given.get("type") if isinstance(given, dict) else given
+            if isinstance(path, str) and "." in path:
+                # It may come from a checkpoint that its user does not trust: it must not import here.
+                raise ValueError(
+                    f"{self.name} does not import '{path}' from outside tpcompress; make that pruner and pass it."
+                )
+            part = create(given)
             reasons = {"retains nothing": part.withdraws}
             if self.only_rank:
                 reasons |= {
