@@ -33,7 +33,8 @@ class Composed(Pruner):
     A part is given as a pruner, its name, or `{"type": name, **arguments}`; one from outside this package as a pruner.
 
     Raises:
-        ValueError: a part is a dotted path, or retains nothing; or, where parts must only rank, it merges, learns or counts for itself.
+        ValueError: a part is a dotted path or retains nothing; or, where parts must only rank, it merges, learns or
+            counts for itself.
     """
 
     part_names: tuple[str, ...] = ("pruner",)
