@@ -232,7 +232,9 @@ class Run:
 
     def _path(self, what: str, arm: str, pruner: str | None, keep: float | None, layer: int, seed: int) -> Path:
         """Of the scores of a row, or of its retention map."""
-        return self.folder / what / f"{arm}-{pruner or 'dense'}-l{layer}-{keep or 'all'}-seed{seed}.npz"
+        return (
+            self.folder / what / f"{arm}-{pruner or 'dense'}-l{layer}-{'all' if keep is None else keep}-seed{seed}.npz"
+        )
 
     def _evaluate(self, model: nn.Module, blank: bool = False, bias: PositionBias | None = None) -> Scores:
         one_by_one = is_attached(model) and plan_of(model).reads_prompt

@@ -22,11 +22,13 @@ class FreeArm:
     Attributes:
         pruner: its name, or `{type: name, ...arguments}`.
         layer: first decoder layer that sees fewer tokens.
+        budgets: budgets to run it at; default: the comparison's. 0 is for a pruner that withdraws (vtw).
         seeds: one row per seed, for pruners that take one.
     """
 
     pruner: Any
     layer: int = 0
+    budgets: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
 
 
@@ -128,10 +130,11 @@ def run_arms(comparison: Comparison, run: Run) -> None:
     run.dense()
     for value in comparison.budgets if comparison.downsample else ():
         run.downsampled(budget_of(value))  # early: a family that cannot do it says so before hours of other rows
-    for value in comparison.budgets:
-        for arm in comparison.training_free:
-            for seed in arm.seeds or (None,):
-                run.training_free(arm.pruner, arm.layer, budget_of(value), seed)
+    shared = [(arm, value) for value in comparison.budgets for arm in comparison.training_free if not arm.budgets]
+    own = [(arm, value) for arm in comparison.training_free for value in arm.budgets]
+    for arm, value in shared + own:
+        for seed in arm.seeds or (None,):
+            run.training_free(arm.pruner, arm.layer, budget_of(value), seed)
     trained = [(a, budget_of(v)) for a in comparison.training_aware for v in a.budgets or comparison.budgets[:1]]
     if comparison.control:
         run.control(comparison.control, [(aware.recipe, budget) for aware, budget in trained])

@@ -91,7 +91,7 @@ def _curves(report: Report) -> Curves:
 
     def put(arm: str, row: Row, score: float | None, ci95: float | None) -> None:
         pruner = "smaller picture" if row.arm == "downsample" else row.pruner
-        if pruner is not None and row.retained_tokens is not None and score is not None:
+        if pruner is not None and row.retained_tokens and score is not None:  # none has no place on the axis
             name = f"{pruner} @ layer {row.layer}" if row.layer else pruner
             points = groups.setdefault((arm, name), {})
             points.setdefault(row.retained_tokens, []).append((score, ci95 or 0.0))

@@ -44,4 +44,4 @@ def key_of(plan: PruningPlan | None) -> tuple[str | None, int, float | None]:
     if plan is None:
         return None, 0, None
     stage = plan.stages[-1]
-    return stage.rule.name, stage.layer, stage.keep_tokens or stage.keep_ratio
+    return stage.rule.name, stage.layer, stage.keep_ratio if stage.keep_tokens is None else stage.keep_tokens
