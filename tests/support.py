@@ -25,10 +25,24 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "learned_gate": [{"condition": "question"}, {"reserve": 3}, {"condition": "question", "reserve": 4, "width": 8}],
     "random": [{"seed": 7}, {"resample": True}],
+    "tome": [{"metric": "keys"}, {"proportional": False}],
+    "tofu": [{"mode": "prune"}, {"metric": "keys", "proportional": False}],
+    "merged": [
+        {"weights": "similarity", "proportional": True},
+        {"metric": "keys", "pruner": {"type": "random", "seed": 3, "resample": False}},
+    ],
+    "restore": [
+        {"weights": "similarity", "place": "own", "proportional": False},
+        {"anchors": 0.25},
+        {"anchors": 0.9, "pruner": {"type": "random", "seed": 3, "resample": False}},
+    ],
+    "dtd": [{"level": "pixel"}],
 }
 """Arguments worth testing beside the defaults. Every registered pruner is tested with its defaults in any case."""
 
-INEXACT: dict[str, list[dict[str, Any]]] = {}
+INEXACT: dict[str, list[dict[str, Any]]] = {
+    "dtd": [{"threshold": 0.5}, {"level": "pixel", "threshold": 0.3}],
+}
 """Arguments with which a pruner counts for itself: adaptive thresholds, and counts of official code."""
 
 

@@ -80,10 +80,11 @@ def test_asked_for_more_than_there_is_keeps_what_there_is(config: dict[str, Any]
     pruner = make_pruner(config)
     view = pad_view(make_view(pruner, features(2, 7), GRIDS[7]), 5, (2, 7))
     with torch.no_grad():
-        selection = pruner(view, torch.tensor([12, 12]))
-    assert not selection.keep_BV[:, 7:].any()
-    if pruner.exact:
-        assert selection.keep_BV[:, :7].all()
+        for asked in (12, 20):
+            selection = pruner(view, torch.tensor([asked, asked]))
+            assert not selection.keep_BV[:, 7:].any()
+            if pruner.exact:
+                assert selection.keep_BV[:, :7].all()
 
 
 @every_rule

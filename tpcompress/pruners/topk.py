@@ -80,7 +80,7 @@ def grid_cells(row_BV: Tensor, col_BV: Tensor, valid_BV: Tensor, num_keep_B: Ten
 
     A grid of h x w is cut into r horizontal bands, r near sqrt(k h / w); band j gets floor((j+1) k/r) - floor(j k/r)
     cells of near-equal width. Tokens that do not fill a grid (an earlier stage thinned them) are cut into runs of
-    their order instead: there the grid is 1 x n.
+    their order instead: there the grid is 1 x n. Asked for more cells than it has tokens, a row has one for each.
 
     Returns:
         int64 (B, V): the cell of each token, 0 to `num_keep` - 1.
@@ -92,7 +92,7 @@ def grid_cells(row_BV: Tensor, col_BV: Tensor, valid_BV: Tensor, num_keep_B: Ten
     rows_B1, cols_B1 = torch.where(full_B1, rows_B1, 1), torch.where(full_B1, cols_B1, count_B1).clamp(min=1)
     order_BV = valid_BV.cumsum(1) - 1
     row_BV, col_BV = torch.where(full_B1, row_BV, 0), torch.where(full_B1, col_BV, order_BV)
-    k_B1 = on(num_keep_B, row_BV)[:, None].clamp(min=1)
+    k_B1 = on(num_keep_B, row_BV)[:, None].minimum(count_B1).clamp(min=1)
     bands_B1 = (k_B1 * rows_B1 / cols_B1).sqrt().round().long()
     bands_B1 = bands_B1.maximum(-(-k_B1 // cols_B1)).minimum(rows_B1.minimum(k_B1)).clamp(min=1)
     band_BV = row_BV * bands_B1 // rows_B1
