@@ -78,17 +78,11 @@ class Mix(Composed):
 
     @property
     def needs(self) -> frozenset[str]:
-        ends = {self.alpha} | ({self.alpha_end} if self.mode == "scheduled" else set())
-        needs: set[str] = set()
-        for name, unused in (("importance", {0}), ("uniqueness", {1})):
-            if ends != unused:
-                rule = self._rule(name)
-                needs |= rule.needs if isinstance(rule, Pruner) else VIEWS[rule]
-        return frozenset(needs)
+        return frozenset().union(*(rule.needs if isinstance(rule, Pruner) else VIEWS[rule] for rule in self._used()))
 
     @property
     def prompt_dependent(self) -> bool:
-        return super().prompt_dependent or "text" in self.needs
+        return any(rule.prompt_dependent if isinstance(rule, Pruner) else bool(VIEWS[rule]) for rule in self._used())
 
     @property
     def learned(self) -> bool:
@@ -122,6 +116,11 @@ class Mix(Composed):
     def _rule(self, name: str) -> Pruner | str:
         rule: Pruner | str = getattr(self, name)
         return rule
+
+    def _used(self) -> list[Pruner | str]:
+        """The rules that some alpha on the way gives a weight."""
+        ends = {self.alpha} | ({self.alpha_end} if self.mode == "scheduled" else set())
+        return [self._rule(name) for name, never in (("importance", {0}), ("uniqueness", {1})) if ends != never]
 
     def _alpha_now(self) -> float:
         if self.mode == "fixed":
