@@ -172,5 +172,11 @@ def nearest(keys_BVC: Tensor, index_BK: Tensor, valid_BV: Tensor, num: int) -> T
     token_V = torch.arange(keys_BVC.shape[1], device=keys_BVC.device)
     other_BKV = valid_BV[:, None] & (token_V != index_BK[..., None])
     cosine_BKV = (take(unit_BVC, index_BK) @ unit_BVC.mT).masked_fill(~other_BKV, -torch.inf)
-    best_BKN = cosine_BKV.argsort(dim=-1, descending=True, stable=True)[..., :num]
-    return torch.zeros_like(other_BKV).scatter(-1, best_BKN, True) & other_BKV
+    num = min(num, keys_BVC.shape[1])
+    if num == 0:
+        return torch.zeros_like(other_BKV)
+    # The value of the last one in, as a sort of every row would cost most of the time.
+    last_BK1 = cosine_BKV.topk(num, dim=-1).values[..., -1:]
+    over_BKV, tied_BKV = cosine_BKV > last_BK1, cosine_BKV == last_BK1
+    room_BK1 = num - over_BKV.sum(-1, keepdim=True)
+    return (over_BKV | (tied_BKV & (tied_BKV.cumsum(-1) <= room_BK1))) & other_BKV

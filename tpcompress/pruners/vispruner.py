@@ -1,6 +1,6 @@
 """VisPruner: retain attended patches, and of the rest those that duplicate others least (arXiv 2412.01818, section 4).
 
-B rows, V tokens, N tokens left in the longest row, C width of the tower.
+B rows, V tokens, C width of the tower.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.saliency import SOURCES, check_share, check_source, in_tiers, saliency, slots
+from tpcompress.pruners.saliency import SOURCES, check_share, check_source, in_tiers, saliency
 from tpcompress.pruners.topk import keep_topk, on
 
 
@@ -23,7 +23,7 @@ class VisPruner(Pruner):
 
     needs  tower_features, and tower_cls or tower_received (`attention`).     gives  keep_BV, scores_BV = (round of the
     deletion, attention).
-    Paper: half of the budget by attention, 8 per round. Cost: one V x V Gram matrix, (V - T) / 8 rounds of V^2 / 4.
+    Paper: half of the budget by attention, 8 per round. Cost: one V x V Gram matrix, (V - T) / 8 rounds of V x V.
     Unlike the official code: any number of tokens and any budget (there an odd rest is an error), a batch of different
     sizes, the important tokens are floor(T important), one at least unless `important` is 0, order of the sequence in
     each new round.
@@ -72,31 +72,26 @@ def spare(features_BVC: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Te
         int64 (B, V), the round of the deletion counted from 0, and the number of rounds, which is what the tokens have
         that outlive all. A round deletes min(`step`, what is too many, the first set) tokens; ties: the later ones.
     """
-    V = rest_BV.shape[1]
-    lengths = _lengths(V, first_B, num_keep_B, step)
+    rounds = _rounds(rest_BV.shape[1], first_B, num_keep_B, step)
     unit_BVC = F.normalize(features_BVC.float(), dim=-1)
     cosine_BVV = unit_BVC @ unit_BVC.mT
     goal_B, left_BV, spared_BV = on(num_keep_B - first_B, features_BVC), rest_BV, torch.zeros_like(rest_BV).long()
-    for length in lengths:
-        index_BN, exists_BN = slots(left_BV, length)
-        a_BN, b_BN, real_BN, other_BN = index_BN[:, ::2], index_BN[:, 1::2], exists_BN[:, ::2], exists_BN[:, 1::2]
-        cosine_BNV = cosine_BVV.gather(1, a_BN[..., None].expand(-1, -1, V))
-        cosine_BNN = cosine_BNV.gather(2, b_BN[:, None].expand(-1, a_BN.shape[1], -1))
-        # Without a second set nothing is duplicated: the floor, which a row of one token meets.
-        dup_BN = F.pad(cosine_BNN.masked_fill(~other_BN[:, None], -2.0), (0, 1), value=-2.0).amax(-1)
-        size_B = real_BN.sum(1)
+    for _ in range(rounds):
+        second_BV = left_BV & (left_BV.cumsum(1) % 2 == 0)
+        first_BV = left_BV & ~second_BV
+        # A cosine is at least -1, so a shift by 4 hides what is not in the second set.
+        dup_BV = (cosine_BVV + torch.where(second_BV, 0.0, -4.0)[:, None]).amax(-1)
+        size_B = first_BV.sum(1)
         many_B = (left_BV.sum(1) - goal_B).clamp(min=0, max=step).minimum(size_B)
-        deleted_BN = real_BN & ~keep_topk(-dup_BN, real_BN, size_B - many_B)
-        left_BV = left_BV & ~torch.zeros_like(left_BV).scatter(1, a_BN, deleted_BN)
+        left_BV = second_BV | keep_topk(-dup_BV, first_BV, size_B - many_B)
         spared_BV = spared_BV + left_BV
-    return spared_BV, len(lengths)
+    return spared_BV, rounds
 
 
-def _lengths(V: int, first_B: Tensor, num_keep_B: Tensor, step: int) -> list[int]:
-    """Tokens left before each round in the longest row that V allows: no row needs more rounds, or more places."""
-    left_B, lengths = (V - first_B).clamp(min=0), []
-    goal_B = num_keep_B - first_B
+def _rounds(V: int, first_B: Tensor, num_keep_B: Tensor, step: int) -> int:
+    """Rounds of the longest row that V allows: a row of fewer tokens needs no more."""
+    left_B, goal_B, rounds = (V - first_B).clamp(min=0), num_keep_B - first_B, 0
     while bool((left_B > goal_B).any()):
-        lengths.append(int(left_B.max()))
         left_B = (left_B - step).maximum(left_B // 2).maximum(goal_B).minimum(left_B)
-    return lengths
+        rounds += 1
+    return rounds
