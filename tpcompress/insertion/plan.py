@@ -250,25 +250,29 @@ class PruningPlan:
         return cls.from_yaml(Path(path).read_text())
 
 
-def _check_inside(config: Any) -> None:
+def _check_inside(config: Any, builds: bool = True) -> None:
     """See that no class from elsewhere is named, at any depth, before anything is created.
+
+    Args:
+        config: a pruner, or an argument of one.
+        builds: whether a word may name a pruner here: arguments of one that is made of others. A mapping with `type`
+            does so anywhere.
 
     Raises:
         ValueError: one is.
     """
-    if isinstance(config, list | tuple):
-        for part in config:
-            _check_inside(part)
-        return
     if isinstance(config, str):
-        pruner_class(config, allow_outside=False)
-    if not isinstance(config, dict):
-        return
-    # A word says what it is by its argument only; a mapping with `type` is a pruner wherever it stands.
-    cls = pruner_class(str(config["type"]), allow_outside=False) if "type" in config else None
-    for name, value in config.items():
-        if name in getattr(cls, "part_names", ()) or isinstance(value, dict | list | tuple):
-            _check_inside(value)
+        if builds and "." in config:
+            pruner_class(config, allow_outside=False)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            _check_inside(value, builds)
+    elif isinstance(config, dict):
+        if "type" in config:
+            builds = hasattr(pruner_class(str(config["type"]), allow_outside=False), "part_names")
+        for name, value in config.items():
+            if name != "type":
+                _check_inside(value, builds)
 
 
 def _no_other_keys(values: dict[str, Any], known: tuple[str, ...], what: str) -> None:
