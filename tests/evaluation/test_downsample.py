@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 from support import tiny_model
+from transformers import CLIPImageProcessorPil
 
 from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator, PromptCollator
@@ -90,6 +91,26 @@ def test_a_plan_prunes_what_a_smaller_picture_has(vqa, processor, rows):
             vqa(**batch)
     assert (trace.stages[0].vision_in, trace.stages[0].vision_out) == ([16, 16], [5, 5])
     detach(vqa)
+
+
+def test_a_tower_without_a_class_token():
+    model = tiny_model("llava", "siglip_vision_model")
+    token, pictures = resolve(model).placeholder_ids["image"], CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )  # fmt: skip
+
+    class Processor(SimpleNamespace):
+        image_token = "<image>"
+
+        def __call__(self, text, images, return_tensors):
+            made = dict(self.image_processor(images=images, return_tensors=return_tensors))
+            count = made["pixel_values"].shape[-1] * made["pixel_values"].shape[-2] // 16
+            return made | {"input_ids": torch.full((1, count), token)}
+
+    with downsampled(model, Processor(image_processor=pictures), 20) as smaller:
+        made = smaller.processor(text=["<image>"], images=[Image.new("RGB", (50, 40))], return_tensors="pt")
+        assert smaller.grid == (5, 4)
+        assert model(**made).logits.shape[1] == 20
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
