@@ -21,8 +21,8 @@ class HiPrune(Pruner):
 
     needs  tower_received in layers (object_layer, -2).
     gives  keep_BV, scores_BV = (anchor, neighbour or neither; g of the deep layer).
-    Paper: alpha 0.1 and layer 9 of CLIP's 24; towers of fewer layers need another `object_layer` (the deeper end of the
-    first half), and are refused before anything runs. Cost: attention maps of two layers of the tower; A x V.
+    Paper: alpha 0.1 and layer 9 of CLIP's 24; a tower of 9 layers or fewer needs another `object_layer` and is refused
+    before anything runs. Cost: attention maps of two layers of the tower; A x V.
     Unlike the official code: neighbours end at the edge of the grid, also behind an earlier stage; a batch of images of
     any shape. `compat` takes those at -1, +1 and one grid row before and behind in the sequence, which continue in the
     next grid row at an edge, and the first and last token where there is none.

@@ -24,6 +24,7 @@ class HoloV(Pruner):
     needs  tower_features, and tower_cls or tower_received (`attention`).
     gives  keep_BV, scores_BV = (kept, attention).
     Paper: 16 crops, alpha 1e3, beta 0.09 on LLaVA-1.5; layer -2. Cost: V x M cosines, P rounds over B x P numbers.
+    Stated neither by the paper nor by what is known of its code: s is of the row, a token is not compared with itself.
     Unlike the official code: any number of tokens (runs of ceil or floor of V / P), and a crop that got more than it
     holds passes the rest on to the others by the same rule until all is taken (there such places stay empty: zero
     vectors); ascending order (there by attention inside a crop). `compat` passes nothing on: less than T tokens.

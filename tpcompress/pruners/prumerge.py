@@ -27,10 +27,10 @@ from tpcompress.pruners.topk import keep_topk, on
 class PruMerge(Pruner):
     """a = softmax(q_class K^T / sqrt(Hd)), one head over all channels, in the tower's last layer; keep the top of a.
 
-    A kept token becomes h_v + sum of a_n h_n over the `neighbours` tokens n of nearest key (cosine), and one token more
-    becomes sum of a_n h_n over all that were not kept. It takes the slot of the best of these, so T - 1 tokens are kept
-    as themselves. With `plus`, only floor of (1 - `uniform`) of these by attention, and the others at even distances
-    over the rest. Where the budget holds all tokens none changes.
+    A kept token becomes h_v + sum of a_n h_n over the `neighbours` other tokens n of nearest key (cosine), kept ones
+    among them, and one token more becomes sum of a_n h_n over all that were not kept. It takes the slot of the best of
+    these, so T - 1 tokens are kept as themselves; with `plus`, floor((T - 1) `uniform`) of them stand at even distances
+    over what attention left. Where the budget holds all tokens none changes.
 
     `adaptive`: the tokens above Q3 + 1.5 (Q3 - Q1) of a in their row are kept, and with `plus` every s-th token, s a
     third of the row's tokens per outlier; their number is not the budget's.
@@ -38,8 +38,9 @@ class PruMerge(Pruner):
     needs  tower_keys, tower_cls_query or tower_received (`attention`), projector with `merge_at: features`.
     gives  keep_BV, scores_BV = (kept, slot of the rest or dropped; attention), vision_BVD.
     Paper: adaptive, 32 tokens of 576 on average, 144 with `plus` (1 by attention to 3 uniform ones), 32 neighbours,
-    merging what the projector is given; new values are projector(merged). `merge_at: tokens` merges after the projector
-    (see VisionZip); `attention: received` is for towers without a class token.
+    merging what the projector is given; new values are projector(merged). Its listing has the sum alone and the product
+    of keys; h_v + sum and the cosine are the official code's. `merge_at: tokens` merges after the projector (see
+    VisionZip); `attention: received` is for towers without a class token.
     Cost: V cosines per kept token. Unlike the official code: exact counts unless `adaptive`, quartiles of one row
     (there of the whole batch), batched, uniform tokens that are never among those of attention, ascending order (there
     by attention), the softmax over the row's patches (there with the class token's own key, which scales all a alike,

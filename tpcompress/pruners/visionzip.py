@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.merge import metric_of
 from tpcompress.pruners.saliency import (
     SOURCES,
     check_merge_at,
@@ -35,8 +36,8 @@ class VisionZip(Pruner):
     needs  tower_keys, tower_cls or tower_received (`attention`), projector with `merge_at: features`.
     gives  keep_BV, scores_BV = (dominant, target or dropped; attention), vision_BVD with the merged targets.
     Paper: 54 + 10 tokens of 576 (the same shares at 128 and 192), layer -2, merging what the projector is given; new
-    values are projector(merged). `merge_at: tokens` merges after the projector, where that is not token-wise; so it
-    should behind the first decoder layer.
+    values are projector(merged). `merge_at: tokens` merges after the projector: where that is not token-wise, and at
+    layers behind the first.
     Cost: V x C cosines. Unlike the official code: any count, one more patch in place of the class token, which the
     official code sends to the language model as one of its dominant tokens (here it has no position); targets stand at
     their own places (there behind all dominant ones); the budget is one image's (there tile by tile); no class of the
@@ -66,14 +67,13 @@ class VisionZip(Pruner):
         return frozenset({"tower_keys", SOURCES[self.attention], *(["projector"] * (self.merge_at == "features"))})
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        assert tokens.tower_keys_BLHVD is not None
         attention_BV, valid_BV = saliency(tokens, self.attention), tokens.valid_BV
         targets_B = (num_keep_B.double() * self.contextual + 0.5).floor().long().minimum(num_keep_B - 1)
         dominant_BV = keep_topk(attention_BV, valid_BV, num_keep_B - targets_B - int(self.compat))
         target_BV = every_nth(valid_BV & ~dominant_BV, on(targets_B, valid_BV))
         index_BK, exists_BK = slots(target_BV, max(int(targets_B.max()), 1))
         others_BV = valid_BV & ~dominant_BV & ~target_BV
-        weight_BKV = joins(tokens.tower_keys_BLHVD[:, 0].float().mean(1), index_BK, exists_BK, others_BV)
+        weight_BKV = joins(metric_of(tokens, "keys"), index_BK, exists_BK, others_BV)
         h_BVC = to_merge(tokens, self.merge_at)
         merged_BKC = take(h_BVC, index_BK) + weight_BKV @ h_BVC
         changed_BK = exists_BK & (weight_BKV > 0).any(-1)
