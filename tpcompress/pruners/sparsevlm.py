@@ -216,7 +216,7 @@ def density_peaks(x_BND: Tensor, valid_BN: Tensor, num_B: Tensor) -> tuple[Tenso
     """DPC-kNN: cluster tokens around those that are dense and far from anything denser.
 
         d_ij = |x_i - x_j| / sqrt(D);     rho_i = exp(-mean of d_ij^2 over the k nearest j, i among them)
-        delta_i = least d_ij to a denser j; the largest d_ij of all for the densest
+        delta_i = least d_ij to a denser j; infinite for the densest, which is the first peak
         peaks = the `num` largest rho delta; any other token joins the nearest peak
 
     with k = `num`. Ties go to the earlier token.
@@ -232,8 +232,7 @@ def density_peaks(x_BND: Tensor, valid_BN: Tensor, num_B: Tensor) -> tuple[Tenso
     N, D = x_BND.shape[1:]
     # Without the product form of |a - b|^2, which loses small distances to rounding.
     far_BNN = torch.cdist(x_BND, x_BND, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
-    pair_BNN = valid_BN[:, :, None] & valid_BN[:, None]
-    far_BNN = far_BNN.masked_fill(~pair_BNN, torch.inf)
+    far_BNN = far_BNN.masked_fill(~(valid_BN[:, :, None] & valid_BN[:, None]), torch.inf)
     near_BNN = far_BNN.sort(dim=-1).values.square().cumsum(-1)
     k_B = num_B.minimum(valid_BN.sum(1)).clamp(min=1)
     # -log rho: an exp would make all tokens tie that are far from each other, or close.
@@ -241,7 +240,6 @@ def density_peaks(x_BND: Tensor, valid_BN: Tensor, num_B: Tensor) -> tuple[Tenso
     place_BN = rank(-sparse_BN, valid_BN)
     denser_BNN = place_BN[:, None] < place_BN[..., None]
     delta_BN = far_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1)
-    delta_BN = torch.where(place_BN == 0, far_BNN.masked_fill(~pair_BNN, 0.0).amax(-1), delta_BN)
     order_BN = rank(delta_BN.log() - sparse_BN, valid_BN)
     peak_BN = (order_BN < num_B[:, None]) & valid_BN
     nearest_BN = far_BNN.masked_fill(~peak_BN[:, None], torch.inf).argmin(-1)
