@@ -22,7 +22,29 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"text_pivots": 0},
         {"vision_pivots": 0, "text_pivots": 2},
         {"vision_pivots": 9, "text_pivots": 3},
+        {"pivot": "value_norm", "largest": False},
+        {"pivot": "attention"},
+        {"pivot": "attention", "text_pivots": 0, "space": "hidden"},
+        {"pivot": "random", "seed": 3},
+        {"pivot": "hidden_norm", "norm_power": 1, "words": "prompt"},
     ],
+    "pool": [{"kernel": "max"}, {"kernel": "gaussian"}, {"kernel": "central"}],
+    "window": [
+        {"pruner": {"type": "novelty"}, "rows": 2, "cols": 3},
+        {"pruner": {"type": "uniform"}, "rows": 1, "cols": 1},
+    ],
+    "quota": [{"share": "proportional"}, {"per": "image"}, {"per": "frame", "pruner": {"type": "novelty"}}],
+    "mix": [
+        {"alpha": 1.0},
+        {"alpha": 0.0, "uniqueness": {"type": "novelty"}},
+        {"uniqueness": "last_vision", "norm": "rank"},
+        {"uniqueness": {"type": "novelty"}, "norm": "standard", "alpha": 0.3},
+        {"mode": "scheduled", "alpha": 0.9, "alpha_end": 0.2},
+        {"mode": "learned"},
+        {"mode": "learned", "importance": {"type": "novelty"}, "uniqueness": "last_vision", "norm": "rank"},
+    ],
+    "fastv": [{"query_source": "all_prompt"}, {"query_source": "last_vision"}],
+    "sparsevlm": [{"heads": 2}, {"recycle": True}, {"recycle": True, "heads": 3}],
     "learned_gate": [{"condition": "question"}, {"reserve": 3}, {"condition": "question", "reserve": 4, "width": 8}],
     "random": [{"seed": 7}, {"resample": True}],
     "tome": [{"metric": "keys"}, {"proportional": False}],
@@ -41,7 +63,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Arguments worth testing beside the defaults. Every registered pruner is tested with its defaults in any case."""
 
 INEXACT: dict[str, list[dict[str, Any]]] = {
+    "sparsevlm": [{"recycle": True, "compat": True}, {"recycle": True, "compat": True, "heads": 2}],
     "dtd": [{"threshold": 0.5}, {"level": "pixel", "threshold": 0.3}],
+    "dart": [
+        {"compat": "llava"},
+        {"compat": "qwen", "reduction": 0.667},
+        {"compat": "llava", "text_pivots": 0, "vision_pivots": 3},
+    ],
 }
 """Arguments with which a pruner counts for itself: adaptive thresholds, and counts of official code."""
 

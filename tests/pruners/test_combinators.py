@@ -258,7 +258,7 @@ def test_a_part_may_be_a_pruner_a_name_or_a_mapping() -> None:
         ({"type": "mix", "importance": "vtw"}, "mix cannot build on 'vtw', which retains nothing"),
         ({"type": "window", "pruner": "fastw"}, "No pruner 'fastw'. Known: .* Did you mean fastv?"),
         ({"type": "window", "pruner": "torch.nn.Linear"}, "outside tpcompress"),
-        ({"type": "mix", "uniqueness": {"type": "torch.nn.Linear"}}, "outside tpcompress"),
+        ({"type": "mix", "uniqueness": {"type": "torch.nn.Linear"}}, "'torch.nn.Linear' is not a Pruner"),
         ({"type": "window", "rows": 0}, "window cuts into rows and cols of at least 1, got 0 x 4"),
         ({"type": "quota", "per": "video"}, "quota has no group 'video'; choose one of tile, frame, image"),
         ({"type": "quota", "share": "fair"}, "quota has no share 'fair'; choose one of equal, proportional"),

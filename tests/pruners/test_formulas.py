@@ -10,7 +10,7 @@ from torch import Tensor
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.divprune import farthest_points
 from tpcompress.pruners.gate import noise_gate
-from tpcompress.pruners.random_tokens import hash_uniform
+from tpcompress.pruners.topk import hash_uniform
 
 V, D = 23, 16
 

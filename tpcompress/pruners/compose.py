@@ -30,7 +30,7 @@ SHARES = ("equal", "proportional")
 class Composed(Pruner):
     """A pruner whose parts are pruners; subclasses list their arguments that name one in `part_names`.
 
-    A part is given as a pruner, its name, or `{"type": name, **arguments}`; one from outside this package as a pruner.
+    A part is given as a pruner, its name, or `{"type": name, **arguments}`; one from outside this package not by name.
 
     Raises:
         ValueError: a part is a dotted path or retains nothing; or, where parts must only rank, it merges, learns or
@@ -44,13 +44,12 @@ class Composed(Pruner):
     def __init__(self, **parts: Pruner | str | dict[str, Any]) -> None:
         super().__init__()
         for argument, given in parts.items():
-            path = given.get("type") if isinstance(given, dict) else given
-            if isinstance(path, str) and "." in path:
-                # It may come from a checkpoint that its user does not trust: it must not import here.
+            if isinstance(given, str) and "." in given:
+                # It may come from a checkpoint that nobody trusts: only `create` knows, and makes all mappings.
                 raise ValueError(
-                    f"{self.name} does not import '{path}' from outside tpcompress; make that pruner and pass it."
+                    f"{self.name} does not import '{given}' from outside tpcompress; write {{type: {given}}} instead."
                 )
-            part = create(given)
+            part = create(given, allow_outside=False)
             reasons = {"retains nothing": part.withdraws}
             if self.only_rank:
                 reasons |= {

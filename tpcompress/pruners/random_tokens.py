@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.topk import hash_uniform, keep_topk
 
 
 class Random(Pruner):
@@ -30,12 +30,3 @@ class Random(Pruner):
         else:
             scores_BV = hash_uniform(self.seed, torch.arange(V, device=tokens.valid_BV.device)).expand(B, V)
         return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
-
-
-def hash_uniform(seed: int, index: Tensor) -> Tensor:
-    """A number in [0, 1) per index: a 32-bit multiply-and-xor-shift mix of (seed, index), equal on every device."""
-    mixed = (seed * 0x85EBCA77 + 0x27D4EB2F) & 0xFFFFFFFF  # in Python, where no seed is too large
-    bits = (index.long() * 0x9E3779B1 + mixed) & 0xFFFFFFFF
-    for multiplier in (0x2C1B3C6D, 0x297A2D39):
-        bits = ((bits ^ (bits >> 15)) * multiplier) & 0xFFFFFFFF
-    return ((bits ^ (bits >> 16)) >> 8).float() / 2**24  # 24 bits: what fp32 holds without rounding up to 1

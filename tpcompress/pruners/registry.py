@@ -60,7 +60,11 @@ def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
 
 
 def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) -> Pruner:
-    """A pruner from its name, from `{"type": name, **arguments}`, or as it is.
+    """A pruner from its name, from `{"type": name, **arguments}`, or as it is; arguments may be such mappings, too.
+
+    Args:
+        config: what to make.
+        allow_outside: see `pruner_class`; it holds for pruners inside this one as well.
 
     Raises:
         ValueError: unknown name, unknown or missing argument, or a value that the pruner refuses.
@@ -73,7 +77,8 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
         raise ValueError(
             f"A pruner is a name or a mapping with `type`, got {config!r}. Known: {', '.join(list_pruners())}."
         )
-    arguments = dict(config)
+    nested = {k: v for k, v in config.items() if isinstance(v, dict) and "type" in v}
+    arguments = config | {name: create(inside, allow_outside) for name, inside in nested.items()}
     cls = pruner_class(str(arguments.pop("type")), allow_outside)
     try:
         return cls(**arguments)

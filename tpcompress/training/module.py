@@ -232,7 +232,9 @@ class PruningModule(L.LightningModule):
             return None
         assert self.model is not None
         for pruner in controller_of(self.model).pruners:
-            pruner.set_progress(self._progress() if self._training_scorer else 1.0)  # type: ignore[operator]
+            # A learned one has learnt when the rest trains; a scheduled one goes along with what trains.
+            done = pruner.learned and not self._training_scorer
+            pruner.set_progress(1.0 if done else self._progress())  # type: ignore[operator]
         stack.enter_context(mode(self.model, "mask" if self._training_scorer else "drop"))
         stack.enter_context(budgets(self.model, values))
         return stack.enter_context(record(self.model))
