@@ -342,7 +342,7 @@ def naive_relevance(x: Tensor, words: Tensor, mu: float, q: float, tau: float, g
     c = F.cosine_similarity(words[:, None].double(), x[None].double(), dim=-1)
     p = (c / tau).softmax(1)
     h = -(p * p.clamp(min=1e-300).log()).sum(1)
-    left = h <= torch.quantile(h, q) + 1e-12
+    left = h <= torch.quantile(h, q) * (1 + 1e-9)
     a = (-h[left] / gamma).softmax(0)
     return mu * c.mean(0) + (1 - mu) * (a[:, None] * c[left]).sum(0)
 
@@ -407,7 +407,7 @@ def test_eadp(beta: float) -> None:
         x = view.vision_BVD[b]
         aim = naive_relevance(x, view.text_BSD[b][view.text_valid_BS[b]], 0.5, 0.5, 0.01, 0.01)
         w = gaussian(((aim - aim.min() + 1e-6) / (aim.max() - aim.min() + 1e-6)).float().view(4, 5)).flatten() ** beta
-        s = (0.5 * (F.cosine_similarity(x[:, None], x[None], dim=-1) + 1)).double().numpy()
+        s = 0.5 * (F.cosine_similarity(x[:, None].double(), x[None].double(), dim=-1) + 1).numpy()
         chosen: list[int] = []
         while len(chosen) < count:
             now = [max((s[k, j] for k in chosen), default=0.0) for j in range(20)]

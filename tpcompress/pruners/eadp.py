@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy, stretch
+from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy, on_host, stretch
 
 SPACES = ("text", "joint")
 
@@ -97,18 +97,24 @@ def instruction_relevance(
     Returns:
         fp32 (B, V); 0 in a row without words.
     """
+    if on_host(text_valid_BS):  # most of the sequence is no word; a device multiplies faster than it would tell
+        read_S = text_valid_BS.any(0)
+        read_S[0] = True  # one column at least
+        column_M = torch.from_numpy(read_S.numpy().nonzero()[0])
+        text_BSD, text_valid_BS = text_BSD.index_select(1, column_M), text_valid_BS.index_select(1, column_M)
     near_BSV = F.normalize(text_BSD.float(), dim=-1) @ F.normalize(vision_BVD.float(), dim=-1).mT
     near_BSV = near_BSV.masked_fill(~text_valid_BS[..., None], 0.0)
     words_B1 = text_valid_BS.sum(1, keepdim=True)
     global_BV = near_BSV.sum(1) / words_B1.clamp(min=1)
-    log_BSV = (near_BSV / tau).masked_fill(~valid_BV[:, None], -torch.inf).log_softmax(-1)
+    # In fp64: words that point at one token differ in the tail of their entropy.
+    log_BSV = (near_BSV.double() / tau).masked_fill(~valid_BV[:, None], -torch.inf).log_softmax(-1)
     entropy_BS = -(log_BSV.exp() * log_BSV.masked_fill(~valid_BV[:, None], 0.0)).sum(-1)
     # h <= quantile means h <= the value at its floor, since what it is interpolated towards lies above.
     place_B1 = ((words_B1 - 1).clamp(min=0) * q + 1e-4).long()
     limit_B1 = entropy_BS.masked_fill(~text_valid_BS, torch.inf).sort(1).values.gather(1, place_B1)
     aimed_BS = text_valid_BS & (entropy_BS <= limit_B1)
     weight_BS = (-entropy_BS / gamma).masked_fill(~aimed_BS, torch.finfo(torch.float32).min).softmax(1)
-    dense_BV = (weight_BS[:, None] @ near_BSV)[:, 0]
+    dense_BV = (weight_BS[:, None].float() @ near_BSV)[:, 0]
     return mu * global_BV + (1 - mu) * dense_BV
 
 

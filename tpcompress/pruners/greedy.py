@@ -125,7 +125,8 @@ class Coverage(Criterion):
     def gains(self, similar_BMV: Tensor, weight_BM: Tensor | None) -> Tensor:
         """What M candidates would add now, (B, M)."""
         more_BMV = (similar_BMV - self.covered_BV[:, None]).clamp_(min=0)
-        gain_BM = more_BMV.mul_(self.demand_BV[:, None]).sum(-1)
+        # Added up in fp64: the order of a sum, which padding changes, must not break a near tie another way.
+        gain_BM = more_BMV.mul_(self.demand_BV[:, None]).sum(-1, dtype=torch.float64).float()
         return gain_BM if weight_BM is None else gain_BM * weight_BM
 
     def score(self, open_BV: Tensor) -> Tensor:
