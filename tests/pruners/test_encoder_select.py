@@ -215,6 +215,7 @@ def test_hiprune(grid: tuple[int, int], alpha: float) -> None:
 
 def neighbours(kind: Any, view: TokenView, token: int) -> list[int]:
     near = kind(view, torch.tensor([[token]]))[0, 0].nonzero().flatten().tolist()
+    assert kind is sequence_neighbours or token not in near, "clamped to an end, a place may be the token's own"
     return [i for i in near if i != token]
 
 
