@@ -84,10 +84,14 @@ def cross_modal_residual(
 
 
 def ridge(gram_BQQ: Tensor, energy: float) -> Tensor:
-    """The eigenvalue, from the largest down, by which `energy` of their sum is reached, plus 1e-6: fp32 (B,)."""
+    """The eigenvalue, from the largest down, by which `energy` of their sum is reached, plus 1e-6: fp32 (B,).
+
+    Not below a millionth of the largest, where fp32 could not factorise.
+    """
     value_BQ = torch.linalg.eigvalsh(gram_BQQ).flip(1).clamp(min=0)
     reached_BQ = value_BQ.cumsum(1) >= energy * value_BQ.sum(1, keepdim=True) * (1 - 1e-6)
-    return value_BQ.gather(1, reached_BQ.int().argmax(1, keepdim=True))[:, 0] + 1e-6
+    chosen_B = value_BQ.gather(1, reached_BQ.int().argmax(1, keepdim=True))[:, 0]
+    return chosen_B.maximum(1e-6 * value_BQ[:, 0]) + 1e-6
 
 
 def word_attention(attention_BHQV: Tensor, word_BQ: Tensor, valid_BV: Tensor, heads: float = 0.375) -> Tensor:
