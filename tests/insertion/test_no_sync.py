@@ -57,7 +57,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
         monkeypatch.setattr(Controller, name, outer)
 
     def layer_mask(*args: Any) -> Any:
-        # Transformers looks at each mask that it is given. Only hidden tokens (mode `mask`) and sizes may bring us here.
+        # Transformers looks at each mask that it is given. Only hidden tokens (mode `mask`) or sizes bring us here.
         guard.masks_made += 1
         guard.paused = True
         try:

@@ -57,6 +57,15 @@ def ragged(subject: Subject) -> list[Any]:
     return [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, subject.kinds, 4)]
 
 
+def recomputes(subject: Subject, inputs: dict[str, Any]) -> bool:
+    """Whether the unpruned model itself does without a cache, and gives the same (ERNIE's expert types do not)."""
+    try:
+        runs = [generate(subject.base, inputs, new=4, use_cache=cache) for cache in (True, False)]
+    except (ValueError, IndexError):
+        return False
+    return logit_gap(*runs) < tolerance(subject.base)
+
+
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("name", PLANS)
 def test_equals_the_reference(subject: Subject, name: str, positions: str) -> None:
@@ -95,7 +104,8 @@ def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -
     plain = generate(subject.model, inputs, new=4)
     attach(subject.model, subject.plan(PLANS[name], positions=positions))
     cached = generate(subject.model, inputs, new=4)
-    assert logit_gap(cached, generate(subject.model, inputs, new=4, use_cache=False)) < tolerance(subject.model)
+    if recomputes(subject, inputs):
+        assert logit_gap(cached, generate(subject.model, inputs, new=4, use_cache=False)) < tolerance(subject.model)
     static = generate(subject.model, inputs, new=4, cache_implementation="static", disable_compile=True)
     assert logit_gap(cached, static) < tolerance(subject.model)
     if subject.hides:
@@ -153,7 +163,8 @@ def test_a_loss_trains_what_stands_before(subject: Subject) -> None:
         attach(subject.model, subject.plan([Stage("vtw", layer, keep_tokens=0)]))
         subject.model(**inputs, labels=labels).loss.backward()
         named = gradients(subject.model)
-        reached.append(sum(g.abs().sum().item() for n, g in named.items() if "vis" in n or "projector" in n))
+        tower = [g for n, g in named.items() if ("vis" in n or "projector" in n) and "language_model" not in n]
+        reached.append(sum(g.abs().sum().item() for g in tower))
         detach(subject.model)
     assert reached[0] > 0 == reached[1]
 
