@@ -45,6 +45,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "fastv": [{"query_source": "all_prompt"}, {"query_source": "last_vision"}],
     "sparsevlm": [{"heads": 2}, {"recycle": True}, {"recycle": True, "heads": 3}],
+    "fastervlm": [{"attention": "received"}],
+    "vispruner": [{"attention": "received", "important": 0.0, "step": 3}, {"important": 0.7, "step": 1}],
+    "visionzip": [{"attention": "received", "merge_at": "tokens", "contextual": 0.5}, {"contextual": 1.0}],
+    "prumerge": [
+        {"plus": True, "neighbours": 3},
+        {"attention": "received", "merge_at": "tokens", "plus": True, "uniform": 1.0},
+    ],
+    "holov": [{"attention": "received", "crops": 5, "beta": 3.0}],
+    "hiprune": [{"alpha": 1.0}, {"alpha": 0.7, "compat": True}, {"object_layer": 0}],
     "learned_gate": [{"condition": "question"}, {"reserve": 3}, {"condition": "question", "reserve": 4, "width": 8}],
     "random": [{"seed": 7}, {"resample": True}],
     "tome": [{"metric": "keys"}, {"proportional": False}],
@@ -63,6 +72,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Arguments worth testing beside the defaults. Every registered pruner is tested with its defaults in any case."""
 
 INEXACT: dict[str, list[dict[str, Any]]] = {
+    "visionzip": [{"compat": True}],
+    "prumerge": [{"adaptive": True}, {"adaptive": True, "plus": True}, {"plus": True, "compat": True}],
+    "holov": [{"compat": True}],
     "sparsevlm": [{"recycle": True, "compat": True}, {"recycle": True, "compat": True, "heads": 2}],
     "dtd": [{"threshold": 0.5}, {"level": "pixel", "threshold": 0.3}],
     "dart": [

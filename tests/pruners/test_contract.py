@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from insertion.test_no_sync import NoSync
 from support import (
     INEXACT,
     VARIANTS,
@@ -99,6 +100,14 @@ def test_several_images_and_tiles_in_a_row(config: dict[str, Any]) -> None:
     if pruner.exact:
         assert selection.keep_BV.sum(1).tolist() == counts
     assert selection.scores_BV.isfinite().all()
+
+
+@every_rule
+def test_no_choice_makes_the_host_wait(config: dict[str, Any]) -> None:
+    pruner = make_pruner(config)
+    view = make_view(pruner, features(3, 35), GRIDS[35])
+    with NoSync(), torch.no_grad():
+        pruner(view, torch.tensor([4, 9, 35]))
 
 
 @every_counter

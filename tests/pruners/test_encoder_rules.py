@@ -7,12 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pruners.test_contract as contract
 import pytest
 import torch
 from exact import check
-from insertion.test_no_sync import NoSync
-from support import batch, config_id, make_pruner, make_view, tiny_model
+from support import batch, config_id, inexact_configs, make_view, pruner_configs, tiny_model
 from transformers.models.clip.modeling_clip import CLIPAttention
 
 from tpcompress.insertion.attach import CONTROLLER, attach, detach, record
@@ -21,62 +19,10 @@ from tpcompress.pruners import create
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "free"
 
-VARIANTS: list[dict[str, Any]] = [
-    {"type": "fastervlm", "attention": "received"},
-    {"type": "vispruner", "attention": "received", "important": 0.0, "step": 3},
-    {"type": "vispruner", "important": 0.7, "step": 1},
-    {"type": "visionzip", "attention": "received", "merge_at": "tokens", "contextual": 0.5},
-    {"type": "visionzip", "contextual": 1.0},
-    {"type": "prumerge", "plus": True, "neighbours": 3},
-    {"type": "prumerge", "attention": "received", "merge_at": "tokens", "plus": True, "uniform": 1.0},
-    {"type": "holov", "attention": "received", "crops": 5, "beta": 3.0},
-    {"type": "hiprune", "alpha": 1.0},
-    {"type": "hiprune", "alpha": 0.7, "compat": True},
-]
-INEXACT: list[dict[str, Any]] = [
-    {"type": "visionzip", "compat": True},
-    {"type": "prumerge", "adaptive": True},
-    {"type": "prumerge", "adaptive": True, "plus": True},
-    {"type": "prumerge", "plus": True, "compat": True},
-    {"type": "holov", "compat": True},
-]
-DEFAULTS = [{"type": name} for name in ("fastervlm", "vispruner", "visionzip", "prumerge", "holov", "hiprune")]
-
-PROMISES = {
-    name: getattr(contract, f"test_{name}")
-    for name in (
-        "rows_are_independent_of_the_batch",
-        "padding_changes_nothing_and_is_never_kept",
-        "same_call_same_answer",
-        "ties_go_to_the_earlier_token",
-        "config_round_trip",
-        "bf16_equals_fp32",
-        "one_token_and_full_budget",
-        "does_not_change_its_inputs",
-    )
-}
-
-
-@pytest.mark.parametrize("promise", PROMISES)
-@pytest.mark.parametrize("config", VARIANTS, ids=config_id)
-def test_variants_keep_the_contract(config: dict[str, Any], promise: str) -> None:
-    PROMISES[promise](config)
-
-
-@pytest.mark.parametrize("config", VARIANTS, ids=config_id)
-def test_variants_are_exact_on_anything(config: dict[str, Any]) -> None:
-    for V in contract.GRIDS:
-        contract.test_every_budget_is_exact(config, V)
-    for kind in ("constant", "zero", "duplicated", "peaky", "tiny"):
-        contract.test_awkward_inputs_stay_finite_and_exact(config, kind)
-
-
-@pytest.mark.parametrize("config", DEFAULTS + VARIANTS + INEXACT, ids=config_id)
-def test_no_choice_makes_the_host_wait(config: dict[str, Any]) -> None:
-    pruner, x = make_pruner(config), torch.randn(3, 23, 16, generator=torch.Generator().manual_seed(0))
-    view = make_view(pruner, x)
-    with NoSync():
-        pruner(view, torch.tensor([4, 9, 23]))
+NAMES = ("fastervlm", "vispruner", "visionzip", "prumerge", "holov", "hiprune")
+DEFAULTS = [{"type": name} for name in NAMES]
+VARIANTS = [config for config in pruner_configs() if config["type"] in NAMES and config not in DEFAULTS]
+INEXACT = [config for config in inexact_configs() if config["type"] in NAMES]
 
 
 # ------------------------------------------------------------------------------------------------------------ models

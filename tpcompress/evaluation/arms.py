@@ -124,13 +124,15 @@ class Run:
         )
         self._add(row, scores)
 
-    def training_free(self, pruner: Any, layer: int, budget: Budget, seed: int | None) -> None:
-        """One pruner on the base as it is; `seed` goes to a pruner that takes one."""
+    def training_free(
+        self, pruner: Any, layer: int, budget: Budget, seed: int | None, label: str | None = None
+    ) -> None:
+        """One pruner on the base as it is; `seed` goes to a pruner that takes one, `label` stands for its name."""
         config = {"type": pruner} if isinstance(pruner, str) else dict(pruner)
         if seed is not None:
             config["seed"] = seed
         plan = PruningPlan([Stage(config, layer, budget.keep_ratio, budget.keep_tokens)])
-        self._row("training_free", plan, seed or 0, lambda: attach(self.model, plan))
+        self._row("training_free", plan, seed or 0, lambda: attach(self.model, plan), label)
 
     def control(self, recipe: str, trained: Sequence[tuple[str, Budget]]) -> None:
         """The dense model after the same extra steps: alone, and pruned without training as the aware rows are."""
@@ -166,14 +168,17 @@ class Run:
 
     # ------------------------------------------------------------------ how a row is made
 
-    def _row(self, arm: str, plan: PruningPlan | None, seed: int, make: Callable[[], nn.Module]) -> None:
+    def _row(
+        self, arm: str, plan: PruningPlan | None, seed: int, make: Callable[[], nn.Module], label: str | None = None
+    ) -> None:
         """Make the model of a row, score it and write the report; a row that is there already costs nothing."""
-        pruner, layer, keep = key_of(plan)
+        name, layer, keep = key_of(plan)
+        pruner = label or name
         path = self._path("position_bias", arm, pruner, keep, layer, seed)
         if plan is not None and arm != "dense_ft":
-            label = f"{pruner}, trained" if arm == "training_aware" else str(pruner)
-            self.shown.setdefault(label, make)
-            self.biases.setdefault(label, path)
+            shown = f"{pruner}, trained" if arm == "training_aware" else str(pruner)
+            self.shown.setdefault(shown, make)
+            self.biases.setdefault(shown, path)
         if self.report.find(arm, pruner, keep, layer, seed) is not None:
             return
         start = time.perf_counter()
@@ -185,16 +190,16 @@ class Run:
         finally:
             if plan is not None and arm != "training_aware":
                 detach(model)
-        depth = len(resolve(self.model).layers)
+        retained, average = self._retained(plan, bias)
         row = Row.of(
             scores,
             arm=arm,
             pruner=pruner,
             keep_tokens=keep,
             vision_tokens=self.vision_tokens,
-            retained_tokens=self.vision_tokens if plan is None else plan.counts(self.vision_tokens)[-1],
+            retained_tokens=retained,
             layer=layer,
-            layer_average=self.vision_tokens if plan is None else plan.layer_average(self.vision_tokens, depth),
+            layer_average=average,
             seed=seed,
             seconds=round(seconds, 1) if arm in ("dense_ft", "training_aware") else None,
         )
@@ -205,6 +210,16 @@ class Run:
             maps[-1].save(path)
             row = row.spread(*maps[-1].places, *maps[-1].thirds)
         self._add(row, scores)
+
+    def _retained(self, plan: PruningPlan | None, bias: PositionBias) -> tuple[float, float]:
+        """Tokens of an image behind the last stage and on the average layer; as counted where a rule counts itself."""
+        total, depth = self.vision_tokens, len(resolve(self.model).layers)
+        if plan is None:
+            return total, total
+        stage = plan.stages[-1]
+        if len(plan.stages) == 1 and not stage.rule.exact and bias.retained is not None:
+            return bias.retained, (total * stage.layer + bias.retained * (depth - stage.layer)) / depth
+        return plan.counts(total)[-1], plan.layer_average(total, depth)
 
     def _add(self, row: Row, scores: Scores) -> None:
         """Write a row and what it was made of, and say so."""

@@ -24,12 +24,19 @@ class FreeArm:
         layer: first decoder layer that sees fewer tokens.
         budgets: budgets to run it at; default: the comparison's. 0 is for a pruner that withdraws (vtw).
         seeds: one row per seed, for pruners that take one.
+        label: name of its rows, where a pruner runs with several sets of arguments; default: the pruner's.
     """
 
     pruner: Any
     layer: int = 0
     budgets: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What stands in the table."""
+        return self.label or str(self.pruner["type"] if isinstance(self.pruner, dict) else self.pruner)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,10 @@ class Comparison:
         except TypeError as error:
             known = ", ".join(f.name for f in fields(cls))
             raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
+        rows = [(arm.name, arm.layer, value) for arm in comparison.training_free for value in arm.budgets or (None,)]
+        twice = next((row for row in rows if rows.count(row) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{path}: two training-free rows are named {twice[0]} at layer {twice[1]}; give a label.")
         if not comparison.budgets:
             raise ValueError(f"{path}: budgets is empty; give counts such as 16 or ratios such as 0.111.")
         if any(aware.seeds and len(set(aware.seeds)) < len(aware.seeds) for aware in comparison.training_aware):
@@ -134,7 +145,7 @@ def run_arms(comparison: Comparison, run: Run) -> None:
     own = [(arm, value) for arm in comparison.training_free for value in arm.budgets]
     for arm, value in shared + own:
         for seed in arm.seeds or (None,):
-            run.training_free(arm.pruner, arm.layer, budget_of(value), seed)
+            run.training_free(arm.pruner, arm.layer, budget_of(value), seed, arm.name)
     trained = [(a, budget_of(v)) for a in comparison.training_aware for v in a.budgets or comparison.budgets[:1]]
     if comparison.control:
         run.control(comparison.control, [(aware.recipe, budget) for aware, budget in trained])

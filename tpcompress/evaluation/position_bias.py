@@ -130,6 +130,13 @@ class PositionBias:
         self._parts: dict[tuple[int, Shape], list[tuple[np.ndarray, np.ndarray]]] = {}
         self._images: dict[Hashable, int] = {}
         self._prefills = 0
+        self._kept: dict[int, list[int]] = {}
+
+    @property
+    def retained(self) -> float | None:
+        """Mean number of tokens of a row behind the last stage; None before anything was added."""
+        counts = self._kept.get(max(self._kept, default=0))
+        return float(np.mean(counts)) if counts else None
 
     def add(self, trace: Trace, images: Sequence[Hashable] | None = None) -> None:
         """Add what was recorded.
@@ -144,6 +151,7 @@ class PositionBias:
             names = [(self._prefills, owner) if images is None else images[owner] for owner in stage.owner]
             numbers = np.array([self._images.setdefault(name, len(self._images)) for name in names])
             self._layers[stage.stage] = stage.layer
+            self._kept.setdefault(stage.stage, []).extend(stage.vision_out)
             kept_RV = stage.retained_RV.cpu().numpy()
             for layouts, rows in _alike(stage.layouts):
                 for shape, kept in _rectangles(kept_RV[rows], layouts):
