@@ -45,6 +45,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "fastv": [{"query_source": "all_prompt"}, {"query_source": "last_vision"}],
     "sparsevlm": [{"heads": 2}, {"recycle": True}, {"recycle": True, "heads": 3}],
+    "cdpruner": [{"relevance": "class"}, {"relevance": "received"}, {"relevance": "none"}],
+    "scope": [{"feature": "tokens", "attention": "received"}, {"attention": "none"}, {"alpha": 0.5}],
+    "tops": [
+        {"relevance": "raters", "coverage": 1.0},
+        {"relevance": "last", "normalise": "mean"},
+        {"relevance": "received", "diversity": 0.0},
+    ],
+    "eadp": [{"mu": 0.0, "q": 0.3, "beta": 5.0}, {"mu": 1.0, "q": 1.0, "beta": 0.0}],
+    "sieve": [{"energy": 1.0, "heads": 1.0}],
     "fastervlm": [{"attention": "received"}],
     "vispruner": [{"attention": "received", "important": 0.0, "step": 3}, {"important": 0.7, "step": 1}],
     "visionzip": [{"attention": "received", "merge_at": "tokens", "contextual": 0.5}, {"contextual": 1.0}],
@@ -72,6 +81,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Arguments worth testing beside the defaults. Every registered pruner is tested with its defaults in any case."""
 
 INEXACT: dict[str, list[dict[str, Any]]] = {
+    "divprune": [{"compat": True}],
     "visionzip": [{"compat": True}],
     "prumerge": [{"adaptive": True}, {"adaptive": True, "plus": True}, {"plus": True, "compat": True}],
     "holov": [{"compat": True}],

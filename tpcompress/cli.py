@@ -1,4 +1,4 @@
-"""The `tpcompress` command: fit, validate, export, verify, compare, quickstart, inspect, pruners, families."""
+"""The `tpcompress` command: fit, validate, export, verify, compare, quickstart, inspect, find-layer and the lists."""
 
 from __future__ import annotations
 
@@ -166,6 +166,38 @@ def inspect_model(
     return 0
 
 
+def find_layer(
+    model: str,
+    data: str | None = None,
+    image_folder: str | None = None,
+    num_samples: int = 32,
+    threshold: float = 0.01,
+    layers: list[int] | None = None,
+    out: str | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> int:
+    """From which layer on a model can do without its vision tokens (VTW): KL to the whole model, layer by layer.
+
+    Args:
+        model: folder of a model, a hub id, or tiny_llava.
+        data: chat data to calibrate on, as recipes take it; default: the built-in benchmark.
+        image_folder: where its pictures are.
+        num_samples: pictures, with one question each.
+        threshold: nats below which every later layer must stay.
+        layers: layers to try; default: all at which a stage may act.
+        out: plan file to write with the layer that was found.
+        seed: of the choice of samples and of the interval.
+        dtype: of the weights: float32, bfloat16, float16 or auto.
+        device: cpu, cuda ...
+    """
+    from tpcompress.evaluation.find_layer import run_find_layer
+
+    run_find_layer(model, data, image_folder, num_samples, threshold, layers, out, seed, dtype, device, console)
+    return 0
+
+
 def pruners(name: str | None = None) -> int:
     """The table of pruners, or one pruner's documentation and arguments.
 
@@ -237,7 +269,8 @@ def families(name: str | None = None) -> int:
 def _commands() -> dict[str, Callable[..., int]]:
     return {
         "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare,
-        "quickstart": quickstart, "inspect": inspect_model, "pruners": pruners, "families": families,
+        "quickstart": quickstart, "inspect": inspect_model, "find-layer": find_layer, "pruners": pruners,
+        "families": families,
     }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class Run:
         Raises:
             ValueError: pictures of this family cannot be made smaller.
         """
-        keep = budget.keep_tokens or budget.keep_ratio
+        keep = budget.keep_ratio if budget.keep_tokens is None else budget.keep_tokens
         if self.report.find("downsample", None, keep) is not None:
             return
         with downsampled(self.model, self.processor, budget.count(self.vision_tokens)) as smaller:

@@ -1,4 +1,4 @@
-"""From which layer on a model no longer needs its vision tokens: VTW's choice of K (arXiv 2405.05803, section 3.3).
+"""From which layer on a model no longer needs its vision tokens: VTW's choice of K (arXiv 2405.05803).
 
 For every layer K that a stage may act at, all vision tokens leave before it, and the distribution of the next token
 behind the prompt is held against that of the whole model: KL(whole || withdrawn), in nats, one question per image. The

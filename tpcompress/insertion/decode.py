@@ -15,7 +15,6 @@ from tpcompress.insertion.cache import held_columns, on_host, recall, remember
 from tpcompress.insertion.call import Call, Prefix, num_steps
 from tpcompress.insertion.masks import RECURRENT, layer_kind, layer_mask
 from tpcompress.insertion.positions import rotary
-from tpcompress.insertion.sizes import follow
 
 if TYPE_CHECKING:
     from tpcompress.insertion.hooks import Controller
@@ -30,8 +29,10 @@ def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     core: Any = controller.parts.core
     if prefix.rope_deltas is not None:
         core.rope_deltas = prefix.rope_deltas
-    if prefix.weighs:
-        follow(controller)
+    if prefix.weighs and not any(stage.rule.calibrates for stage in controller.plan.stages):
+        raise ValueError(
+            "This cache holds tokens with sizes, which this plan gives none of; go on with the plan it had."
+        )
     call = Call(prefix=prefix, new_BQ=new_columns(kwargs, prefix, steps)[1])
     if controller.parts.family.masks_in_core:
         kwargs["attention_mask"] = _input_mask(kwargs, call)

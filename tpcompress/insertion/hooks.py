@@ -71,7 +71,9 @@ class Controller:
             *self.tower.install(),
         ]
         inside = [layer for layer in self.stage_at if layer > 0]
-        first = min(inside, default=len(parts.layers))
+        # Sizes given before the language model weigh the keys of every layer.
+        weighs = any(stage.layer == 0 and stage.rule.calibrates for stage in self.plan.stages)
+        first = 0 if weighs else min(inside, default=len(parts.layers))
         for index, layer in enumerate(parts.layers):
             if index >= first or index in self.watched:
                 hook = functools.partial(self._layer_pre, index)

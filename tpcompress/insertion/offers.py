@@ -22,7 +22,8 @@ def check_views(parts: Parts, plan: PruningPlan) -> None:
     for stage in plan.stages:
         reason = missing(parts, stage.rule, stage.layer)
         if reason is not None:
-            fit = [name for name, cls in list_pruners().items() if missing(parts, cls(), stage.layer) is None]
+            others = {name: cls for name, cls in list_pruners().items() if not cls.withdraws}
+            fit = [name for name, cls in others.items() if missing(parts, cls(), stage.layer) is None]
             raise ValueError(f"Pruner '{stage.rule.name}' needs {reason}, or use one of: {', '.join(fit)}.")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tpcompress.pruners import Pruner, create, pruner_class
+from tpcompress.pruners import Pruner, create
 
 VERSION = 1
 POSITIONS = ("original", "compact")
@@ -215,8 +215,6 @@ class PruningPlan:
             if not isinstance(stage, dict) or "pruner" not in stage:
                 raise ValueError(f"A stage is a mapping with `pruner`, `layer` and a budget, got {stage!r}.")
             _no_other_keys(stage, ("pruner", "layer", "keep_ratio", "keep_tokens"), "stage")
-            if not allow_outside:
-                _check_inside(stage["pruner"])
             stages.append(Stage(**{**stage, "pruner": create(stage["pruner"], allow_outside)}))
         return cls(stages, **values)
 
@@ -248,31 +246,6 @@ class PruningPlan:
         if not Path(path).is_file():
             raise FileNotFoundError(f"No plan file at {path}; give a YAML or JSON file with `stages`.")
         return cls.from_yaml(Path(path).read_text())
-
-
-def _check_inside(config: Any, builds: bool = True) -> None:
-    """See that no class from elsewhere is named, at any depth, before anything is created.
-
-    Args:
-        config: a pruner, or an argument of one.
-        builds: whether a word may name a pruner here: arguments of one that is made of others. A mapping with `type`
-            does so anywhere.
-
-    Raises:
-        ValueError: one is.
-    """
-    if isinstance(config, str):
-        if builds and "." in config:
-            pruner_class(config, allow_outside=False)
-    elif isinstance(config, list | tuple):
-        for value in config:
-            _check_inside(value, builds)
-    elif isinstance(config, dict):
-        if "type" in config:
-            builds = hasattr(pruner_class(str(config["type"]), allow_outside=False), "part_names")
-        for name, value in config.items():
-            if name != "type":
-                _check_inside(value, builds)
 
 
 def _no_other_keys(values: dict[str, Any], known: tuple[str, ...], what: str) -> None:

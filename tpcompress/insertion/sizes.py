@@ -7,15 +7,9 @@ B samples, N columns, Q queries, L keys of a layer's cache.
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from tpcompress.insertion.hooks import Controller
 
 
 def weighed(mask_BHQL: Tensor, log_size_BN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,19 +38,3 @@ def joined(old_BN: Tensor | None, width: int, new_BQ: Tensor | None, steps: int)
     if old_BN is None:
         return None if new_BQ is None else F.pad(new_BQ, (width, 0))
     return F.pad(old_BN, (0, steps)) if new_BQ is None else torch.cat([old_BN, new_BQ], 1)
-
-
-def follow(controller: Controller) -> None:
-    """Put hooks on the layers before the first stage inside the language model, once, if they are not there.
-
-    Only sizes given before the language model concern these layers, and only a call shows whether a pruner gives any.
-    Like all hooks they hold nothing of a request, and leave with `detach`.
-    """
-    for index, layer in enumerate(controller.parts.layers):
-        if not any(_belongs(hook, controller) for hook in layer._forward_pre_hooks.values()):
-            hook = functools.partial(controller._layer_pre, index)
-            controller.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-
-
-def _belongs(hook: object, controller: Controller) -> bool:
-    return isinstance(hook, functools.partial) and getattr(hook.func, "__self__", None) is controller

@@ -15,7 +15,6 @@ from tpcompress.insertion.call import Call
 from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import check_budget
 from tpcompress.insertion.sequence import put_tokens, take
-from tpcompress.insertion.sizes import follow
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views import build_view
 from tpcompress.pruners import Selection, TokenView
@@ -58,12 +57,12 @@ def run_stage(
     # Compact positions follow the order alone.
     place_RV = selection.place_BV if controller.plan.positions == "original" else None
     moved = selection.size_BV is not None or place_RV is not None
+    if moved and not pruner.calibrates:
+        raise ValueError(f"Pruner '{pruner.name}' gives sizes or places; set its class attribute calibrates = True.")
     local_BN, cut = None, selection.gate_BV is None and (counts != rows.count or moved)
     if cut:
         if hide:
             _check_hiding(controller, number, frame.width)
-        if selection.size_BV is not None:
-            follow(controller)
         call.frame, local_BN = frame.calibrated(rows, selection.size_BV, place_RV).cut(
             rows, selection.keep_BV, counts, hide
         )

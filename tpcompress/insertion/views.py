@@ -19,6 +19,7 @@ from tpcompress.pruners.base import BEFORE_VIEWS, BETWEEN, INSTRUCTION, LOOSE_VI
 if TYPE_CHECKING:
     from tpcompress.insertion.call import Call
 
+
 def build_view(
     parts: Parts,
     pruner: Pruner,

@@ -29,7 +29,8 @@ class Schedule:
         """The budget at a step."""
         factor = self.factor(progress, draw)
         if final.keep_tokens is not None:
-            return Budget(keep_tokens=max(1, round(final.keep_tokens * factor)))
+            # Nothing, which a plan may ask of its last stage, stays nothing.
+            return Budget(keep_tokens=max(min(1, final.keep_tokens), round(final.keep_tokens * factor)))
         assert final.keep_ratio is not None
         return Budget(keep_ratio=min(1.0, final.keep_ratio * factor))
 
