@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "fastv": [{"query_source": "all_prompt"}, {"query_source": "last_vision"}],
     "sparsevlm": [{"heads": 2}, {"recycle": True}, {"recycle": True, "heads": 3}],
     "cdpruner": [{"relevance": "class"}, {"relevance": "received"}, {"relevance": "none"}],
-    "scope": [{"feature": "tokens", "attention": "received"}, {"attention": "none"}, {"alpha": 0.5}],
+    "scope": [{"feature": "tokens", "attention": "received"}, {"feature": "tokens", "attention": "none"}, {"alpha": 0.5}],
     "tops": [
         {"relevance": "raters", "coverage": 1.0},
         {"relevance": "last", "normalise": "mean"},
