@@ -46,7 +46,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "fastv": [{"query_source": "all_prompt"}, {"query_source": "last_vision"}],
     "sparsevlm": [{"heads": 2}, {"recycle": True}, {"recycle": True, "heads": 3}],
     "cdpruner": [{"relevance": "class"}, {"relevance": "received"}, {"relevance": "none"}],
-    "scope": [{"feature": "tokens", "attention": "received"}, {"feature": "tokens", "attention": "none"}, {"alpha": 0.5}],
+    "scope": [
+        {"feature": "tokens", "attention": "received"},
+        {"feature": "tokens", "attention": "none"},
+        {"alpha": 0.5},
+    ],
     "tops": [
         {"relevance": "raters", "coverage": 1.0},
         {"relevance": "last", "normalise": "mean"},
@@ -65,8 +69,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hiprune": [{"alpha": 1.0}, {"alpha": 0.7, "compat": True}, {"object_layer": 0}],
     "learned_gate": [{"condition": "question"}, {"reserve": 3}, {"condition": "question", "reserve": 4, "width": 8}],
     "random": [{"seed": 7}, {"resample": True}],
-    "tome": [{"metric": "keys"}, {"proportional": False}],
-    "tofu": [{"mode": "prune"}, {"metric": "keys", "proportional": False}],
+    "tome": [{"metric": "keys"}, {"proportional": False, "rounds": 1}],
+    "tofu": [{"mode": "prune"}, {"metric": "keys", "proportional": False, "rounds": 3}],
     "merged": [
         {"weights": "similarity", "proportional": True},
         {"metric": "keys", "pruner": {"type": "random", "seed": 3, "resample": False}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,16 +32,19 @@ def naive_groups(x: Tensor, kept: list[int]) -> list[int]:
     return [v if v in kept else max(kept, key=lambda k: (cosine(x[v], x[k]), -k)) for v in range(len(x))]
 
 
-def naive_matching(metric: Tensor, budget: int, average: bool) -> list[int]:
+def naive_matching(metric: Tensor, budget: int, average: bool, rounds: int = 24) -> list[int]:
     """The group of each token after rounds of bipartite soft matching, with lists and one pair at a time."""
     members = {v: [v] for v in range(len(metric))}
-    while len(members) > budget:
+    for done in itertools.count(1):
+        if len(members) <= budget:
+            break
+        aim = budget + (len(metric) - budget) * max(rounds - done, 0) // rounds
         left = sorted(members)
         point = {v: (metric[members[v]] if average else metric[[v]]).double().mean(0) for v in left}
         a, c = left[::2], left[1::2]
         best = {v: max(c, key=lambda w: (round(cosine(point[v], point[w]), 9), -w)) for v in a}
         order = sorted(a, key=lambda v: (-round(cosine(point[v], point[best[v]]), 9), v))
-        for v in order[: min(len(left) - budget, len(left) // 2)]:
+        for v in order[: min(max(len(left) - aim, 0), len(left) // 2)]:
             members[best[v]] += members.pop(v)
     return [next(g for g, inside in members.items() if v in inside) for v in range(len(metric))]
 
@@ -122,12 +127,13 @@ def test_the_gradient_reaches_every_member_of_a_group() -> None:
 
 
 @pytest.mark.parametrize("V", [1, 2, 3, 8, 13, 23])
+@pytest.mark.parametrize("rounds", [1, 2, 5, 24])
 @pytest.mark.parametrize("average", [True, False])
-def test_rounds_of_matching(V: int, average: bool) -> None:
+def test_rounds_of_matching(V: int, average: bool, rounds: int) -> None:
     x = features(V, V, 9)
-    keep, group, joined = bipartite(x, torch.ones(V, V).bool(), torch.arange(1, V + 1), average)
+    keep, group, joined = bipartite(x, torch.ones(V, V).bool(), torch.arange(1, V + 1), rounds, average)
     for b in range(V):
-        assert group[b].tolist() == naive_matching(x[b], b + 1, average)
+        assert group[b].tolist() == naive_matching(x[b], b + 1, average, rounds)
         assert keep[b].sum() == b + 1
         assert torch.equal(group_sizes(group)[b] > 0, keep[b])
         assert torch.equal(joined[b] > -torch.inf, ~keep[b])
@@ -135,7 +141,7 @@ def test_rounds_of_matching(V: int, average: bool) -> None:
 
 def test_rounds_of_matching_pass_over_padding_wherever_it_stands() -> None:
     x, valid = features(1, 9), torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1, 1]]).bool()
-    keep, group, _ = bipartite(x.masked_fill(~valid[..., None], 1e3), valid, torch.tensor([2]))
+    keep, group, _ = bipartite(x.masked_fill(~valid[..., None], 1e3), valid, torch.tensor([2]), 24)
     real = valid[0].nonzero().flatten()
     assert real[torch.tensor(naive_matching(x[0, real], 2, True))].tolist() == group[0, real].tolist()
     assert not (keep & ~valid).any()
@@ -145,7 +151,7 @@ def test_rounds_of_matching_pass_over_padding_wherever_it_stands() -> None:
 def test_rounds_of_matching_among_equal_tokens_drop_the_earliest_pairs() -> None:
     x = torch.zeros(1, 6, D)
     x[..., 0] = 1.0
-    keep, group, _ = bipartite(x, torch.ones(1, 6).bool(), torch.tensor([4]))
+    keep, group, _ = bipartite(x, torch.ones(1, 6).bool(), torch.tensor([4]), 1)
     assert group.tolist() == [[1, 1, 1, 3, 4, 5]]
     assert keep.tolist() == [[False, True, False, True, True, True]]
 

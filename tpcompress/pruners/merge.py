@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import TokenView
-from tpcompress.pruners.topk import on, rank
+from tpcompress.pruners.topk import on, rank, slots, take
 
 METRICS = {"features": frozenset[str](), "keys": frozenset({"tower_keys"})}
 """What tokens are compared by, and the view behind it: their hidden states at the stage, or the keys of a layer of the
@@ -28,6 +28,16 @@ def check_metric(pruner: str, metric: str) -> None:
     """
     if metric not in METRICS:
         raise ValueError(f"{pruner} has no metric '{metric}'; choose one of {', '.join(METRICS)}.")
+
+
+def check_rounds(pruner: str, rounds: int) -> None:
+    """Refuse a number of rounds that is none.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"{pruner} merges in rounds, a whole number of at least 1, got {rounds!r}.")
 
 
 def metric_of(tokens: TokenView, metric: str, layer: int = 0) -> Tensor:
@@ -57,10 +67,9 @@ def nearest_kept(similar_BVD: Tensor, keep_BV: Tensor, valid_BV: Tensor, num_kee
     Returns:
         `group_BV`, int64, and fp32 (B, V): the similarity to that token, 1 for retained tokens and padding.
     """
-    kept_BK = (~keep_BV).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
+    kept_BK, exists_BK = slots(keep_BV, num_keep)
     unit_BVD = F.normalize(similar_BVD.float(), dim=-1)
-    similar_BKV = _rows(unit_BVD, kept_BK) @ unit_BVD.mT
-    similar_BKV = similar_BKV.masked_fill(~keep_BV.gather(1, kept_BK)[..., None], -torch.inf)
+    similar_BKV = (take(unit_BVD, kept_BK) @ unit_BVD.mT).masked_fill(~exists_BK[..., None], -torch.inf)
     best_BV, slot_BV = similar_BKV.max(1)
     itself_BV = torch.arange(keep_BV.shape[1], device=keep_BV.device).expand_as(slot_BV)
     joins_BV = valid_BV & ~keep_BV
@@ -82,16 +91,16 @@ def merge_groups(
     Returns:
         (B, V, D) in the dtype of `x_BVD`. Sums are in fp32; a group whose weights are all 0 keeps its token's value.
     """
-    kept_BK = (~keep_BV).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
+    kept_BK, exists_BK = slots(keep_BV, num_keep)
     # Products with a K x V matrix instead of scattered additions, whose order a GPU does not fix.
     share_BKV = (group_BV[:, None] == kept_BK[..., None]).float()
     if weight_BV is not None:
         share_BKV = share_BKV * weight_BV.float()[:, None]
     total_BK1 = share_BKV.sum(-1, keepdim=True)
     mean_BKD = (share_BKV @ x_BVD.float()) / torch.where(total_BK1 > 0, total_BK1, 1.0)
-    changed_BK = (group_sizes(group_BV).gather(1, kept_BK) > 1) & (total_BK1[..., 0] > 0) & keep_BV.gather(1, kept_BK)
+    changed_BK = (group_sizes(group_BV).gather(1, kept_BK) > 1) & (total_BK1[..., 0] > 0) & exists_BK
     index_BKD = kept_BK[..., None].expand(-1, -1, x_BVD.shape[-1])
-    merged_BKD = torch.where(changed_BK[..., None], mean_BKD.to(x_BVD.dtype), _rows(x_BVD, kept_BK))
+    merged_BKD = torch.where(changed_BK[..., None], mean_BKD.to(x_BVD.dtype), take(x_BVD, kept_BK))
     return x_BVD.scatter(1, index_BKD, merged_BKD)
 
 
@@ -129,18 +138,20 @@ def merge_into_kept(
 
 @torch.no_grad()
 def bipartite(
-    metric_BVD: Tensor, valid_BV: Tensor, num_keep_B: Tensor, average: bool = True
+    metric_BVD: Tensor, valid_BV: Tensor, num_keep_B: Tensor, rounds: int, average: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds of bipartite soft matching until the budget is left.
 
     In a round the tokens left are dealt in turn to sets A and C, the first one to A. Each of A points at the most
-    similar one of C (cosine), and the r most similar pairs are joined, r = min(left - budget, left // 2): the token of
-    A is dropped and the token of C stands for both. Ties go to the earlier token.
+    similar one of C (cosine), and the r most similar pairs are joined: the token of A is dropped and the token of C
+    stands for both. Ties go to the earlier token. r is the same in each of the rounds, (V - budget) / rounds to within
+    one token, but never more than half of what is left; what that leaves too many goes in further rounds.
 
     Args:
         metric_BVD: what tokens are compared by.
         valid_BV: bool (B, V).
         num_keep_B: int64 (B,) on the CPU.
+        rounds: at least 1.
         average: whether a token is compared, from the next round on, by the mean over all that it stands for, or as
             it was.
 
@@ -151,15 +162,17 @@ def bipartite(
     itself_BV = torch.arange(V, device=device).expand(B, V)
     group_BV, left_BV, joined_BV = itself_BV, valid_BV, metric_BVD.new_full((B, V), -torch.inf, dtype=torch.float)
     metric_BVD, size_BV = metric_BVD.float(), torch.ones(B, V, device=device)
-    count_B1 = on(num_keep_B, metric_BVD)[:, None]
-    for N in _widths(V, int(num_keep_B.min()), int(num_keep_B.max())):
+    total_B1 = valid_BV.sum(1, keepdim=True)
+    count_B1 = on(num_keep_B, metric_BVD)[:, None].minimum(total_B1)
+    for done, N in enumerate(_widths(V, num_keep_B.numpy().tolist(), rounds), start=1):
         # Those left in front, so that every other one is every other column.
-        index_BN = (~left_BV).to(torch.int8).argsort(dim=1, stable=True)[:, :N]
-        left_BN, metric_BND = left_BV.gather(1, index_BN), _rows(metric_BVD, index_BN)
+        index_BN, left_BN = slots(left_BV, N)
+        metric_BND = take(metric_BVD, index_BN)
         index_BA, index_BC = index_BN[:, ::2], index_BN[:, 1::2]
         best_BA, choice_BA = _choices(metric_BND, left_BN)
         left_B1 = left_BV.sum(1, keepdim=True)
-        num_B1 = (left_B1 - count_B1).clamp(min=0).minimum(left_B1 // 2)
+        aim_B1 = count_B1 + (total_B1 - count_B1) * max(rounds - done, 0) // rounds
+        num_B1 = (left_B1 - aim_B1).clamp(min=0).minimum(left_B1 // 2)
         goes_BA = (rank(best_BA, left_BN[:, ::2]) < num_B1) & left_BN[:, ::2]
         to_BA = torch.where(goes_BA, index_BC.gather(1, choice_BA), index_BA)
         group_BV = itself_BV.scatter(1, index_BA, to_BA).gather(1, group_BV)
@@ -184,14 +197,15 @@ def _choices(metric_BND: Tensor, left_BN: Tensor) -> tuple[Tensor, Tensor]:
     return best.values, best.indices
 
 
-def _rows(x_BVD: Tensor, index_BK: Tensor) -> Tensor:
-    return x_BVD.gather(1, index_BK[..., None].expand(-1, -1, x_BVD.shape[-1]))
+def _widths(count: int, budgets: list[int], rounds: int) -> list[int]:
+    """The most tokens that any row can have at the start of each round.
 
-
-def _widths(count: int, least: int, most: int) -> list[int]:
-    """The most tokens that any row can have at the start of each round, until the smallest budget is reached."""
-    widths, left = [], count
-    while left > max(least, 1):
-        widths.append(max(left, min(most, count)))
-        left = -(-left // 2)
+    A row with fewer tokens than `count` has never more left than one with as many, nor does one with a smaller budget.
+    """
+    left, widths = {min(budget, count): count for budget in budgets}, []
+    while any(now > budget for budget, now in left.items()):
+        widths.append(max(left.values()))
+        for budget, now in left.items():
+            aim = budget + (count - budget) * max(rounds - len(widths), 0) // rounds
+            left[budget] = max(min(aim, now), -(-now // 2))
     return widths

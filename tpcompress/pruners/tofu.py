@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.merge import METRICS, bipartite, check_metric, group_sizes, merge_groups, metric_of
+from tpcompress.pruners.merge import (
+    METRICS,
+    bipartite,
+    check_metric,
+    check_rounds,
+    group_sizes,
+    merge_groups,
+    metric_of,
+)
 
 MODES = ("prune", "merge")
 
@@ -20,7 +28,7 @@ class ToFu(Pruner):
 
     The paper's hybrid prunes in early layers, whose answer to an interpolated input is far from linear, and merges in
     late ones. A stage knows nothing of the others, so hybrid is a plan: one stage in mode prune, a later one in mode
-    merge. `metric` and `proportional` as in `tome`; a pruned token counts for no size.
+    merge. `metric`, `proportional` and `rounds` as in `tome`; a pruned token counts for no size.
 
     needs  nothing, or tower_keys with keys.     gives  keep_BV, scores_BV = 1 - the similarity by which a dropped
     token was paired, 3 for retained ones; in mode merge vision_BVD and size_BV.
@@ -33,7 +41,9 @@ class ToFu(Pruner):
     name = "tofu"
     paper = "2312.01026"
 
-    def __init__(self, mode: str = "merge", metric: str = "features", proportional: bool = True) -> None:
+    def __init__(
+        self, mode: str = "merge", metric: str = "features", proportional: bool = True, rounds: int = 24
+    ) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(
@@ -41,7 +51,8 @@ class ToFu(Pruner):
                 f"one merges)."
             )
         check_metric(self.name, metric)
-        self.mode, self.metric, self.proportional = mode, metric, proportional
+        check_rounds(self.name, rounds)
+        self.mode, self.metric, self.proportional, self.rounds = mode, metric, proportional, rounds
         self.merges = mode == "merge"
         self.calibrates = self.merges and proportional
 
@@ -51,7 +62,7 @@ class ToFu(Pruner):
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         metric_BVD = metric_of(tokens, self.metric)
-        keep_BV, group_BV, joined_BV = bipartite(metric_BVD, tokens.valid_BV, num_keep_B, average=self.merges)
+        keep_BV, group_BV, joined_BV = bipartite(metric_BVD, tokens.valid_BV, num_keep_B, self.rounds, self.merges)
         scores_BV = (1 - joined_BV).clamp(max=3.0)
         if not self.merges:
             return Selection(keep_BV, scores_BV)
