@@ -120,8 +120,8 @@ def test_visionzip_parts() -> None:
     ]
     assert not every_nth(rest, torch.tensor([0, 0])).any()
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 3.0], [0.1, 1.0]]])
-    index, exists = torch.tensor([[0, 1, 2]]), torch.tensor([[True, True, False]])
-    weights = joins(keys, index, exists, torch.tensor([[False, False, True, True, True]]))
+    target = torch.tensor([[True, True, False, False, False]])
+    weights = joins(keys, target, ~target, 3)
     assert weights[0].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0.5, 0.5], [0, 0, 0, 0, 0]], "a tie joins the earlier"
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.saliency import check_share, in_tiers, saliency, slots
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.saliency import check_share, in_tiers, saliency
+from tpcompress.pruners.topk import keep_topk, slots
 
 
 class HiPrune(Pruner):

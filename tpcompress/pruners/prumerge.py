@@ -17,11 +17,9 @@ from tpcompress.pruners.saliency import (
     in_tiers,
     put,
     saliency,
-    slots,
-    take,
     to_merge,
 )
-from tpcompress.pruners.topk import keep_topk, on
+from tpcompress.pruners.topk import keep_topk, on, slots, take
 
 
 class PruMerge(Pruner):

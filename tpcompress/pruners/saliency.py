@@ -68,17 +68,6 @@ def in_tiers(tier_BV: Tensor, attention_BV: Tensor) -> Tensor:
     return tier_BV + attention_BV / (1 + attention_BV)
 
 
-def slots(chosen_BV: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The chosen tokens of each row one behind the other: (token (B, K), exists (B, K)), K = `num` or V if less."""
-    index_BK = (~chosen_BV).byte().argsort(dim=1, stable=True)[:, :num]
-    return index_BK, chosen_BV.gather(1, index_BK)
-
-
-def take(x_BVC: Tensor, index_BK: Tensor) -> Tensor:
-    """The features (B, K, C) of some tokens of each row."""
-    return x_BVC.gather(1, index_BK[..., None].expand(-1, -1, x_BVC.shape[-1]))
-
-
 def to_merge(tokens: TokenView, merge_at: str) -> Tensor:
     """What is added up at `merge_at`, fp32 (B, V, C)."""
     if merge_at == "tokens":

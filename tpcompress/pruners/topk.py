@@ -1,4 +1,4 @@
-"""Exact budgets: top-k, standardised scores, novelty, equal cells of a grid.
+"""Exact budgets: top-k and lists of what was chosen, standardised scores, novelty, equal cells of a grid.
 
 B rows, V tokens, K retained slots.
 """
@@ -32,6 +32,25 @@ def rank(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
     order_BV = masked_BV.argsort(dim=1, descending=True, stable=True)
     places_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
     return torch.empty_like(order_BV).scatter_(1, order_BV, places_V.expand_as(order_BV))
+
+
+def slots(chosen_BV: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The chosen tokens of each row one behind the other, ascending; the others behind them.
+
+    Args:
+        chosen_BV: bool (B, V).
+        num: how many slots; a number of the host.
+
+    Returns:
+        int64 (B, K), the token of each slot, and bool (B, K), whether it is a chosen one; K = `num`, or V if less.
+    """
+    index_BK = (~chosen_BV).byte().argsort(dim=1, stable=True)[:, :num]
+    return index_BK, chosen_BV.gather(1, index_BK)
+
+
+def take(x_BVC: Tensor, index_BK: Tensor) -> Tensor:
+    """The features (B, K, C) of some tokens of each row."""
+    return x_BVC.gather(1, index_BK[..., None].expand(-1, -1, x_BVC.shape[-1]))
 
 
 def on(num_keep_B: Tensor, like: Tensor) -> Tensor:

@@ -5,12 +5,10 @@ B rows, V tokens, K contextual slots, C width of what is merged, d width of the 
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.merge import metric_of
+from tpcompress.pruners.merge import metric_of, nearest_kept
 from tpcompress.pruners.saliency import (
     SOURCES,
     check_merge_at,
@@ -19,11 +17,9 @@ from tpcompress.pruners.saliency import (
     in_tiers,
     put,
     saliency,
-    slots,
-    take,
     to_merge,
 )
-from tpcompress.pruners.topk import keep_topk, on
+from tpcompress.pruners.topk import keep_topk, on, slots, take
 
 
 class VisionZip(Pruner):
@@ -71,9 +67,10 @@ class VisionZip(Pruner):
         targets_B = (num_keep_B.double() * self.contextual + 0.5).floor().long().minimum(num_keep_B - 1)
         dominant_BV = keep_topk(attention_BV, valid_BV, num_keep_B - targets_B - int(self.compat))
         target_BV = every_nth(valid_BV & ~dominant_BV, on(targets_B, valid_BV))
-        index_BK, exists_BK = slots(target_BV, max(int(targets_B.max()), 1))
+        K = max(int(targets_B.max()), 1)
+        index_BK, exists_BK = slots(target_BV, K)
         others_BV = valid_BV & ~dominant_BV & ~target_BV
-        weight_BKV = joins(metric_of(tokens, "keys"), index_BK, exists_BK, others_BV)
+        weight_BKV = joins(metric_of(tokens, "keys"), target_BV, others_BV, K)
         h_BVC = to_merge(tokens, self.merge_at)
         merged_BKC = take(h_BVC, index_BK) + weight_BKV @ h_BVC
         changed_BK = exists_BK & (weight_BKV > 0).any(-1)
@@ -98,20 +95,19 @@ def every_nth(rest_BV: Tensor, count_B: Tensor) -> Tensor:
     return rest_BV & (place_BV % step_B1 == 0) & (place_BV // step_B1 < count_B1)
 
 
-def joins(keys_BVd: Tensor, index_BK: Tensor, exists_BK: Tensor, others_BV: Tensor) -> Tensor:
+def joins(keys_BVd: Tensor, target_BV: Tensor, others_BV: Tensor, num: int) -> Tensor:
     """Weights that average, for each target, the others whose most similar target it is; ties: the earlier target.
 
     Args:
         keys_BVd: what similarity is measured on (cosine).
-        index_BK: the tokens that are targets.
-        exists_BK: False where a slot is none.
+        target_BV: the tokens that are targets.
         others_BV: the tokens that join.
+        num: K, no fewer than any row has targets, 1 at least; a number of the host.
 
     Returns:
-        fp32 (B, K, V): row k holds 1 / members on its members, nothing but 0 if it has none.
+        fp32 (B, K, V): row k holds 1 / members on the members of the k-th target, nothing but 0 if it has none.
     """
-    unit_BVd = F.normalize(keys_BVd.float(), dim=-1)
-    cosine_BKV = (take(unit_BVd, index_BK) @ unit_BVd.mT).masked_fill(~exists_BK[..., None], -torch.inf)
-    slot_K = torch.arange(index_BK.shape[1], device=index_BK.device)
-    member_BKV = (cosine_BKV.argmax(1)[:, None] == slot_K[:, None]) & others_BV[:, None] & exists_BK[..., None]
+    index_BK, exists_BK = slots(target_BV, num)
+    group_BV, _ = nearest_kept(keys_BVd, target_BV, others_BV, num)
+    member_BKV = (group_BV[:, None] == index_BK[..., None]) & others_BV[:, None] & exists_BK[..., None]
     return member_BKV / member_BKV.sum(-1, keepdim=True).clamp(min=1)
