@@ -111,7 +111,7 @@ def test_every_registered_pruner_gets_a_time(name, cell):
 
 def test_fields_are_all_of_a_view_and_words_all_that_models_offer():
     named = {name for names in FIELDS.values() for name in names}
-    always = {"vision_BVD", "valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV", "canvas", "soft"}
+    always = {"vision_BVD", "valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV", "canvas", "soft", "video_BV"}
     assert named | always == {field.name for field in fields(TokenView)}
     assert set(FIELDS) == WORDS - {"joint"}  # which no model offers
 

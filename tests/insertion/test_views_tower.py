@@ -318,6 +318,8 @@ def test_tokens_of_rows_agree_with_the_ids(case: Case, model: Any) -> None:
         ]  # fmt: skip
         assert len(tiles) == len(places) == int(view.valid_BV[r].sum())
         assert set(view.image_BV[r, : len(places)].tolist()) == set(range(len(layouts)))
+        videos = [image for image, layout in enumerate(layouts) if layout.video]
+        assert view.video_BV[r, : len(places)].tolist() == [image in videos for image, _ in tiles]
         if not any(layout.video for layout in layouts):
             assert view.image_BV[r, : len(places)].tolist() == [image for image, _ in tiles]
             starts = [t for t in range(1, len(tiles)) if tiles[t][1] is not tiles[t - 1][1]]

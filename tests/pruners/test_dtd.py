@@ -194,6 +194,16 @@ def test_a_still_video_with_one_cut_keeps_both_scenes_first_frames(level: str) -
     assert chosen(trace.stages[0].retained_RV[0]) == {*range(4), *range(24, 28)}
 
 
+def test_tiles_of_an_image_are_no_frames() -> None:
+    """Two samples of four equal rectangles, frames of a video and tiles of an image."""
+    x = torch.ones(2, 24, D)
+    of_video = torch.tensor([True, False])[:, None].expand(2, 24)
+    view = video_view(x, (4, 2, 3), video_BV=of_video)
+    selection = create({"type": "dtd", "threshold": 0.99})(view, torch.tensor([20, 20]))
+    assert selection.keep_BV.sum(1).tolist() == [6, 24]
+    assert len(create("dtd")(view, torch.tensor([5, 5])).scores_BV[1].unique()) == 1
+
+
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "video_llava", "llava_next_video"])
 @pytest.mark.parametrize(
     "arguments", [{}, {"threshold": 0.8}, {"level": "pixel"}], ids=["budget", "threshold", "pixel"]

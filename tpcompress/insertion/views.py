@@ -113,6 +113,7 @@ def build_view(
         image_BV=table_RV4[..., 3],
         canvas=rows.canvas,
         soft=soft,
+        video_BV=_of_videos(rows, table_RV4[..., 3]),
         **optional,
     )
     return view, cell_RV
@@ -126,6 +127,13 @@ TOWER_FIELDS = {
     "tower_features": "tower_features_BLVD",
 }
 """The field of `TokenView` that holds each view of the tower."""
+
+
+def _of_videos(rows: Rows, image_RV: Tensor) -> Tensor:
+    """bool (R, V): tokens of videos; which of a row's pictures are some, the host knows."""
+    pictures = max(map(len, rows.layouts))
+    flags = [[layout.video for layout in row] + [False] * (pictures - len(row)) for row in rows.layouts]
+    return sent(torch.tensor(flags), image_RV.device).gather(1, image_RV)
 
 
 def _prompt_text(call: Call, frame: Frame, padding_BN: Tensor | None, last_prompt_B: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class TokenView:
         tile_BV: rectangle of each token, counted in its row: the tile of an image, the frame of a video.
         image_BV: image or video of each token, counted in its row; 0 except under `scope: prompt`.
         canvas: (rows, columns) of the smallest grid that holds every row of the batch.
+        video_BV: True on tokens of a video, whose rectangles are its frames; None where nobody can tell.
         soft: the caller keeps the full length, so a pruner in training may answer with gates.
         text_BSD: hidden states of the whole sequence (B, S, D) (needs "text").
         text_role_BS: int8, SYSTEM, BETWEEN, INSTRUCTION, or 0 where nothing may be read (needs "text").
@@ -98,6 +99,7 @@ class TokenView:
     image_BV: Tensor
     canvas: tuple[int, int]
     soft: bool = False
+    video_BV: Tensor | None = None
     text_BSD: Tensor | None = None
     text_role_BS: Tensor | None = None
     text_valid_BS: Tensor | None = None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.greedy import SAME
 from tpcompress.pruners.topk import keep_topk
 
 LEVELS = ("feature", "pixel")
@@ -21,9 +22,9 @@ class DTD(Pruner):
     a budget it stays as far as that reaches, and with a threshold it stays whole, so that some token always does. So
     does every cell whose predecessor an earlier stage dropped.
 
-    On an image of one rectangle all d are equal, and the first tokens fill the budget. Tiles of an image cannot be told
-    from frames here and are compared like them: use another pruner for images. Frames that a model takes for images of
-    their own (SmolVLM) have no predecessor.
+    Tokens of images have no frame before: all their d are equal, and the first ones fill the budget. Frames that a
+    model takes for images of their own (InternVL, SmolVLM) have none either. In a plain view without `video_BV` every
+    rectangle counts as a frame.
 
     needs  nothing, or pixels with level pixel.     gives  keep_BV, scores_BV = d.
     Paper: feature level; threshold 0.25 (about 85 % of tokens dropped) or 0.5 (about 45 %); original M-RoPE positions,
@@ -54,6 +55,8 @@ class DTD(Pruner):
         before_BV, exists_BV = cell_before(
             tokens.row_BV, tokens.col_BV, tokens.tile_BV, tokens.image_BV, tokens.valid_BV, tokens.canvas
         )
+        if tokens.video_BV is not None:
+            exists_BV &= tokens.video_BV
         x_BVD = tokens.vision_BVD if self.level == "feature" else tokens.pixels_BVC
         assert x_BVD is not None
         change_BV = change(x_BVD, before_BV, self.level).masked_fill(~exists_BV, 0.0)
@@ -108,6 +111,8 @@ def cell_before(
 def change(x_BVD: Tensor, before_BV: Tensor, level: str) -> Tensor:
     """fp32 (B, V): how far each token is from the one before it: 1 - cosine ("feature"), mean |difference| ("pixel").
 
+    Exactly 0 for a token that did not change: what stands still ties, and rounding must not rank it.
+
     Args:
         x_BVD: features, or pixels of the tokens' patches.
         before_BV: index of the token to compare with.
@@ -117,4 +122,7 @@ def change(x_BVD: Tensor, before_BV: Tensor, level: str) -> Tensor:
     if level == "feature":
         x_BVD = F.normalize(x_BVD, dim=-1)
     other_BVD = x_BVD.gather(1, before_BV[..., None].expand_as(x_BVD))
-    return 1 - (x_BVD * other_BVD).sum(-1) if level == "feature" else (x_BVD - other_BVD).abs().mean(-1)
+    if level == "pixel":
+        return (x_BVD - other_BVD).abs().mean(-1)
+    similar_BV = (x_BVD * other_BVD).sum(-1)
+    return 1 - similar_BV.masked_fill(similar_BV > 1 - SAME, 1.0)
