@@ -100,8 +100,9 @@ def test_the_example_pruner_keeps_exact_counts():
 
 
 def test_what_it_names_exists():
-    listed = re.search(r"pruners `(.*?)` \(", README, flags=re.S).group(1)
-    assert set(re.findall(r"\w+", listed)) == set(list_pruners())
+    listed = README.partition("| rules | pruners |")[2].partition("\n\n")[0]
+    named = {word for cell in re.findall(r"\|([^|]*)\|$", listed, flags=re.M) for word in re.findall(r"`(\w+)`", cell)}
+    assert named == set(list_pruners())
     for path in re.findall(r"`((?:recipes|scripts|tpcompress)/[\w/.{},]+)`", README):
         for one in _braces(path):
             assert one.endswith("mine.py") or (ROOT / one).exists(), one
