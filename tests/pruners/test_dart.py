@@ -47,6 +47,11 @@ def view_of(config: dict[str, Any], x: Tensor) -> TokenView:
     if view.normed_BVD is not None:
         scale = torch.linspace(0.1, 3.0, x.shape[-1])
         view = replace(view, normed_BVD=view.normed_BVD * scale, text_normed_BSD=view.text_normed_BSD * scale)
+    if view.attention_prompt_BHQV is not None:
+        # Words pay the image unlike shares of their attention; equal ones would be told apart by rounding.
+        words = view.attention_prompt_BHQV.shape[2]
+        share_Q = (torch.arange(words) * 4 % words + 1) / words
+        view = replace(view, attention_prompt_BHQV=view.attention_prompt_BHQV * share_Q[:, None])
     return view
 
 

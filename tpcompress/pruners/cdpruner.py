@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.greedy import Criterion, cosines, first_picks, greedy, row_of, stretch
+from tpcompress.pruners.greedy import Criterion, cosines, first_picks, greedy, products, row_of, stretch
 from tpcompress.pruners.saliency import SOURCES, saliency
 
 RELEVANCE = ("text", "joint", *SOURCES, "none")
@@ -72,7 +72,7 @@ def mean_cosine(vision_BVD: Tensor, text_BSD: Tensor, text_valid_BS: Tensor) -> 
     """Mean cosine of each vision token and the valid words, fp32 (B, V); 0 where there are no words."""
     word_BSD = F.normalize(text_BSD.float(), dim=-1).masked_fill(~text_valid_BS[..., None], 0.0)
     mean_BD = word_BSD.sum(1) / text_valid_BS.sum(1, keepdim=True).clamp(min=1)
-    return (F.normalize(vision_BVD.float(), dim=-1) @ mean_BD[..., None])[..., 0]
+    return products(F.normalize(vision_BVD.float(), dim=-1), mean_BD)
 
 
 def likeliest(similar_BVV: Tensor, relevance_BV: Tensor, valid_BV: Tensor, num_picks: int) -> Tensor:
@@ -110,7 +110,9 @@ class _Volume(Criterion):
     def take(self, pick_B1: Tensor) -> None:
         done_BTV = self.factor_BTV[:, : self.step]
         own_BT1 = done_BTV.gather(2, pick_B1[:, None].expand(-1, self.step, -1))
-        rest_BV = row_of(self.similar_BVV, pick_B1) - (own_BT1.mT @ done_BTV)[:, 0]
+        # In fp64 and no product of matrices, so that neither padding nor the batch tells equal tokens apart.
+        known_BV = (own_BT1 * done_BTV).sum(1, dtype=torch.float64).float()
+        rest_BV = row_of(self.similar_BVV, pick_B1) - known_BV
         left_B1 = self.left_BV.gather(1, pick_B1)
         row_BV = torch.where(left_B1 > EXPLAINED, rest_BV * left_B1.clamp(min=EXPLAINED).rsqrt(), 0.0)
         self.factor_BTV[:, self.step] = row_BV

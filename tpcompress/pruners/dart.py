@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM, Pruner, Selection, TokenView
+from tpcompress.pruners.greedy import products
 from tpcompress.pruners.topk import hash_uniform, keep_topk, on
 
 PIVOTS = ("key_norm", "value_norm", "attention", "hidden_norm", "random")
@@ -123,7 +124,8 @@ class DART(Pruner):
             before_B1 = (tokens.text_role_BS == SYSTEM).sum(1, keepdim=True)
             order_BP = set_order(before_B1 + place_BP)
             feature_BPD, chosen_BP = gather(feature_BPD, order_BP), chosen_BP.gather(1, order_BP)
-        similar_BPV = F.normalize(feature_BPD, dim=-1) @ F.normalize(x_BVD, dim=-1).mT
+        unit_BVD = F.normalize(x_BVD, dim=-1)
+        similar_BPV = torch.stack([products(unit_BVD, f_BD) for f_BD in F.normalize(feature_BPD, dim=-1).unbind(1)], 1)
         keep_BV = least_similar(similar_BPV, chosen_BP, taken_BV, tokens.valid_BV, count_B)
         scores_BV = -similar_BPV.masked_fill(~chosen_BP[..., None], -torch.inf).amax(1)
         return Selection(keep_BV, scores_BV.nan_to_num(neginf=-1.0, posinf=1.0).masked_fill(taken_BV, 1.0))
@@ -160,7 +162,8 @@ class DART(Pruner):
         if self.pivot == "attention":
             assert tokens.attention_prompt_BHQV is not None and tokens.prompt_column_BQ is not None
             weight_BQV = tokens.attention_prompt_BHQV.float().mean(1)
-            weight_BQ = weight_BQV.masked_fill(~tokens.valid_BV[:, None], 0.0).sum(-1)
+            # In fp64: the order of the sum, which padding changes, must not break a near tie another way.
+            weight_BQ = weight_BQV.masked_fill(~tokens.valid_BV[:, None], 0.0).sum(-1, dtype=torch.float64).float()
             return torch.zeros_like(word_BS, dtype=torch.float).scatter(1, tokens.prompt_column_BQ, weight_BQ)
         if self.pivot == "random":
             # The n-th word, not the n-th column: padding of the batch moves columns.

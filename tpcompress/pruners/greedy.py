@@ -73,6 +73,14 @@ def cosines(x_BVD: Tensor) -> Tensor:
     return similar_BVV.masked_fill_(similar_BVV > 1 - SAME, 1.0)
 
 
+def products(x_BVD: Tensor, y_BD: Tensor) -> Tensor:
+    """Inner product of each token and one vector, (B, V).
+
+    Token by token, because a product of matrices rounds equal tokens differently where blocks end, and so by padding.
+    """
+    return (x_BVD * y_BD[:, None]).sum(-1)
+
+
 def on_host(x: Tensor) -> bool:
     """Whether a number of `x` may steer a loop: in the host's memory, and in no code that is being compiled."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -24,8 +24,8 @@ class SIEVE(Pruner):
     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
     Paper: energy = 0.75, 12 of 32 heads; 64 of LLaVA-1.5's 576 tokens at 11.1 %. It names no layers.
     Cost: the eigenvalues of T T' (CUDA's solver makes the host wait once), one V x V Gram matrix, then V per pick.
-    Unlike the paper: scores are kept as logarithms, so that hundreds of discounts cannot all end at 0; without any
-    attention (a prompt without words behind the image) a = 1.
+    Unlike the official code: none is known to us. Unlike the paper: scores are kept as logarithms, so that hundreds of
+    discounts cannot all end at 0; without any attention (a prompt without words behind the image) a = 1.
     """
 
     name = "sieve"
@@ -107,7 +107,9 @@ def word_attention(attention_BHQV: Tensor, word_BQ: Tensor, valid_BV: Tensor, he
         fp32 (B, V); 1 throughout a row whose words pay none.
     """
     H = attention_BHQV.shape[1]
-    paid_BHV = (word_BQ[:, None, None].float() @ attention_BHQV.float())[:, :, 0]
+    # In fp64 and no product of matrices, so that neither padding nor the batch tells equal tokens apart.
+    said_BHQV = attention_BHQV.float().masked_fill(~word_BQ[:, None, :, None], 0.0)
+    paid_BHV = said_BHQV.sum(2, dtype=torch.float64).float()
     paid_BHV = paid_BHV.masked_fill(~valid_BV[:, None], 0.0)
     # In steps that rounding cannot reach: heads that look there alike stay in their order, whatever the padding.
     mass_BH = (paid_BHV.sum(-1) / word_BQ.sum(1, keepdim=True).clamp(min=1) * 2**16).round()

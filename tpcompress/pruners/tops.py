@@ -27,8 +27,9 @@ class TOPS(Pruner):
     Paper: diversity = 0.5, and coverage = 0.5 before the language model; LLaVA-1.5-7B at 64: 576 -> 128 tokens there,
     64 at layer 12, 16 at layer 24 (coverage = 1.0 in both), compact positions.
     Cost: one V x V Gram matrix, then V x V work per pick; on a CPU V for each token that a pick covers better.
-    Where the paper leaves it open: its section 4 stretches, its algorithms divide by the mean, neither says over which
-    tokens (here: those that may still be picked); it gives no threshold for raters (here: the mean, as in SparseVLM).
+    Unlike the official code: none is known to us. Where the paper leaves it open: its section 4 stretches, its
+    algorithms divide by the mean, neither says over which tokens (here: those that may still be picked); it gives no
+    threshold for raters (here: the mean, as in SparseVLM).
     """
 
     name = "tops"
@@ -90,7 +91,8 @@ def rater_attention(attention_BHQV: Tensor, role_BQ: Tensor, valid_BV: Tensor) -
     mean_B1 = paid_BQ.sum(1, keepdim=True) / word_BQ.sum(1, keepdim=True).clamp(min=1)
     # The slack keeps all of them if all pay alike.
     rater_BQ = word_BQ & (paid_BQ >= mean_B1 * (1 - 1e-6))
-    total_BV = (rater_BQ[:, None].float() @ attention_BQV)[:, 0]
+    # In fp64 and no product of matrices: `_stretched` would blow up what rounding makes of equal tokens.
+    total_BV = attention_BQV.masked_fill(~rater_BQ[..., None], 0.0).sum(1, dtype=torch.float64).float()
     return total_BV / rater_BQ.sum(1, keepdim=True).clamp(min=1)
 
 
