@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import pytest
@@ -195,14 +197,13 @@ def test_a_part_and_the_metric_may_read_other_layers_of_the_tower() -> None:
     assert torch.equal(pruner(view, count).vision_BVD, plain(last, count).vision_BVD)
 
 
-@pytest.mark.parametrize("anchors", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("anchors", [0.0, 0.4, 0.5, 0.9])
 def test_restore_merges_into_anchors_at_the_median_of_their_groups(anchors: float) -> None:
     pruner, x, counts = make_pruner({"type": "restore", "anchors": anchors}), features(13, 13), torch.arange(1, 14)
     view = make_view(pruner, x, GRIDS[13])
     selection = pruner(view, counts)
     for b in range(13):
-        share = round((b + 1) * anchors)
-        own = max(1, b + 1 - share)
+        own = max(1, floor(Fraction(b + 1) * (1 - Fraction(str(anchors)))))
         inner = create("divprune")(view_rows(view, [b]), torch.tensor([own])).keep_BV[0]
         kept, target = inner.nonzero().flatten().tolist(), inner.nonzero().flatten().tolist()
         rest = [v for v in range(13) if v not in kept]

@@ -28,7 +28,8 @@ class DTD(Pruner):
 
     needs  nothing, or pixels with level pixel.     gives  keep_BV, scores_BV = d.
     Paper: feature level; threshold 0.25 (about 85 % of tokens dropped) or 0.5 (about 45 %); original M-RoPE positions,
-    which a plan keeps by default. Here the default is an exact budget. Cost: one pass over the tokens.
+    which a plan keeps by default. Here the default is an exact budget.
+    Cost: one sort of V to find the frames before, and one pass over the features.
     Unlike the official code: pixels are those that the tower was given, normalised, so thresholds of level pixel are in
     their units, not in [0, 1]; batched.
     """

@@ -29,9 +29,11 @@ class EADP(Pruner):
     needs  text.     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
     Paper: mu = q = 0.5, tau = gamma = 0.01, beta = 1, 64 of LLaVA-1.5's 576 tokens, before the language model.
     Cost: one V x V Gram matrix, then V x V work per pick at most, on a CPU a few rows of it (see `Coverage`).
-    Unlike the paper: relevance that is equal everywhere (a prompt without words) demands all tokens alike, there none;
-    a neighbour that an earlier stage dropped is replaced by the one opposite, then by the token itself; the budget of
-    an image is spent over all its tiles, there in proportion to their demand.
+    Unlike the official code: it keeps floor(0.2 words), at least one, for d where the paper has the quantile (q here:
+    floor(q (words - 1)) + 1 of them); tiles there get parts of the budget in proportion to their demand, rounded down,
+    and are covered one by one, here all tiles of an image together; there a grid of 24 x 24 is taken for granted, here
+    a neighbour that an earlier stage dropped is replaced by the one opposite, then by the token itself. A prompt
+    without words demands all tokens alike.
     """
 
     name = "eadp"

@@ -23,7 +23,7 @@ class Merged(Composed):
 
     needs  what `pruner` needs, and tower_keys with keys.     gives  keep_BV, scores_BV of `pruner`; vision_BVD;
     size_BV with `proportional`.
-    Cost: one product of retained with all tokens, and one to average.
+    Cost: that of `pruner`, one product of retained with all tokens, and one to average.
     """
 
     name = "merged"

@@ -27,16 +27,18 @@ class Mix(Composed):
     `importance` is a pruner, `uniqueness` another one or one of two plain rules, 1 - cos(x_v, x_last) with the last
     word of the prompt (`last_prompt`) or the last vision token (`last_vision`). n, in each row: `minmax` to [0, 1],
     `rank` (share of the other tokens that are not better) or `standard` (zero mean, unit deviation).
-    alpha by `mode`: `fixed`; `scheduled`, in a straight line from `alpha` to `alpha_end` while training makes progress,
-    and `alpha_end` outside training; `learned`, one number sigmoid(a) that starts at `alpha` and is trained through the
-    noise gate like a learned gate, the temperature falling from `temperature_start` to `temperature_end`.
+    alpha by `mode`: `fixed`; `scheduled`, in a straight line from `alpha` to `alpha_end` as training goes on, and
+    `alpha_end` where no training tells of its progress; `learned`, one number sigmoid(a) that starts at `alpha` and is
+    trained through the noise gate like a learned gate, the temperature falling from `temperature_start` to
+    `temperature_end`.
     A fixed or scheduled alpha of 1 is exactly the importance rule, of 0 exactly the uniqueness rule.
 
     needs  what its rules need, text with last_prompt; with alpha fixed at 1 or 0, only what that rule needs.
     gives  keep_BV, scores_BV, and gate_BV and vision_BVD when alpha is trained at full length.
-    Paper: FastV, last_prompt and minmax, alpha swept from 0 to 1; 0.5 is the middle of its sweep. That the second term
-    is the cosine to the last token is from reading notes: no official code exists.
-    A rule that a pruner stands for is read by its scores at full budget, so its own greedy order counts.
+    Paper: FastV, last_prompt and minmax, alpha swept from 0 to 1; 0.5 is the middle of its sweep.
+    Cost: one run of each rule at full budget, since its scores are read (a greedy rule then makes V picks).
+    Unlike the official code: none is known to us. That the second term is the cosine to the last token is from reading
+    notes. Ours: pruners as rules, last_vision, rank and standard, and an alpha that changes.
     """
 
     name = "mix"

@@ -23,7 +23,9 @@ class Pool(Pruner):
     needs  nothing.     gives  keep_BV, scores_BV (1 on kept), vision_BVD with the new values at the kept tokens.
     Exact for any count: cells differ by at most one token per side (`grid_cells`), so k need not be a square and the
     kernel need not divide the grid. Sums in fp32. At full budget every cell is one token, which stays as it is.
-    Paper: average pooling; the size of its kernel is not known to us, and no official code exists.
+    Paper: average pooling; the size of its kernel is not known to us.
+    Cost: one product of k cells with V tokens; none with `central`.
+    Unlike the official code: none is known to us, so the cells, the other kernels and the position are ours.
     """
 
     name = "pool"

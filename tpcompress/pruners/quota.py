@@ -22,6 +22,7 @@ class Quota(Composed):
     number of tokens to within one (see `quotas`). Unlike a budget per image, the total stays the row's own.
 
     needs  what the inner rule needs.     gives  keep_BV, scores_BV = - place in the order of the quotas.
+    Cost: two runs of the inner rule, one of them at full budget (a greedy rule then makes V picks), and sorts of V.
     The inner rule ranks all tokens of the row together: `divprune` still looks at other tiles.
     """
 

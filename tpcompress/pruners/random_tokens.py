@@ -12,7 +12,7 @@ from tpcompress.pruners.topk import hash_uniform, keep_topk
 class Random(Pruner):
     """score(v) = hash(seed, v): uniform, the same for every image, so a batch partner can never change it.
 
-    needs  nothing.     gives  keep_BV, scores_BV in [0, 1).
+    needs  nothing.     gives  keep_BV, scores_BV in [0, 1).     Cost: one sort of V.
     One seed is one fixed subset of the grid: average over seeds when you report it. With `resample` each image gets
     a fresh subset at every training step, drawn from torch's default generator; evaluation stays fixed.
     """

@@ -18,7 +18,7 @@ PLACES = ("median", "own")
 
 
 class Restore(Composed):
-    """S = what `pruner` retains, the share `anchors` of the budget excepted, which goes to the best of the others by
+    """S = what `pruner` retains of floor((1 - anchors) budget) tokens; the rest of it goes to the best of the others by
 
     R_i (1 - max_{j: R_j > R_i} cos(x_i, x_j)),  R_i = sum over j of cos(x_i, x_j)   (`distinctive`).
 
@@ -29,15 +29,16 @@ class Restore(Composed):
 
     needs  what `pruner` needs.     gives  keep_BV, scores_BV, vision_BVD, place_BV with median, size_BV with
     proportional.
-    From the paper, as summaries of it tell: dropped tokens join their most similar anchor and are averaged; positions
-    of the full sequence instead of renumbered ones, the median for merged tokens; log size; the score of distinctive
-    anchors.
-    Ours: with `anchors: 0`, the default, a pruner's own choice serves as the anchors; the share, and that anchors are
-    scored among the tokens that the pruner left; `similarity` weights; the earlier of two median tokens; 1-D order for
-    the median of a grid.
-    Not here: the paper's attention is log(size (c - D(m - n))), D the decay of rotary embedding with the distance of a
-    query m to the token n. That differs from query to query, and a `Selection` weighs a key alike for all of them; what
-    is left is the size. The paper names the distance its larger part, so this is less than its method.
+    Paper: around DivPrune, VisPruner or HoloV, with anchors = 0.5 in the official code; 64 of LLaVA-1.5's 576 tokens,
+    before the language model; positions of the full sequence, the median for merged tokens.
+    Cost: that of `pruner`, one product of anchors with all tokens, and one to average; with anchors one V x V Gram
+    matrix.
+    Unlike the official code: attention there is log(size (c - D(m - n))), D the decay of rotary embedding with the
+    distance of a query m to the token n. That differs from query to query, and a `Selection` weighs a key alike for all
+    of them; what is left is the size. The paper names the distance its larger part, so this is less than its method.
+    Ours: `anchors: 0`, the default, where a pruner's own choice serves as the anchors, and any share but one half;
+    `similarity` weights; the earlier of two median tokens; 1-D order for the median of a grid; a token unlike all more
+    central ones counts as uncovered (the paper's masked maximum), there its negative cosine counts.
     """
 
     name = "restore"
@@ -65,7 +66,7 @@ class Restore(Composed):
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         x_BVD, valid_BV, most = tokens.vision_BVD, tokens.valid_BV, int(num_keep_B.max())
-        own_B = (num_keep_B - (num_keep_B * self.anchors).round().long()).clamp(min=1)
+        own_B = (num_keep_B * (1 - self.anchors) + 1e-4).long().clamp(min=1)
         chosen = self.ask(self.parts[0], tokens, own_B)
         keep_BV, scores_BV, target_BV = chosen.keep_BV, chosen.scores_BV, chosen.keep_BV
         if self.anchors:

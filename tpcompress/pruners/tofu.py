@@ -32,10 +32,11 @@ class ToFu(Pruner):
 
     needs  nothing, or tower_keys with keys.     gives  keep_BV, scores_BV = 1 - the similarity by which a dropped
     token was paired, 3 for retained ones; in mode merge vision_BVD and size_BV.
-    Paper: keys, in every layer of a ViT, pruning in its first half. Cost: that of `tome`.
-    There is no official code. Ours: all at once at the stage; MLERP once over all that a token stands for, where
-    layer after layer would weigh late members more; the mean over a group goes on as its metric in mode merge, the
-    retained token's own in mode prune; proportional attention kept from ToMe.
+    Paper: keys, in every layer of a ViT, pruning in its first half; here `features` are the default, as in `tome`.
+    Cost: that of `tome`; in mode merge also a norm of each token.
+    Unlike the official code: none is known to us. Ours: all at once at the stage; MLERP once over all that a token
+    stands for, where layer after layer would weigh late members more; the mean over a group goes on as its metric in
+    mode merge, the retained token's own in mode prune; proportional attention kept from ToMe.
     """
 
     name = "tofu"

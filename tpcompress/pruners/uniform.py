@@ -13,6 +13,7 @@ class Uniform(Pruner):
     """keep = the token nearest to the centre of each cell; cells as in `grid_cells`, exactly k for any k.
 
     needs  nothing.     gives  keep_BV, scores_BV = 1 on kept tokens, else 0.
+    Cost: a few sums over V.
     """
 
     name = "uniform"
