@@ -344,7 +344,7 @@ def test_density_peaks() -> None:
     sizes, ks = [17, 9, 3, 1], [4, 1, 3, 1]
     x = features(4, 17, seed=8)
     valid = torch.arange(17) < torch.tensor(sizes)[:, None]
-    order, centre = density_peaks(x.masked_fill(~valid[..., None], 0.0), valid, torch.tensor(ks))
+    order, centre = density_peaks(x.masked_fill(~valid[..., None], 0.0), valid, torch.tensor(ks), max(ks))
     for b, (n, k) in enumerate(zip(sizes, ks, strict=True)):
         expected_order, expected_centre = slow_density_peaks(x[b, :n].double().numpy(), k)
         assert order[b, :n].argsort().tolist() == expected_order
@@ -356,14 +356,14 @@ def test_density_peaks_of_groups() -> None:
     g = torch.Generator().manual_seed(1)
     group = torch.arange(18) % 3
     x = torch.randn(1, 18, D, generator=g) * 0.1 + torch.eye(D)[group] * 5
-    _, centre = density_peaks(x, torch.ones(1, 18, dtype=torch.bool), torch.tensor([3]))
+    _, centre = density_peaks(x, torch.ones(1, 18, dtype=torch.bool), torch.tensor([3]), 3)
     assert torch.equal(group[centre[0]], group)
     assert centre.unique().numel() == 3
 
 
 def test_density_peaks_where_an_exp_would_underflow() -> None:
     x, valid = features(1, 18, seed=9) * 12, torch.ones(1, 18, dtype=torch.bool)
-    order, centre = density_peaks(x, valid, torch.tensor([4]))
+    order, centre = density_peaks(x, valid, torch.tensor([4]), 5)
     nearest = (torch.cdist(x, x)[0] ** 2 / D).sort(-1).values[:, :4].mean(-1)
     assert (torch.exp(-nearest) == 0).any(), "control: fp32 cannot tell these densities apart"
     expected_order, expected_centre = slow_density_peaks(x[0].double().numpy(), 4)
@@ -373,7 +373,7 @@ def test_density_peaks_where_an_exp_would_underflow() -> None:
 
 def test_density_peaks_of_equal_tokens() -> None:
     x = torch.ones(1, 6, D)
-    order, centre = density_peaks(x, torch.ones(1, 6, dtype=torch.bool), torch.tensor([2]))
+    order, centre = density_peaks(x, torch.ones(1, 6, dtype=torch.bool), torch.tensor([2]), 6)
     assert order.tolist() == [[0, 1, 2, 3, 4, 5]]
     assert centre.tolist() == [[0, 1, 0, 0, 0, 0]]
 
@@ -455,8 +455,8 @@ def test_a_gradient_passes_the_means_and_no_score() -> None:
 
 
 def test_merge_clusters_touches_peaks_only() -> None:
-    x = features(2, 12).bfloat16()
-    chosen = torch.zeros(2, 12, dtype=torch.bool)
+    x = features(2, 31).bfloat16()
+    chosen = torch.zeros(2, 31, dtype=torch.bool)
     chosen[0, [1, 4, 9]], chosen[1, 5] = True, True
     peak, value = merge_clusters(x, chosen, torch.tensor([2, 1]))
     assert peak.sum(1).tolist() == [2, 1]

@@ -183,7 +183,7 @@ def test_holov_parts() -> None:
     assert rows[1] == [[1, 2, 3], [4, 6], [7, 8], [9, 10]]
     attention = torch.rand(2, 12)
     score = crop_scores(torch.ones(2, 12, 5), attention, index, real, 2.0, 7.0)
-    assert torch.allclose(score[1, 1], 2 * attention[1, [4, 6]].mean()), "equal tokens have no variance"
+    assert torch.allclose(score[1, 1], 2 * attention[1, [4, 6]].double().mean()), "equal tokens have no variance"
 
 
 # ----------------------------------------------------------------------------------------------------------- HiPrune

@@ -5,10 +5,11 @@ B rows, V vision tokens, H attention heads, Q queries.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.topk import head_mean, keep_topk
 
 QUERIES = {
     "last_prompt": "attention",
@@ -71,7 +72,8 @@ def fastv_score(attention_BHQV: Tensor, query_BQ: Tensor | None = None) -> Tenso
         attention_BHQV: attention of each query to each vision token.
         query_BQ: False where a shorter row has no query; without it all count. A row without any scores 0.
     """
-    mean_BQV = attention_BHQV.float().mean(1)
     if query_BQ is None:
-        return mean_BQV.mean(1)
-    return mean_BQV.masked_fill(~query_BQ[..., None], 0.0).sum(1) / query_BQ.sum(1, keepdim=True).clamp(min=1)
+        return head_mean(attention_BHQV.flatten(1, 2))
+    sum_BV = attention_BHQV.masked_fill(~query_BQ[:, None, :, None], 0.0).sum((1, 2), dtype=torch.float64)
+    count_B1 = query_BQ.sum(1, keepdim=True).clamp(min=1) * attention_BHQV.shape[1]
+    return (sum_BV / count_B1).float()

@@ -57,19 +57,17 @@ class HoloV(Pruner):
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         assert tokens.tower_features_BLVD is not None
         attention_BV, (B, V) = saliency(tokens, self.attention), tokens.valid_BV.shape
+        features_BVC = tokens.tower_features_BLVD[:, 0]
         index_BPM, real_BPM = runs(tokens.valid_BV, self.crops)
-        score_BP = crop_scores(
-            tokens.tower_features_BLVD[:, 0], attention_BV, index_BPM, real_BPM, self.alpha, self.beta
-        )
+        score_BP = crop_scores(features_BVC, attention_BV, index_BPM, real_BPM, self.alpha, self.beta)
         quota_BP = allot(score_BP, real_BPM.sum(-1), on(num_keep_B, score_BP), 1 if self.compat else self.crops)
         attention_BPM = attention_BV.gather(1, index_BPM.flatten(1)).view(index_BPM.shape)
         keep_BPM = keep_topk(attention_BPM.flatten(0, 1), real_BPM.flatten(0, 1), quota_BP.flatten()).view_as(real_BPM)
         # One place more than there are tokens takes what no crop holds.
         place_BV = index_BPM.masked_fill(~real_BPM, V).flatten(1)
-        keep_BV = torch.zeros(B, V + 1, dtype=torch.bool, device=place_BV.device).scatter(
-            1, place_BV, keep_BPM.flatten(1)
-        )
-        return Selection(keep_BV[:, :V], in_tiers(keep_BV[:, :V].long(), attention_BV))
+        wide_BW = torch.zeros(B, V + 1, dtype=torch.bool, device=place_BV.device)
+        keep_BV = wide_BW.scatter(1, place_BV, keep_BPM.flatten(1))[:, :V]
+        return Selection(keep_BV, in_tiers(keep_BV.long(), attention_BV))
 
 
 def runs(valid_BV: Tensor, crops: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +88,7 @@ def runs(valid_BV: Tensor, crops: int) -> tuple[Tensor, Tensor]:
 def crop_scores(
     features_BVC: Tensor, attention_BV: Tensor, index_BPM: Tensor, real_BPM: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    """Mean over each crop of alpha a + beta s var(cos), fp32 (B, P) >= 0; 0 for an empty crop.
+    """Mean over each crop of alpha a + beta s var(cos), fp64 (B, P) >= 0; 0 for an empty crop.
 
     Args:
         features_BVC: features of the tower.
@@ -101,15 +99,16 @@ def crop_scores(
         beta: weight of the variance, which s brings to the magnitude of alpha a.
     """
     B, P, M = index_BPM.shape
-    unit_BPMC = F.normalize(take(features_BVC.float(), index_BPM.flatten(1)), dim=-1).view(B, P, M, -1)
+    # In fp64 throughout: a floor of a share must not depend on how long other rows are.
+    unit_BPMC = take(F.normalize(features_BVC.float(), dim=-1), index_BPM.flatten(1)).double().view(B, P, M, -1)
     pair_BPMM = real_BPM[..., None] & real_BPM[..., None, :] & ~torch.eye(M, dtype=torch.bool, device=real_BPM.device)
     cosine_BPMM = unit_BPMC @ unit_BPMC.mT
     others_BPM1 = pair_BPMM.sum(-1, keepdim=True).clamp(min=1)
     mean_BPM1 = cosine_BPMM.masked_fill(~pair_BPMM, 0.0).sum(-1, keepdim=True) / others_BPM1
-    var_BPM = ((cosine_BPMM - mean_BPM1).masked_fill(~pair_BPMM, 0.0).square().sum(-1, keepdim=True) / others_BPM1)[
-        ..., 0
-    ]
-    salient_BPM = alpha * attention_BV.gather(1, index_BPM.flatten(1)).view(B, P, M).masked_fill(~real_BPM, 0.0)
+    apart_BPMM = (cosine_BPMM - mean_BPM1).masked_fill(~pair_BPMM, 0.0)
+    var_BPM = (apart_BPMM.square().sum(-1, keepdim=True) / others_BPM1).squeeze(-1)
+    attention_BPM = attention_BV.double().gather(1, index_BPM.flatten(1)).view(B, P, M)
+    salient_BPM = alpha * attention_BPM.masked_fill(~real_BPM, 0.0)
     # Below the floor the variance is that of rounding, and must not be blown up to the size of the attention.
     floor = 1e-10 * real_BPM.sum((1, 2))
     scale_B = salient_BPM.sum((1, 2)) / var_BPM.sum((1, 2)).maximum(floor).clamp(min=1e-10)
@@ -137,7 +136,7 @@ def allot(score_BP: Tensor, size_BP: Tensor, count_B: Tensor, rounds: int) -> Te
     for _ in range(rounds):
         room_BP, left_B1 = quota_BP < size_BP, count_B[:, None] - quota_BP.sum(1, keepdim=True)
         open_BP = score_BP.masked_fill(~room_BP, 0.0)
-        open_BP = torch.where((open_BP > 0).any(1, keepdim=True), open_BP, room_BP.float())
+        open_BP = torch.where((open_BP > 0).any(1, keepdim=True), open_BP, room_BP.to(score_BP.dtype))
         share_BP = (left_B1 * (open_BP / open_BP.sum(1, keepdim=True).clamp(min=1e-30))).floor().long()
         one_BP = room_BP & (rank(open_BP, room_BP) < left_B1 - share_BP.sum(1, keepdim=True))
         quota_BP = (quota_BP + share_BP + one_BP).minimum(size_BP)

@@ -140,10 +140,8 @@ def upper_outliers(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
     for quarter in (1, 3):
         low_B1 = (last_B1 * quarter // 4).clamp(min=0)
         part_B1 = (last_B1 * quarter % 4) / 4
-        below_B1, above_B1 = (
-            sorted_BV.gather(1, low_B1),
-            sorted_BV.gather(1, (low_B1 + 1).minimum(last_B1.clamp(min=0))),
-        )
+        high_B1 = (low_B1 + 1).minimum(last_B1.clamp(min=0))
+        below_B1, above_B1 = sorted_BV.gather(1, low_B1), sorted_BV.gather(1, high_B1)
         quartiles.append(below_B1 + part_B1 * (above_B1 - below_B1))
     q1_B1, q3_B1 = quartiles
     return valid_BV & (scores_BV.float() > q3_B1 + 1.5 * (q3_B1 - q1_B1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.topk import head_mean, keep_topk
 
 
 class PyramidDrop(Pruner):
@@ -34,7 +34,7 @@ class PyramidDrop(Pruner):
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         assert tokens.attention_next_BHV is not None
-        scores_BV = tokens.attention_next_BHV.float().mean(1)
+        scores_BV = head_mean(tokens.attention_next_BHV)
         return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import TokenView
+from tpcompress.pruners.topk import head_mean
 
 SOURCES = {"class": "tower_cls", "received": "tower_received"}
 """The view behind each source: attention of the class token (CLIP and its like), or the mean attention that a patch
@@ -60,7 +61,7 @@ def saliency(tokens: TokenView, source: str, layer: int = 0) -> Tensor:
     """
     attention_BLHV = tokens.tower_cls_BLHV if source == "class" else tokens.tower_received_BLHV
     assert attention_BLHV is not None
-    return attention_BLHV[:, layer].float().mean(1)
+    return head_mean(attention_BLHV[:, layer])
 
 
 def in_tiers(tier_BV: Tensor, attention_BV: Tensor) -> Tensor:

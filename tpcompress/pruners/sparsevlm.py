@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import INSTRUCTION, Pruner, Selection, TokenView
-from tpcompress.pruners.topk import keep_topk, on, rank
+from tpcompress.pruners.topk import head_mean, keep_topk, on, rank, slots, take
 
 LAYERS = (3, 7, 16)
 """`layer` of the official stages: decoder layers 2, 6 and 15 have run."""
@@ -154,15 +154,15 @@ def rater_score(attention_BHQV: Tensor, rater_BQ: Tensor, valid_BV: Tensor, head
         valid_BV: False where a shorter row was padded.
         heads: how many heads count, those whose raters attend to the vision tokens most; 0 = all.
     """
-    sum_BHV = attention_BHQV.float().masked_fill(~rater_BQ[:, None, :, None], 0.0).sum(2)
+    # In fp64 the order of a sum, which padding changes, decides between no two tokens and no two heads.
+    sum_BHV = attention_BHQV.masked_fill(~rater_BQ[:, None, :, None], 0.0).sum(2, dtype=torch.float64)
     mean_BHV = sum_BHV / rater_BQ.sum(1).clamp(min=1)[:, None, None]
     H = mean_BHV.shape[1]
     if not 0 < heads < H:
-        return mean_BHV.mean(1)
-    # In fp64 the order of the sum, which padding changes, decides between no two heads.
-    mass_BH = mean_BHV.masked_fill(~valid_BV[:, None], 0.0).double().sum(-1)
+        return head_mean(mean_BHV)
+    mass_BH = mean_BHV.masked_fill(~valid_BV[:, None], 0.0).sum(-1)
     strong_BH = rank(mass_BH, torch.ones_like(mass_BH, dtype=torch.bool)) < heads
-    return mean_BHV.masked_fill(~strong_BH[..., None], 0.0).sum(1) / heads
+    return (mean_BHV.masked_fill(~strong_BH[..., None], 0.0).sum(1) / heads).float()
 
 
 def recycled(num_dropped: Count) -> tuple[Count, Count]:
@@ -190,56 +190,59 @@ def merge_clusters(vision_BVD: Tensor, recycled_BV: Tensor, clusters_B: Tensor) 
     Args:
         vision_BVD: hidden states of the vision tokens.
         recycled_BV: those that are merged; at most `recycled(V)` of each row.
-        clusters_B: how many clusters, at most as many as tokens.
+        clusters_B: how many clusters, at most as many as tokens and as `recycled(V)` makes.
 
     Returns:
         The peaks, bool (B, V), and the hidden states, changed at the peaks only.
     """
     B, V, D = vision_BVD.shape
-    # Recycled tokens first, in their order: then ties can go to the earlier one.
-    index_BN = (~recycled_BV).to(torch.int8).argsort(dim=1, stable=True)[:, : recycled(V)[0]]
-    index_BND = index_BN[..., None].expand(-1, -1, D)
-    valid_BN, own_BND = recycled_BV.gather(1, index_BN), vision_BVD.gather(1, index_BND)
+    N, most = recycled(V)
+    index_BN, valid_BN = slots(recycled_BV, N)
+    own_BND = take(vision_BVD, index_BN)
     x_BND = own_BND.float().masked_fill(~valid_BN[..., None], 0.0)
-    order_BN, centre_BN = density_peaks(x_BND.detach(), valid_BN, clusters_B)
+    order_BN, centre_BN = density_peaks(x_BND.detach(), valid_BN, clusters_B, most)
     peak_BN = (order_BN < clusters_B[:, None]) & valid_BN
-    places_N = torch.arange(index_BN.shape[1], device=index_BN.device)
-    member_BNN = (centre_BN[:, None] == places_N[:, None]) & valid_BN[:, None]
+    member_BNN = (centre_BN[:, None] == torch.arange(N, device=index_BN.device)[:, None]) & valid_BN[:, None]
     mean_BND = (member_BNN / member_BNN.sum(-1, keepdim=True).clamp(min=1)) @ x_BND
     value_BND = torch.where(peak_BN[..., None], mean_BND.to(vision_BVD.dtype), own_BND)
     peak_BV = torch.zeros_like(recycled_BV).scatter(1, index_BN, peak_BN)
-    return peak_BV, vision_BVD.scatter(1, index_BND, value_BND)
+    return peak_BV, vision_BVD.scatter(1, index_BN[..., None].expand(-1, -1, D), value_BND)
 
 
 @torch.no_grad()
-def density_peaks(x_BND: Tensor, valid_BN: Tensor, num_B: Tensor) -> tuple[Tensor, Tensor]:
+def density_peaks(x_BND: Tensor, valid_BN: Tensor, num_B: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """DPC-kNN: cluster tokens around those that are dense and far from anything denser.
 
         d_ij = |x_i - x_j| / sqrt(D);     rho_i = exp(-mean of d_ij^2 over the k nearest j, i among them)
         delta_i = least d_ij to a denser j; infinite for the densest, which is the first peak
         peaks = the `num` largest rho delta; any other token joins the nearest peak
 
-    with k = `num`. Ties go to the earlier token.
+    with k = `num`. Ties go to the earlier token; tokens closer than 1e-6 of their length are equal.
 
     Args:
         x_BND: features.
         valid_BN: False where a shorter row was padded.
         num_B: int64, peaks of each row, on the same device.
+        most: no fewer than any row's peaks; a number of the host.
 
     Returns:
         int64 (B, N): each token's place in the order of rho delta, and the index of the peak whose cluster it is in.
     """
     N, D = x_BND.shape[1:]
-    # Without the product form of |a - b|^2, which loses small distances to rounding.
-    far_BNN = torch.cdist(x_BND, x_BND, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
+    # |a|^2 + |b|^2 - 2 ab, in fp64 and with a floor: its rounding must not tell equal tokens apart.
+    x_BND = x_BND.double()
+    size_BN = x_BND.square().sum(-1)
+    sizes_BNN = size_BN[:, :, None] + size_BN[:, None]
+    far_BNN = torch.baddbmm(sizes_BNN, x_BND, x_BND.mT, alpha=-2)
+    far_BNN = far_BNN.masked_fill(far_BNN < 1e-12 * sizes_BNN, 0.0) / D  # d^2
     far_BNN = far_BNN.masked_fill(~(valid_BN[:, :, None] & valid_BN[:, None]), torch.inf)
-    near_BNN = far_BNN.sort(dim=-1).values.square().cumsum(-1)
+    near_BNK = far_BNN.topk(min(most, N), largest=False).values.cumsum(-1)
     k_B = num_B.minimum(valid_BN.sum(1)).clamp(min=1)
     # -log rho: an exp would make all tokens tie that are far from each other, or close.
-    sparse_BN = near_BNN.gather(-1, (k_B - 1)[:, None, None].expand(-1, N, 1))[..., 0] / k_B[:, None]
+    sparse_BN = near_BNK.gather(-1, (k_B - 1)[:, None, None].expand(-1, N, 1))[..., 0] / k_B[:, None]
     place_BN = rank(-sparse_BN, valid_BN)
     denser_BNN = place_BN[:, None] < place_BN[..., None]
-    delta_BN = far_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1)
+    delta_BN = far_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1).sqrt()
     order_BN = rank(delta_BN.log() - sparse_BN, valid_BN)
     peak_BN = (order_BN < num_B[:, None]) & valid_BN
     nearest_BN = far_BNN.masked_fill(~peak_BN[:, None], torch.inf).argmin(-1)

@@ -53,6 +53,11 @@ def take(x_BVC: Tensor, index_BK: Tensor) -> Tensor:
     return x_BVC.gather(1, index_BK[..., None].expand(-1, -1, x_BVC.shape[-1]))
 
 
+def head_mean(x_BHV: Tensor) -> Tensor:
+    """Mean over heads, fp32 (B, V); added up in fp64, where tokens of equal numbers tie however long their row is."""
+    return x_BHV.mean(1, dtype=torch.float64).float()
+
+
 def on(num_keep_B: Tensor, like: Tensor) -> Tensor:
     """The counts on the device of `like`, without making the host wait."""
     return num_keep_B.to(like.device, non_blocking=True)

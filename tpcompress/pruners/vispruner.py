@@ -1,6 +1,6 @@
 """VisPruner: retain attended patches, and of the rest those that duplicate others least (arXiv 2412.01818, section 4).
 
-B rows, V tokens, C width of the tower.
+B rows, V tokens, W = V + 1, D width of the tower, N tokens left in a round, A and C its two sets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.saliency import SOURCES, check_share, check_source, in_tiers, saliency
-from tpcompress.pruners.topk import keep_topk, on
+from tpcompress.pruners.topk import keep_topk, on, slots
 
 
 class VisPruner(Pruner):
@@ -47,9 +47,8 @@ class VisPruner(Pruner):
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         assert tokens.tower_features_BLVD is not None
         attention_BV, valid_BV = saliency(tokens, self.attention), tokens.valid_BV
-        first_B = (
-            (num_keep_B.double() * self.important).floor().long().clamp(min=int(self.important > 0)).minimum(num_keep_B)
-        )
+        first_B = (num_keep_B.double() * self.important).floor().long()
+        first_B = first_B.clamp(min=int(self.important > 0)).minimum(num_keep_B)
         important_BV = keep_topk(attention_BV, valid_BV, first_B)
         rest_BV = valid_BV & ~important_BV
         spared_BV, rounds = spare(tokens.tower_features_BLVD[:, 0], rest_BV, first_B, num_keep_B, self.step)
@@ -58,11 +57,11 @@ class VisPruner(Pruner):
         return Selection(keep_BV, in_tiers(tier_BV, attention_BV))
 
 
-def spare(features_BVC: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Tensor, step: int) -> tuple[Tensor, int]:
+def spare(features_BVD: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Tensor, step: int) -> tuple[Tensor, int]:
     """How many rounds each token of the rest outlives.
 
     Args:
-        features_BVC: features of the tower.
+        features_BVD: features of the tower.
         rest_BV: the tokens to delete from.
         first_B: int64 on the CPU, tokens of each row that are kept already and not in the rest.
         num_keep_B: int64 on the CPU, what shall be left of both together.
@@ -72,26 +71,32 @@ def spare(features_BVC: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Te
         int64 (B, V), the round of the deletion counted from 0, and the number of rounds, which is what the tokens have
         that outlive all. A round deletes min(`step`, what is too many, the first set) tokens; ties: the later ones.
     """
-    rounds = _rounds(rest_BV.shape[1], first_B, num_keep_B, step)
-    unit_BVC = F.normalize(features_BVC.float(), dim=-1)
-    cosine_BVV = unit_BVC @ unit_BVC.mT
-    goal_B, left_BV, spared_BV = on(num_keep_B - first_B, features_BVC), rest_BV, torch.zeros_like(rest_BV).long()
-    for _ in range(rounds):
-        second_BV = left_BV & (left_BV.cumsum(1) % 2 == 0)
-        first_BV = left_BV & ~second_BV
-        # A cosine is at least -1, so a shift by 4 hides what is not in the second set.
-        dup_BV = (cosine_BVV + torch.where(second_BV, 0.0, -4.0)[:, None]).amax(-1)
-        size_B = first_BV.sum(1)
-        many_B = (left_BV.sum(1) - goal_B).clamp(min=0, max=step).minimum(size_B)
-        left_BV = second_BV | keep_topk(-dup_BV, first_BV, size_B - many_B)
+    B, V = rest_BV.shape
+    widths = _widths(V, first_B, num_keep_B, step)
+    # In fp64: one rounding that falls otherwise beside longer rows would change what all later rounds compare.
+    unit_BVD = F.normalize(features_BVD.float(), dim=-1).double()
+    # One row more than there are tokens stands for none and is like nothing: a cosine is at least -1.
+    cosine_BWV = F.pad((unit_BVD @ unit_BVD.mT).float(), (0, 0, 0, 1), value=-4.0)
+    row_B1 = torch.arange(B, device=rest_BV.device)[:, None] * (V + 1)
+    goal_B, left_BV, spared_BV = on(num_keep_B - first_B, rest_BV), rest_BV, torch.zeros_like(rest_BV).long()
+    for N in widths:
+        index_BN, left_BN = slots(left_BV, N)
+        first_BA, left_BA = index_BN[:, ::2], left_BN[:, ::2]
+        second_BC = F.pad(index_BN.masked_fill(~left_BN, V)[:, 1::2], (0, 1), value=V) + row_B1
+        # Whole rows of the second set, as the matrix is symmetric: they lie in one piece.
+        dup_BV = cosine_BWV.flatten(0, 1).index_select(0, second_BC.flatten()).view(B, -1, V).amax(1)
+        size_B = left_BA.sum(1)
+        many_B = (left_BN.sum(1) - goal_B).clamp(min=0, max=step).minimum(size_B)
+        stays_BA = keep_topk(-dup_BV.gather(1, first_BA), left_BA, size_B - many_B)
+        left_BV = left_BV.scatter(1, first_BA, stays_BA)
         spared_BV = spared_BV + left_BV
-    return spared_BV, rounds
+    return spared_BV, len(widths)
 
 
-def _rounds(V: int, first_B: Tensor, num_keep_B: Tensor, step: int) -> int:
-    """Rounds of the longest row that V allows: a row of fewer tokens needs no more."""
-    left_B, goal_B, rounds = (V - first_B).clamp(min=0), num_keep_B - first_B, 0
+def _widths(V: int, first_B: Tensor, num_keep_B: Tensor, step: int) -> list[int]:
+    """The most tokens of the rest that any row can have at the start of each round; V valid ones have the most."""
+    left_B, goal_B, widths = (V - first_B).clamp(min=0), num_keep_B - first_B, []
     while bool((left_B > goal_B).any()):
+        widths.append(int(left_B.max()))
         left_B = (left_B - step).maximum(left_B // 2).maximum(goal_B).minimum(left_B)
-        rounds += 1
-    return rounds
+    return widths
