@@ -125,6 +125,14 @@ def placed_configs(*layers: int) -> list[tuple[dict[str, Any], int]]:
     ]
 
 
+def placed_once(*layers: int) -> list[tuple[dict[str, Any], int]]:
+    """The same, each config once: at the first of the layers where it can be."""
+    found: dict[str, tuple[dict[str, Any], int]] = {}
+    for config, layer in sorted(placed_configs(*layers), key=lambda pair: layers.index(pair[1])):
+        found.setdefault(config_id(config), (config, layer))
+    return list(found.values())
+
+
 def placed_id(value: Any) -> str:
     """Test id of a config or of its layer."""
     return config_id(value) if isinstance(value, dict) else f"layer={value}"
