@@ -100,6 +100,18 @@ def test_vispruner_of_padded_rows_and_equal_tokens() -> None:
     assert [len(row) for row in kept({"type": "vispruner", "step": 3}, same, 6, 22)] == [6, 22]
 
 
+def test_vispruner_of_repeated_tokens_does_not_depend_on_padding() -> None:
+    """Tokens that repeat three times duplicate others to the last bit, which a round must not decide by rounding."""
+    config = {"type": "vispruner", "important": 0.0, "step": 3}
+    for n in range(8, 40):
+        view = view_for(config, 2, n)
+        repeated = view.tower_features_BLVD[:, :, torch.arange(n) // 3]
+        view = replace(view, tower_features_BLVD=repeated)
+        alone = kept(config, view, n // 3, n // 2)
+        for padding in (1, 2, 5, 13):
+            assert kept(config, pad_view(view, padding, (1, n + padding)), n // 3, n // 2) == alone
+
+
 # ------------------------------------------------------------------------------------------------------------- HoloV
 
 
