@@ -33,8 +33,8 @@ def view_of(config: dict[str, Any], kinds: Tensor, seed: int) -> TokenView:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
-@pytest.mark.parametrize("V", [13, 36, 81, 132, 150])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("V", [36, 81, 150])
+@pytest.mark.parametrize("seed", range(2))
 def test_neither_padding_nor_batch_tells_equal_tokens_apart(config: dict[str, Any], V: int, seed: int) -> None:
     kinds = torch.randint(0, V // 4, (V,), generator=torch.Generator().manual_seed(seed))
     view, rule = view_of(config, kinds, seed), make_pruner(config)

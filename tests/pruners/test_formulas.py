@@ -190,6 +190,15 @@ def test_learned_gate_reserve_is_always_kept() -> None:
     assert len({tuple(k.tolist()) for k in keep}) > 1, "the rest follows the image"
 
 
+def test_learned_gate_reserve_stands_above_any_outlier() -> None:
+    """Of 625 tokens one may score 25 deviations above the mean."""
+    pruner = make_pruner({"type": "learned_gate", "reserve": 4})
+    pruner.scorer.forward = lambda tokens: torch.eye(625)[:1] * 9  # type: ignore[union-attr, method-assign]
+    grid = create("uniform")(TokenView.of(torch.zeros(1, 625, D), (25, 25)), torch.tensor([4])).keep_BV
+    selection = pruner(TokenView.of(torch.zeros(1, 625, D), (25, 25)), torch.tensor([4]))
+    assert torch.equal(selection.keep_BV, grid)
+
+
 def test_learned_gate_question_condition_reads_the_question() -> None:
     pruner = make_pruner({"type": "learned_gate", "condition": "question"})
     x = torch.randn(1, 64, D).expand(2, -1, -1)

@@ -8,6 +8,7 @@ so a token with m near 0 carries noise of the right size instead of information.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
@@ -26,6 +27,8 @@ class LearnedGate(Pruner):
     question breaks it. `reserve` tokens on a fixed grid are always kept (for use without fine-tuning the backbone).
 
     needs  nothing, or text.     gives  keep_BV, scores_BV, and in training at full length gate_BV and vision_BVD.
+    Cost: a projection of each token to `width`, one V x V Gram matrix, one sort of V; with the question one projection
+    of each token and word at full width, and V x S attention.
     """
 
     name = "learned_gate"
@@ -80,7 +83,9 @@ class LearnedGate(Pruner):
             slots_B = num_keep_B.clamp(max=self.reserve)
             cell_BV = grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, slots_B)
             reserved_BV = central(cell_BV, tokens.row_BV, tokens.col_BV, tokens.valid_BV)
-            scores_BV = scores_BV.masked_fill(reserved_BV, 20.0)
+            # Above all others by more than any temperature: a standardised score alone may reach the root of V.
+            above_B1 = scores_BV.detach().masked_fill(~tokens.valid_BV, -torch.inf).amax(1, keepdim=True) + 20
+            scores_BV = torch.where(reserved_BV, above_B1, scores_BV)
         keep_BV = keep_topk(scores_BV, tokens.valid_BV, num_keep_B)
         if not (self.training and tokens.soft):
             return Selection(keep_BV, scores_BV)
