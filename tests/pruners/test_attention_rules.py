@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tpcompress.pruners.sparsevlm import (
     sparsevlm_stages,
     text_raters,
 )
+from tpcompress.pruners.topk import head_mean
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "free"
 SAMPLES = [(5, 1, 7), (3, 2, 8), (4, 0, 9)]
@@ -119,16 +121,22 @@ def test_fastv_of_prompts_of_different_lengths() -> None:
     assert torch.allclose(fastv_score(attention), attention.mean((1, 2)))
 
 
-@pytest.mark.parametrize("heads", [0, 3])
-def test_tokens_of_equal_attention_tie_however_long_their_row(heads: int) -> None:
-    """In fp32 a sum over words came out differently at the end of a row, where it is not vectorised."""
-    attention = torch.rand(1, 8, 9, 1, generator=torch.Generator().manual_seed(3))
-    words, found = torch.ones(1, 9, dtype=torch.bool), set()
-    for n in range(1, 41):
-        rows = attention.expand(1, 8, 9, n).contiguous()
-        found |= set(fastv_score(rows, words)[0].tolist()) if not heads else set()
-        found |= set(rater_score(rows, words, torch.ones(1, n, dtype=torch.bool), heads)[0].tolist())
-    assert len(found) == 1
+WORDS, TOKENS = torch.ones(20, 9, dtype=torch.bool), torch.ones(20, 40, dtype=torch.bool)
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads": lambda attention: head_mean(attention[:, :, 0]),
+    "fastv": fastv_score,
+    "words": lambda attention: fastv_score(attention, WORDS),
+    "raters": lambda attention: rater_score(attention, WORDS, TOKENS[:, : attention.shape[-1]]),
+    "strong heads": lambda attention: rater_score(attention, WORDS, TOKENS[:, : attention.shape[-1]], 3),
+}
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_tokens_of_equal_attention_tie_however_long_their_row(mean: str) -> None:
+    """In fp32 a sum over heads or words comes out otherwise for a row's last tokens, where it is not vectorised."""
+    attention = torch.rand(20, 32, 9, 1, generator=torch.Generator().manual_seed(3))
+    found = torch.cat([MEANS[mean](attention.expand(-1, -1, -1, n).contiguous()) for n in range(1, 41)], 1)
+    assert torch.equal(found, found[:, :1].expand_as(found))
 
 
 def test_fastv_needs_its_source_alone() -> None:
