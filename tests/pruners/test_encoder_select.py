@@ -60,27 +60,28 @@ def test_fastervlm(source: str) -> None:
 # --------------------------------------------------------------------------------------------------------- VisPruner
 
 
-def naive_vispruner(a: Tensor, h: Tensor, k: int, important: float, step: int) -> list[int]:
+def naive_vispruner(a: Tensor, h: Tensor, k: int, important: float, step: int, compat: bool = False) -> list[int]:
     """Top floor(k important), at least one; then rounds of alternating sets until k - that many are left."""
-    similar, first = cosines(h), best(a, max(int(k * important), min(1, int(important > 0))))
-    rest = [i for i in range(len(a)) if i not in first]
+    similar, first = cosines(h), best(a, max(int(k * important), min(1, int(important > 0 and not compat))))
+    rest = [i for i in (best(a, len(a)) if compat else range(len(a))) if i not in first]
     while len(rest) > k - len(first):
         ours, others = rest[::2], rest[1::2]
         dup = {i: max((similar[i, j] for j in others), default=-2.0) for i in ours}
         many = min(step, len(rest) - (k - len(first)), len(ours))
-        gone = sorted(ours, key=lambda i: (-dup[i], -i))[:many]
-        rest = [i for i in rest if i not in gone]
+        falling = sorted(ours, key=lambda i: -dup[i])
+        rest = falling[many:] + others if compat else [i for i in rest if i not in falling[:many]]
     return sorted(first + rest)
 
 
+@pytest.mark.parametrize("compat", [False, True])
 @pytest.mark.parametrize(("important", "step"), [(0.5, 8), (0.5, 1), (0.5, 100), (0.0, 3), (0.3, 5), (1.0, 8)])
 @pytest.mark.parametrize("V", [1, 2, 5, 23, 24])
-def test_vispruner(V: int, important: float, step: int) -> None:
-    config = {"type": "vispruner", "important": important, "step": step}
+def test_vispruner(V: int, important: float, step: int, compat: bool) -> None:
+    config = {"type": "vispruner", "important": important, "step": step, "compat": compat}
     view = view_for(config, V, V)
     for b, row in enumerate(kept(config, view, *range(1, V + 1))):
         a, h = view.tower_cls_BLHV[b, 0].double().mean(0), view.tower_features_BLVD[b, 0]
-        assert row == naive_vispruner(a, h, b + 1, important, step)
+        assert row == naive_vispruner(a, h, b + 1, important, step, compat)
 
 
 @pytest.mark.parametrize(("V", "k"), [(575, 64), (576, 66), (576, 65), (576, 64)])
@@ -90,6 +91,17 @@ def test_vispruner_takes_odd_rests(V: int, k: int) -> None:
     (row,) = kept({"type": "vispruner"}, view, k)
     assert row == naive_vispruner(view.tower_cls_BLHV[0, 0].double().mean(0), view.tower_features_BLVD[0, 0], k, 0.5, 8)
     assert len(row) == k
+
+
+def test_vispruner_of_official_order() -> None:
+    """576 tokens and a budget of 64: dealt out by attention, other tokens are duplicates."""
+    config = {"type": "vispruner", "compat": True}
+    view = view_for(config, 1, 576)
+    (row,) = kept(config, view, 64)
+    a, h = view.tower_cls_BLHV[0, 0].double().mean(0), view.tower_features_BLVD[0, 0]
+    assert row == naive_vispruner(a, h, 64, 0.5, 8, compat=True)
+    assert kept(config, pad_view(view, 7, (1, 583)), 64) == [row]
+    assert row != kept({"type": "vispruner"}, view, 64)[0], "control: the order decides"
 
 
 def test_vispruner_of_padded_rows_and_equal_tokens() -> None:

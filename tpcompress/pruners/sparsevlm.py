@@ -41,7 +41,7 @@ class SparseVLM(Pruner):
     needs  attention_prompt, input (so `layer` >= 1).     gives  keep_BV, scores_BV; vision_BVD with `recycle`.
     Paper: `recycle`, stages at layers 3, 7 and 16 with the budgets of `sparsevlm_stages`; version 1.5 renumbers
     (`positions: compact`). Version 2 (no paper): no recycling, `heads: 14`, original positions. Cost: one row of
-    attention per word, U x Q products; with `recycle` N^2 distances, N = 0.3 V.
+    attention per word, U x Q products; with `recycle` N^2 distances in fp64, N = 0.3 V.
     Unlike the official code: any budget and batch; exact counts, which include recycled tokens; ties of density go
     to the earlier token (there random noise), and densities are compared before the exp, where far or near tokens do
     not all tie; recycled tokens stand in the order of positions (there behind all ranked ones); a prompt whose words

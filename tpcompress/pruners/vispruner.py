@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.saliency import SOURCES, check_share, check_source, in_tiers, saliency
-from tpcompress.pruners.topk import keep_topk, on, slots
+from tpcompress.pruners.topk import keep_topk, on, rank
 
 
 class VisPruner(Pruner):
@@ -23,22 +23,24 @@ class VisPruner(Pruner):
 
     needs  tower_features, and tower_cls or tower_received (`attention`).     gives  keep_BV, scores_BV = (round of the
     deletion, attention).
-    Paper: half of the budget by attention, 8 per round. Cost: one V x V Gram matrix, (V - T) / 8 rounds of V x V.
+    Paper: half of the budget by attention, 8 per round. Cost: one V x V Gram matrix in fp64, (V - T) / 8 rounds over
+    the rows of a half of what is left.
     Unlike the official code: any number of tokens and any budget (there an odd rest is an error), a batch of different
-    sizes, the important tokens are floor(T important), one at least unless `important` is 0, order of the sequence in
-    each new round.
+    sizes, one important token at least unless `important` is 0 (there floor(T important)), the order of the sequence.
+    `compat` deals the rest out as there, and takes no more than floor(T important): by falling attention at first, and
+    then what is left of the first set, by falling dup, before the second.
     """
 
     name = "vispruner"
     paper = "2412.01818"
 
-    def __init__(self, important: float = 0.5, step: int = 8, attention: str = "class") -> None:
+    def __init__(self, important: float = 0.5, step: int = 8, attention: str = "class", compat: bool = False) -> None:
         super().__init__()
         check_source(self.name, attention)
         check_share(self.name, "important", important)
         if step < 1:
             raise ValueError(f"vispruner deletes at least one token per round, got step {step}; give 1 or more.")
-        self.important, self.step, self.attention = important, step, attention
+        self.important, self.step, self.attention, self.compat = important, step, attention, compat
 
     @property
     def needs(self) -> frozenset[str]:
@@ -48,16 +50,24 @@ class VisPruner(Pruner):
         assert tokens.tower_features_BLVD is not None
         attention_BV, valid_BV = saliency(tokens, self.attention), tokens.valid_BV
         first_B = (num_keep_B.double() * self.important).floor().long()
-        first_B = first_B.clamp(min=int(self.important > 0)).minimum(num_keep_B)
+        first_B = first_B.clamp(min=int(self.important > 0 and not self.compat)).minimum(num_keep_B)
         important_BV = keep_topk(attention_BV, valid_BV, first_B)
         rest_BV = valid_BV & ~important_BV
-        spared_BV, rounds = spare(tokens.tower_features_BLVD[:, 0], rest_BV, first_B, num_keep_B, self.step)
+        features_BVD, dealt_BV = tokens.tower_features_BLVD[:, 0], attention_BV if self.compat else None
+        spared_BV, rounds = spare(features_BVD, rest_BV, first_B, num_keep_B, self.step, dealt_BV)
         keep_BV = important_BV | (rest_BV & (spared_BV == rounds))
         tier_BV = torch.where(important_BV, rounds + 1, spared_BV)
         return Selection(keep_BV, in_tiers(tier_BV, attention_BV))
 
 
-def spare(features_BVD: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Tensor, step: int) -> tuple[Tensor, int]:
+def spare(
+    features_BVD: Tensor,
+    rest_BV: Tensor,
+    first_B: Tensor,
+    num_keep_B: Tensor,
+    step: int,
+    attention_BV: Tensor | None = None,
+) -> tuple[Tensor, int]:
     """How many rounds each token of the rest outlives.
 
     Args:
@@ -66,6 +76,7 @@ def spare(features_BVD: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Te
         first_B: int64 on the CPU, tokens of each row that are kept already and not in the rest.
         num_keep_B: int64 on the CPU, what shall be left of both together.
         step: deletions per round.
+        attention_BV: deals out in the official order, of which it is the first; in the sequence's without it.
 
     Returns:
         int64 (B, V), the round of the deletion counted from 0, and the number of rounds, which is what the tokens have
@@ -78,17 +89,24 @@ def spare(features_BVD: Tensor, rest_BV: Tensor, first_B: Tensor, num_keep_B: Te
     # One row more than there are tokens stands for none and is like nothing: a cosine is at least -1.
     cosine_BWV = F.pad((unit_BVD @ unit_BVD.mT).float(), (0, 0, 0, 1), value=-4.0)
     row_B1 = torch.arange(B, device=rest_BV.device)[:, None] * (V + 1)
+    key_BV = torch.arange(V, device=rest_BV.device).expand(B, V)
+    if attention_BV is not None:
+        key_BV = rank(attention_BV, rest_BV)
     goal_B, left_BV, spared_BV = on(num_keep_B - first_B, rest_BV), rest_BV, torch.zeros_like(rest_BV).long()
     for N in widths:
-        index_BN, left_BN = slots(left_BV, N)
+        index_BN = key_BV.masked_fill(~left_BV, 2 * V).argsort(dim=1, stable=True)[:, :N]
+        left_BN = left_BV.gather(1, index_BN)
         first_BA, left_BA = index_BN[:, ::2], left_BN[:, ::2]
         second_BC = F.pad(index_BN.masked_fill(~left_BN, V)[:, 1::2], (0, 1), value=V) + row_B1
         # Whole rows of the second set, as the matrix is symmetric: they lie in one piece.
         dup_BV = cosine_BWV.flatten(0, 1).index_select(0, second_BC.flatten()).view(B, -1, V).amax(1)
         size_B = left_BA.sum(1)
         many_B = (left_BN.sum(1) - goal_B).clamp(min=0, max=step).minimum(size_B)
-        stays_BA = keep_topk(-dup_BV.gather(1, first_BA), left_BA, size_B - many_B)
-        left_BV = left_BV.scatter(1, first_BA, stays_BA)
+        dup_BA = dup_BV.gather(1, first_BA)
+        left_BV = left_BV.scatter(1, first_BA, keep_topk(-dup_BA, left_BA, size_B - many_B))
+        if attention_BV is not None:
+            behind_BN = torch.arange(V, V + N, device=key_BV.device).expand(B, N)
+            key_BV = key_BV.scatter(1, index_BN, behind_BN).scatter(1, first_BA, rank(dup_BA, left_BA))
         spared_BV = spared_BV + left_BV
     return spared_BV, len(widths)
 
