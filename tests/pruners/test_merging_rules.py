@@ -16,6 +16,7 @@ from torch import Tensor
 from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Selection, create
+from tpcompress.pruners.restore import distinctive
 
 D = 16
 CONFIGS: list[dict[str, Any]] = [
@@ -219,6 +220,14 @@ def test_restore_merges_into_anchors_at_the_median_of_their_groups(anchors: floa
             assert torch.allclose(selection.vision_BVD[b, v], x[b, inside].mean(0), atol=1e-5)
             assert selection.size_BV[b, v] == len(inside)
             assert selection.place_BV[b, v] == inside[(len(inside) - 1) // 2]
+
+
+def test_of_equal_tokens_only_the_first_is_distinctive() -> None:
+    x = features(2, 9)[:, torch.arange(27) % 9]
+    valid = torch.ones(2, 27, dtype=torch.bool)
+    scores = distinctive(x, valid)
+    assert (scores[:, :9] != 0).all()
+    assert (scores[:, 9:].abs() < 1e-5).all()
 
 
 @pytest.mark.parametrize(

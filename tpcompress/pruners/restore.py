@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.compose import Composed
+from tpcompress.pruners.greedy import cosines
 from tpcompress.pruners.merge import group_sizes, merge_groups, nearest_kept
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.topk import keep_topk, rank
 
 WEIGHTS = ("mean", "similarity")
 PLACES = ("median", "own")
@@ -37,8 +37,8 @@ class Restore(Composed):
     distance of a query m to the token n. That differs from query to query, and a `Selection` weighs a key alike for all
     of them; what is left is the size. The paper names the distance its larger part, so this is less than its method.
     Ours: `anchors: 0`, the default, where a pruner's own choice serves as the anchors, and any share but one half;
-    `similarity` weights; the earlier of two median tokens; 1-D order for the median of a grid; a token unlike all more
-    central ones counts as uncovered (the paper's masked maximum), there its negative cosine counts.
+    `similarity` weights; the earlier of two equal R or median tokens; 1-D order for the median of a grid; a token
+    unlike all more central ones counts as uncovered (the paper's masked maximum), there its negative cosine counts.
     """
 
     name = "restore"
@@ -97,13 +97,14 @@ def distinctive(x_BVD: Tensor, valid_BV: Tensor) -> Tensor:
         valid_BV: bool (B, V): the tokens that are looked at.
 
     Returns:
-        fp32 (B, V), R_i = sum of C_ij over all j, i among them; meaningless where not valid.
+        fp32 (B, V), R_i = sum of C_ij over all j, i among them; the earlier of equal R counts as the larger, so that of
+        equal tokens one is covered. Meaningless where not valid.
     """
-    unit_BVD = F.normalize(x_BVD.float(), dim=-1).masked_fill(~valid_BV[..., None], 0.0)
-    similar_BVV = unit_BVD @ unit_BVD.mT
-    central_BV = similar_BVV.sum(-1)
-    stronger_BVV = central_BV[:, None] > central_BV[..., None]
-    covered_BV = similar_BVV.masked_fill(~(stronger_BVV & valid_BV[:, None]), 0.0).amax(-1).clamp(min=0)
+    similar_BVV = cosines(x_BVD).masked_fill(~valid_BV[:, None], 0.0)
+    central_BV = similar_BVV.sum(-1, dtype=torch.float64).float()
+    place_BV = rank(central_BV, valid_BV)
+    stronger_BVV = (place_BV[:, None] < place_BV[..., None]) & valid_BV[:, None]
+    covered_BV = similar_BVV.masked_fill(~stronger_BVV, 0.0).amax(-1).clamp(min=0)
     return central_BV * (1 - covered_BV)
 
 
