@@ -59,7 +59,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "eadp": [{"mu": 0.0, "q": 0.3, "beta": 5.0}, {"mu": 1.0, "q": 1.0, "beta": 0.0}],
     "sieve": [{"energy": 1.0, "heads": 1.0}],
     "fastervlm": [{"attention": "received"}],
-    "vispruner": [{"attention": "received", "important": 0.0, "step": 3}, {"important": 0.7, "step": 1}],
+    "vispruner": [
+        {"attention": "received", "important": 0.0, "step": 3},
+        {"important": 0.7, "step": 1},
+        {"compat": True},
+    ],
     "visionzip": [{"attention": "received", "merge_at": "tokens", "contextual": 0.5}, {"contextual": 1.0}],
     "prumerge": [
         {"plus": True, "neighbours": 3},
