@@ -81,6 +81,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "restore": [
         {"weights": "similarity", "place": "own", "proportional": False},
+        {"anchors": 0.0},
         {"anchors": 0.25},
         {"anchors": 0.9, "pruner": {"type": "random", "seed": 3, "resample": False}},
     ],

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.greedy import SAME
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.topk import SAME, keep_topk
 
 LEVELS = ("feature", "pixel")
 

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Selection
-from tpcompress.pruners.topk import on
+from tpcompress.pruners.topk import SAME, on
 
-SAME = 1e-6
-"""Cosines nearer to 1 than this are 1: rounding alone must not tell duplicates apart."""
 BLOCK = 16
 """Candidates that lazy greedy looks at first; twice as many each time that they do not settle a pick."""
 SMALL = 2**19

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import TokenView
-from tpcompress.pruners.topk import on, rank, slots, take
+from tpcompress.pruners.topk import SAME, on, rank, slots, take
 
 METRICS = {"features": frozenset[str](), "keys": frozenset({"tower_keys"})}
 """What tokens are compared by, and the view behind it: their hidden states at the stage, or the keys of a layer of the
@@ -193,6 +193,7 @@ def _choices(metric_BND: Tensor, left_BN: Tensor) -> tuple[Tensor, Tensor]:
     """For each of set A the largest cosine (B, A) to one of set C, and which."""
     unit_BND = F.normalize(metric_BND, dim=-1)
     similar_BAC = unit_BND[:, ::2] @ unit_BND[:, 1::2].mT
+    similar_BAC = similar_BAC.masked_fill(similar_BAC > 1 - SAME, 1.0)
     best = similar_BAC.masked_fill(~left_BN[:, None, 1::2], -torch.inf).max(-1)
     return best.values, best.indices
 

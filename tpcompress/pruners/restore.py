@@ -29,14 +29,14 @@ class Restore(Composed):
 
     needs  what `pruner` needs.     gives  keep_BV, scores_BV, vision_BVD, place_BV with median, size_BV with
     proportional.
-    Paper: around DivPrune, VisPruner or HoloV, with anchors = 0.5 in the official code; 64 of LLaVA-1.5's 576 tokens,
-    before the language model; positions of the full sequence, the median for merged tokens.
+    Paper: around DivPrune, VisPruner or HoloV, with anchors = 0.5 as in the official code; 64 of LLaVA-1.5's 576
+    tokens, before the language model; positions of the full sequence, the median for merged tokens.
     Cost: that of `pruner`, one product of anchors with all tokens, and one to average; with anchors one V x V Gram
     matrix.
     Unlike the official code: attention there is log(size (c - D(m - n))), D the decay of rotary embedding with the
     distance of a query m to the token n. That differs from query to query, and a `Selection` weighs a key alike for all
     of them; what is left is the size. The paper names the distance its larger part, so this is less than its method.
-    Ours: `anchors: 0`, the default, where a pruner's own choice serves as the anchors, and any share but one half;
+    Ours: `anchors: 0`, where a pruner's own choice serves as the anchors, and any share but one half;
     `similarity` weights; the earlier of two equal R or median tokens; 1-D order for the median of a grid; a token
     unlike all more central ones counts as uncovered (the paper's masked maximum), there its negative cosine counts.
     """
@@ -49,7 +49,7 @@ class Restore(Composed):
     def __init__(
         self,
         pruner: Pruner | str | dict[str, Any] = "divprune",
-        anchors: float = 0.0,
+        anchors: float = 0.5,
         weights: str = "mean",
         place: str = "median",
         proportional: bool = True,

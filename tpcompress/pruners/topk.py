@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SAME = 1e-6
+"""Cosines nearer to 1 than this are 1: rounding alone must not tell duplicates apart."""
+
 
 def keep_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
     """The `num_keep` best valid tokens of each row; ties go to the earlier token.
