@@ -17,7 +17,9 @@ from training.helpers import Poison, Workplace, callback, save_base, save_chat
 from tpcompress.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("fit", "validate", "export", "verify", "compare", "quickstart", "inspect", "pruners", "families")
+COMMANDS = (
+    "fit", "validate", "export", "verify", "compare", "quickstart", "inspect", "find-layer", "pruners", "families",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
