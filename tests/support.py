@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -130,17 +131,25 @@ def placed_configs(*layers: int) -> list[tuple[dict[str, Any], int]]:
     ]
 
 
-def placed_once(*layers: int) -> list[tuple[dict[str, Any], int]]:
-    """The same, each config once: at the first of the layers where it can be."""
-    found: dict[str, tuple[dict[str, Any], int]] = {}
-    for config, layer in sorted(placed_configs(*layers), key=lambda pair: layers.index(pair[1])):
-        found.setdefault(config_id(config), (config, layer))
-    return list(found.values())
+def every_placed(*layers: int, once: bool = False) -> pytest.MarkDecorator:
+    """A test over `placed_configs`; arguments that take no other way through a model than earlier ones are slow.
 
-
-def placed_id(value: Any) -> str:
-    """Test id of a config or of its layer."""
-    return config_id(value) if isinstance(value, dict) else f"layer={value}"
+    Args:
+        layers: where a stage may stand.
+        once: each config at the first of them where it can be, and not at all.
+    """
+    pairs = sorted(placed_configs(*layers), key=lambda pair: layers.index(pair[1]))
+    found, ways, params = set(), set(), []
+    for config, layer in pairs:
+        name, rule = config_id(config), create(dict(config))
+        if once and name in found:
+            continue
+        found.add(name)
+        way = (rule.name, layer, rule.needs, rule.merges, rule.calibrates, rule.learned)
+        marks = [pytest.mark.slow] if way in ways else []
+        ways.add(way)
+        params.append(pytest.param(config, layer, marks=marks, id=f"{name}-layer={layer}"))
+    return pytest.mark.parametrize(("config", "layer"), params)
 
 
 @cache

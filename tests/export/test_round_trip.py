@@ -12,7 +12,7 @@ import pytest
 import torch
 from export.helpers import GATE, answer, make_base, make_inputs, run_python, two_stages
 from safetensors import safe_open
-from support import placed_id, placed_once
+from support import every_placed
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import tpcompress as tp
@@ -71,7 +71,7 @@ def test_plan_and_weights_survive(trained: Any, exported: Path) -> None:
     assert not loaded.training
 
 
-@pytest.mark.parametrize(("config", "layer"), placed_once(0, 2), ids=placed_id)
+@every_placed(0, 2, once=True)
 def test_every_pruner(config: dict[str, Any], layer: int, base: Any, round_trip: Any) -> None:
     model = tp.attach(base, tp.PruningPlan([tp.Stage(config, layer, keep_tokens=9)]))
     assert equal(model, round_trip(model))

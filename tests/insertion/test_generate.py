@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import PLACEHOLDER, TOKENS, batch, generate, logit_gap, new_tokens, one_sample, placed_id, placed_once
+from support import PLACEHOLDER, TOKENS, batch, every_placed, generate, logit_gap, new_tokens, one_sample
 from transformers import DynamicCache, StaticCache
 
 from tpcompress.insertion.attach import attach, detach, mode, record
@@ -47,7 +47,7 @@ def test_cached_equals_recomputed(model: Any, samples: Any, name: str, positions
     assert logit_gap(cached, plain) > 0.05, "control: pruning must change the logits"
 
 
-@pytest.mark.parametrize(("config", "layer"), placed_once(2, 0), ids=placed_id)
+@every_placed(2, 0, once=True)
 def test_every_pruner_batch_equals_alone(model: Any, config: dict[str, Any], layer: int) -> None:
     inputs = batch(RAGGED)
     attach(model, PruningPlan([Stage(config, layer, keep_tokens=9)]))

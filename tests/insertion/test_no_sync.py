@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import answer_labels, batch, placed_id, placed_once, tiny_model
+from support import answer_labels, batch, every_placed, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,7 +72,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-@pytest.mark.parametrize(("config", "layer"), placed_once(2, 0), ids=placed_id)
+@every_placed(2, 0, once=True)
 def test_prefill_and_decode_never_wait(
     model: Any, guarded: NoSync, config: dict[str, Any], layer: int, with_mask: bool
 ) -> None:

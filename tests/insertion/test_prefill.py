@@ -14,11 +14,11 @@ from support import (
     answer_labels,
     batch,
     case_id,
+    every_placed,
     generate,
     model_cases,
     one_sample,
     placed_configs,
-    placed_id,
     tiny_model,
 )
 
@@ -66,7 +66,7 @@ def test_ragged_batches_equal_the_reference(model: Any, base: Any, name: str, si
     check(model, base, PruningPlan(PLANS[name], positions=positions), batch(RAGGED, side))
 
 
-@pytest.mark.parametrize(("config", "layer"), placed_configs(0, 2), ids=placed_id)
+@every_placed(0, 2)
 def test_every_pruner_equals_the_reference(model: Any, base: Any, config: dict[str, Any], layer: int) -> None:
     check(model, base, PruningPlan([Stage(config, layer, keep_tokens=13)]), batch([(5, 1, 7), (3, 2, 8)]))
 

@@ -12,11 +12,9 @@ from support import (
     PLACEHOLDER,
     answer_labels,
     batch,
+    every_placed,
     generate,
     gradients,
-    placed_configs,
-    placed_id,
-    placed_once,
     stir,
     tiny_model,
 )
@@ -92,7 +90,7 @@ def test_gradients_equal_those_of_the_reference(trained: Any) -> None:
     assert max((found[n] - plain[n]).abs().max().item() for n in expected) > 1e-2, "control: pruning changes gradients"
 
 
-@pytest.mark.parametrize(("config", "layer"), placed_once(2, 0), ids=placed_id)
+@every_placed(2, 0, once=True)
 def test_training_and_inference_retain_the_same_tokens(model: Any, config: dict[str, Any], layer: int) -> None:
     """With the answer appended and labelled, and at generation without it. Left padding, so that prompts agree."""
     prompt = batch(SAMPLES)
@@ -116,7 +114,7 @@ def test_training_and_inference_retain_the_same_tokens(model: Any, config: dict[
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("config", "layer"), placed_configs(0, 2), ids=placed_id)
+@every_placed(0, 2)
 def test_answers_never_change_the_retained_tokens(model: Any, config: dict[str, Any], side: str, layer: int) -> None:
     inputs = batch(SAMPLES, side)
     labels = answer_labels(inputs)

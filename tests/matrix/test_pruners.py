@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from subjects import Subject
-from support import alone, pruner_configs
+from support import alone, case_id, model_cases, pruner_configs
 
-from tpcompress.families import resolve
+from tpcompress.families import list_families, resolve
 from tpcompress.insertion.attach import attach, detach, record
 from tpcompress.insertion.offers import missing
 from tpcompress.insertion.plan import PruningPlan, Stage
@@ -17,6 +17,17 @@ from tpcompress.insertion.trace import StageTrace
 from tpcompress.pruners import create, list_pruners
 
 NAMES = [name for name, cls in list_pruners().items() if not cls.withdraws]
+
+every_family = pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(case, id=case_id(case), marks=() if case[1] == variants[0] else pytest.mark.slow)
+        for case in model_cases()
+        for variants in [list_families()[case[0]].tiny.variants]
+    ],
+    indirect=True,
+)
+"""One variant of each family; the others are slow."""
 
 
 def placed(subject: Subject, name: str) -> Stage | None:
@@ -43,6 +54,7 @@ def last_stage(subject: Subject, stage: Stage, inputs: dict[str, Any]) -> StageT
     return trace.stages[-1]
 
 
+@every_family
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_and_independent_of_the_batch(subject: Subject, name: str) -> None:
     stage = placed(subject, name)
@@ -66,6 +78,7 @@ def test_exact_and_independent_of_the_batch(subject: Subject, name: str) -> None
         assert torch.equal(single.retained_RV, together.retained_RV[rows, :width])
 
 
+@every_family
 def test_most_rules_work_on_any_family(subject: Subject) -> None:
     """What a family without a tower to look into lacks are the rules that read the tower, and no others."""
     lost = {name for name in NAMES if placed(subject, name) is None}
