@@ -49,7 +49,7 @@ def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
     arms = [(row["arm"], row["pruner"]) for row in report["rows"]]
     assert len(arms) == len(set(arms))
     free = {p for a, p in arms if a == "training_free"}
-    assert free == {"random", "uniform", "pool", "divprune", "novelty", "restore", "dart", "fastv"}
+    assert free == {"random", "uniform", "pool", "divprune", "novelty", "merged", "dart", "fastv"}
     assert {p for a, p in arms if a == "training_aware"} == {"pool", "divprune", "learned_gate"}
     assert {
         ("dense", None),
