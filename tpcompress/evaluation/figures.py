@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Retained", "accuracy_figure", "bias_figure", "retained_figure", "retained_masks"]
 
 GREY = "#555555"
+MANY = 16
+"""Pruners above which the legend stands beside the axes."""
 
 
 def accuracy_figure(report: Report, path: str | Path) -> None:
@@ -44,8 +46,10 @@ def accuracy_figure(report: Report, path: str | Path) -> None:
         raise ValueError("The report has no row with a score, so there is nothing to draw; evaluate a model first.")
     curves = _curves(report)
     budgets = {point.tokens for points in curves.values() for point in points}
-    figure, axes = new_figure(7.5, 5.0)
-    colours = _colours(sorted({pruner for _, pruner in curves}))
+    # By the score at the largest budget, so that a long legend reads like the right end of the curves.
+    last = {pruner: max(points[-1].score for (_, n), points in curves.items() if n == pruner) for _, pruner in curves}
+    colours = _colours(sorted(last, key=lambda name: (-last[name], name)) if len(last) > MANY else sorted(last))
+    figure, axes = new_figure(*((7.5, 5.0) if len(last) <= MANY else (11.0, max(6.0, 0.19 * len(last)))))
     if len(budgets) > 1:
         _draw_curves(axes, curves, colours, sorted(budgets))
     else:
@@ -183,10 +187,14 @@ def _arm_handles(curves: Curves) -> list[Line2D]:
 def _legend(axes: Axes, handles: list[Line2D]) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
-    if handles:
+    if len(handles) > MANY:
+        figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside right upper")
+    elif handles:
         figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside upper center", ncols=4)
 
 
 def _colours(names: Sequence[str]) -> dict[str, Any]:
+    if len(names) > MANY:  # more than a set of colours can tell apart: in the order of the legend
+        return {name: matplotlib.colormaps["turbo"](i / (len(names) - 1)) for i, name in enumerate(names)}
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
-    return {name: palette(i % palette.N) for i, name in enumerate(names)}
+    return {name: palette(i) for i, name in enumerate(names)}
