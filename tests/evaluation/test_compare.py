@@ -106,7 +106,7 @@ def test_a_failed_verification_is_the_exit_code(done, config, monkeypatch):
 def test_the_bundled_comparisons_parse():
     comparison = Comparison.from_file(CONFIG)
     assert list(comparison.budgets) == [16, 36]
-    assert len(comparison.training_free) == 7
+    assert len(comparison.training_free) == 8
     assert len(Comparison.from_file("recipes/tiny_llava/compare.yaml").training_aware) == 3
 
 
