@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from support import Case, Sample, batch
+from exact import tolerance
+from support import Case, Sample, batch, case_id, generate, logit_gap, tiny_model
 
 from tpcompress.families import Family, list_families, resolve
+from tpcompress.insertion.attach import CONTROLLER, detach
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 
@@ -75,3 +77,32 @@ class Subject:
             layer = min(stage.layer, possible[-1])
             moved.setdefault(layer, replace(stage, layer=layer))
         return PruningPlan(list(moved.values()), **policies)
+
+
+_subjects: dict[str, Subject] = {}
+
+
+def lent(case: Case) -> Iterator[Subject]:
+    """A variant's models, which all tests of a process share; detached afterwards if the test did not."""
+    name = case_id(case)
+    if name not in _subjects:
+        _subjects[name] = Subject(case, tiny_model(case[0], *case[1]), tiny_model(case[0], *case[1]))
+    subject = _subjects[name]
+    yield subject
+    subject.model.eval().zero_grad(set_to_none=True)
+    if hasattr(subject.model, CONTROLLER):
+        detach(subject.model)
+
+
+def ragged(subject: Subject) -> list[Sample]:
+    """Samples with one picture, two, none and all kinds."""
+    return [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, subject.kinds, 4)]
+
+
+def recomputes(subject: Subject, inputs: dict[str, Any]) -> bool:
+    """Whether the unpruned model itself does without a cache, and gives the same (ERNIE's expert types do not)."""
+    try:
+        runs = [generate(subject.base, inputs, new=4, use_cache=cache) for cache in (True, False)]
+    except (ValueError, IndexError):
+        return False
+    return logit_gap(*runs) < tolerance(subject.base)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from exact import check, tolerance
-from subjects import Subject
-from support import alone, answer_labels, batch, generate, list_families, logit_gap, new_tokens, tiny_model
+from subjects import Subject, lent
+from support import alone, answer_labels, batch, generate, list_families, logit_gap, new_tokens
 from torch import Tensor
 
-from tpcompress.insertion.attach import CONTROLLER, attach, detach, mode, record
+from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import keep_topk, rank
@@ -79,19 +79,11 @@ PLANS = {
     ],
     "then two": [Stage(Above(), 0, keep_ratio=0.5), Stage(Empty(), 2, keep_tokens=5), Stage(Some(3), 4, keep_tokens=2)],
 }
-_subjects: dict[str, Subject] = {}
 
 
 @pytest.fixture(params=["llava", "qwen2_vl", "gemma3"])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    name = request.param
-    if name not in _subjects:
-        variant = list_families()[name].tiny.variants[0]
-        _subjects[name] = Subject((name, variant), tiny_model(name, *variant), tiny_model(name, *variant))
-    subject = _subjects[name]
-    yield subject
-    if hasattr(subject.model, CONTROLLER):
-        detach(subject.model)
+    yield from lent((request.param, list_families()[request.param].tiny.variants[0]))
 
 
 SAMPLES = [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, 3, 4)]

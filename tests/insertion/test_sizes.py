@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from exact import check, tolerance
-from subjects import Subject
+from subjects import Subject, lent, ragged, recomputes
 from support import PLACEHOLDER, alone, batch, generate, list_families, logit_gap, new_tokens, tiny_model
 from torch import Tensor
 
 from tpcompress.families import resolve
-from tpcompress.insertion.attach import CONTROLLER, attach, detach, mode, record
+from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.masks import layer_mask
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.sizes import joined, weighed
@@ -55,32 +55,11 @@ PLANS = {
     "plain first": [Stage("divprune", 0, keep_ratio=0.6), Stage(Sized(), 4, keep_ratio=0.3)],
 }
 CASES = ["llava", "qwen2_vl", "gemma3"]
-_subjects: dict[str, Subject] = {}
 
 
 @pytest.fixture(params=[pytest.param(n, marks=() if n in CASES else pytest.mark.slow) for n in list_families()])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    name = request.param
-    if name not in _subjects:
-        variant = list_families()[name].tiny.variants[0]
-        _subjects[name] = Subject((name, variant), tiny_model(name, *variant), tiny_model(name, *variant))
-    subject = _subjects[name]
-    yield subject
-    if hasattr(subject.model, CONTROLLER):
-        detach(subject.model)
-
-
-def ragged(subject: Subject) -> list[Any]:
-    return [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, subject.kinds, 4)]
-
-
-def recomputes(subject: Subject, inputs: dict[str, Any]) -> bool:
-    """Whether the unpruned model itself does without a cache, and gives the same (ERNIE's expert types do not)."""
-    try:
-        runs = [generate(subject.base, inputs, new=4, use_cache=cache) for cache in (True, False)]
-    except (ValueError, IndexError):
-        return False
-    return logit_gap(*runs) < tolerance(subject.base)
+    yield from lent((request.param, list_families()[request.param].tiny.variants[0]))
 
 
 @pytest.mark.parametrize("name", PLANS)

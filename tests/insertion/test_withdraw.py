@@ -8,7 +8,7 @@ import pytest
 import torch
 from exact import check, tolerance
 from reference import row_positions
-from subjects import Subject
+from subjects import Subject, lent, ragged, recomputes
 from support import (
     PLACEHOLDER,
     TOKENS,
@@ -21,7 +21,6 @@ from support import (
     logit_gap,
     model_cases,
     new_tokens,
-    tiny_model,
 )
 from transformers import DynamicCache
 
@@ -38,32 +37,11 @@ PLANS = {
     "layer 2": [Stage("vtw", 2, keep_tokens=0)],
     "last": [Stage("divprune", 0, keep_ratio=0.5), Stage("uniform", 2, keep_tokens=9), Stage("vtw", 4, keep_tokens=0)],
 }
-_subjects: dict[str, Subject] = {}
 
 
 @pytest.fixture(params=CASES)
 def subject(request: pytest.FixtureRequest) -> Any:
-    case = request.param
-    if case_id(case) not in _subjects:
-        _subjects[case_id(case)] = Subject(case, tiny_model(case[0], *case[1]), tiny_model(case[0], *case[1]))
-    subject = _subjects[case_id(case)]
-    yield subject
-    subject.model.zero_grad(set_to_none=True)
-    if hasattr(subject.model, "_tpcompress"):
-        detach(subject.model)
-
-
-def ragged(subject: Subject) -> list[Any]:
-    return [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, subject.kinds, 4)]
-
-
-def recomputes(subject: Subject, inputs: dict[str, Any]) -> bool:
-    """Whether the unpruned model itself does without a cache, and gives the same (ERNIE's expert types do not)."""
-    try:
-        runs = [generate(subject.base, inputs, new=4, use_cache=cache) for cache in (True, False)]
-    except (ValueError, IndexError):
-        return False
-    return logit_gap(*runs) < tolerance(subject.base)
+    yield from lent(request.param)
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])

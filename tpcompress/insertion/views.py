@@ -14,7 +14,15 @@ from tpcompress.families import Parts
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.sequence import Frame, Rows, get_tokens, sent
 from tpcompress.pruners import Pruner, TokenView
-from tpcompress.pruners.base import BEFORE_VIEWS, BETWEEN, INSTRUCTION, LOOSE_VIEWS, SYSTEM, TOWER_VIEWS
+from tpcompress.pruners.base import (
+    BEFORE_VIEWS,
+    BETWEEN,
+    INSTRUCTION,
+    LOOSE_VIEWS,
+    SYSTEM,
+    TOWER_FIELDS,
+    TOWER_VIEWS,
+)
 
 if TYPE_CHECKING:
     from tpcompress.insertion.call import Call
@@ -117,16 +125,6 @@ def build_view(
         **optional,
     )
     return view, cell_RV
-
-
-TOWER_FIELDS = {
-    "tower_cls": "tower_cls_BLHV",
-    "tower_cls_query": "tower_cls_query_BLHVD",
-    "tower_received": "tower_received_BLHV",
-    "tower_keys": "tower_keys_BLHVD",
-    "tower_features": "tower_features_BLVD",
-}
-"""The field of `TokenView` that holds each view of the tower."""
 
 
 def _of_videos(rows: Rows, image_RV: Tensor) -> Tensor:

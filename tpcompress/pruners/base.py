@@ -30,7 +30,16 @@ LAYER_VIEWS = BEFORE_VIEWS | {"attention_next"}
 LOOSE_VIEWS = frozenset({"projector", "pixels"})
 """Views around the vision tower that belong to no layer of it."""
 
-TOWER_VIEWS = LOOSE_VIEWS | {"tower_cls", "tower_cls_query", "tower_received", "tower_keys", "tower_features"}
+TOWER_FIELDS = {
+    "tower_cls": "tower_cls_BLHV",
+    "tower_cls_query": "tower_cls_query_BLHVD",
+    "tower_received": "tower_received_BLHV",
+    "tower_keys": "tower_keys_BLHVD",
+    "tower_features": "tower_features_BLVD",
+}
+"""The field of `TokenView` that holds each view of chosen layers of the vision tower."""
+
+TOWER_VIEWS = LOOSE_VIEWS | TOWER_FIELDS.keys()
 """Views that are seen while the vision tower runs."""
 
 PROMPT_VIEWS = frozenset({"text", "attention", "attention_prompt", "attention_next", "input", "joint"})

@@ -12,17 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.base import TOWER_LAYERS, Pruner, Selection, TokenView
+from tpcompress.pruners.base import TOWER_FIELDS, TOWER_LAYERS, Pruner, Selection, TokenView
 from tpcompress.pruners.registry import create
 from tpcompress.pruners.topk import on, rank
-
-TOWER_FIELDS = (
-    "tower_cls_BLHV",
-    "tower_cls_query_BLHVD",
-    "tower_received_BLHV",
-    "tower_keys_BLHVD",
-    "tower_features_BLVD",
-)
 
 SHARES = ("equal", "proportional")
 
@@ -174,4 +166,6 @@ def _reads_tower(part: Pruner) -> bool:
 
 
 def _layers(tokens: TokenView, index_L: Sequence[int]) -> dict[str, Any]:
-    return {name: value[:, list(index_L)] for name in TOWER_FIELDS if (value := getattr(tokens, name)) is not None}
+    return {
+        name: value[:, list(index_L)] for name in TOWER_FIELDS.values() if (value := getattr(tokens, name)) is not None
+    }
