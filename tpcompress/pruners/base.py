@@ -6,13 +6,14 @@ S sequence length, H attention heads, Q words of the prompt (padded), L layers o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tpcompress.pruners.configured import Configured
 
 SYSTEM, BETWEEN, INSTRUCTION = 1, 2, 3
 """Roles of the words of a prompt: before a row's first vision token, among its vision tokens, after its last one.
@@ -172,11 +173,17 @@ class Selection:
     Attributes:
         keep_BV: bool, the one truth: exactly `num_keep` True per row, unless the pruner is not `exact`.
         scores_BV: higher = keep; for plots, losses and tie-breaking.
-        gate_BV: smooth weights in [0, 1] that sum to `num_keep` (training at full length only).
+        gate_BV: weights in [0, 1] that carry a gradient, smooth or 0/1 in the forward pass (training only). Under a
+            view that is `soft` nothing is cut then.
         vision_BVD: new values of the vision tokens (merging pruners; noise gate); None leaves them as they are.
         size_BV: how many tokens each retained one stands for, fp32; layers behind the stage then weigh its key by it
             (proportional attention). None weighs all alike.
         place_BV: int64, the token whose position each retained one takes; None leaves each at its own.
+        value_gate_BV: multiplies the values of the tokens in every layer behind the stage (training only); None is 1.
+        key_bias_BV: fp32, is added to the attention logits of their keys there (training only); None is 0.
+        log_prob_B: log probability of the drawn set, for a loss by score function; None if nothing was drawn.
+        expected_B: expected number of retained tokens, with a gradient; None if the count is not learned.
+        text_BSD: what a scorer made of the whole sequence, for a loss of its own.
     """
 
     keep_BV: Tensor
@@ -185,16 +192,20 @@ class Selection:
     vision_BVD: Tensor | None = None
     size_BV: Tensor | None = None
     place_BV: Tensor | None = None
+    value_gate_BV: Tensor | None = None
+    key_bias_BV: Tensor | None = None
+    log_prob_B: Tensor | None = None
+    expected_B: Tensor | None = None
+    text_BSD: Tensor | None = None
 
 
-class Pruner(nn.Module):
+class Pruner(Configured):
     """A rule that says which vision tokens stay.
 
     Subclasses set `name` (the word used in plans, YAML, tables and checkpoints), take plain values in `__init__`
-    and keep them under their own names, so that `config` and `from_config` come for free.
+    and keep them under their own names, so that `config` comes for free; `create` is its inverse.
     """
 
-    name: ClassVar[str]
     paper: ClassVar[str] = "ours"
     """Where the rule is from: the number of its paper on arXiv, or `ours`."""
     merges: bool = False
@@ -205,6 +216,8 @@ class Pruner(nn.Module):
     """A gradient reaches its scores."""
     calibrates: bool = False
     """What it retains carries sizes or other positions, which the layers behind the stage must honour."""
+    gates: bool = False
+    """In training it may act inside the attention of the layers behind the stage: by value gates or biases of keys."""
     withdraws: ClassVar[bool] = False
     """It retains nothing: its budget is 0, and no other pruner's is."""
     starts_as: ClassVar[str | None] = None
@@ -247,23 +260,3 @@ class Pruner(nn.Module):
                 at most its number of valid tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(tokens, num_keep_B) -> Selection.")
-
-    def config(self) -> dict[str, Any]:
-        """Its name and arguments, as they are written to config.json; `create` is the inverse.
-
-        A pruner from outside this package goes by its dotted path, which is how `create` finds it again.
-        """
-        cls = type(self)
-        inside = cls.__module__.startswith(f"{__package__}.")
-        name = self.name if inside else f"{cls.__module__}.{cls.__qualname__}"
-        return {"type": name} | {n: getattr(self, n) for n in self.argument_names()}
-
-    @classmethod
-    def argument_names(cls) -> list[str]:
-        """What `__init__` takes by name; a pruner without one inherits nn.Module's `(*args, **kwargs)`."""
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        return [p.name for p in parameters if p.kind not in variadic]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "type")

@@ -1,30 +1,46 @@
-"""Pruners by name: found by being in this folder, made from plain values."""
+"""Pruners by name: found by being in this folder, made from plain values. Parts of learned ones in the same way."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tpcompress.pruners.base import Pruner
+from tpcompress.pruners.configured import Configured
 
 
 @cache
 def list_pruners() -> dict[str, type[Pruner]]:
     """Every pruner of this folder by name. A broken file breaks loudly."""
-    found: dict[str, type[Pruner]] = {}
-    package = importlib.import_module(__package__ or "")
+    return find(__package__ or "", Pruner, "pruner")
+
+
+def find(package_name: str, base: type[Configured], kind: str) -> dict[str, Any]:
+    """Every class of a folder that has a name of its own, by name.
+
+    Args:
+        package_name: the folder as a package.
+        base: what they derive from.
+        kind: the word for one of them.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    found: dict[str, Any] = {}
+    package = importlib.import_module(package_name)
     for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        module = importlib.import_module(f"{package_name}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Pruner) and value.__module__ == module.__name__:
-                if "name" not in vars(value):  # what several pruners build on
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+                if "name" not in vars(value):  # what several build on
                     continue
                 if value.name in found:
                     raise ValueError(
-                        f"Two pruners are named '{value.name}': {found[value.name]} and {value}; rename one."
+                        f"Two {kind}s are named '{value.name}': {found[value.name]} and {value}; rename one."
                     )
                 found[value.name] = value
     return dict(sorted(found.items()))
@@ -40,23 +56,7 @@ def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
     Raises:
         ValueError: unknown name, or a dotted path that is not a pruner or not allowed.
     """
-    known = list_pruners()
-    if name in known:
-        return known[name]
-    if "." not in name:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"No pruner '{name}'. Known: {', '.join(known)}.{hint}")
-    if not allow_outside:
-        raise ValueError(f"Pruner '{name}' is outside tpcompress; load with allow_outside=True if you trust it.")
-    path, _, attribute = name.rpartition(".")
-    try:
-        value = getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"Pruner '{name}' cannot be imported ({error}); give the dotted path of its class.") from error
-    if not (isinstance(value, type) and issubclass(value, Pruner)):
-        raise ValueError(f"'{name}' is not a Pruner; subclass tpcompress.Pruner.")
-    return value
+    return _class(name, list_pruners(), Pruner, "pruner", allow_outside)
 
 
 def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) -> Pruner:
@@ -69,19 +69,59 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
     Raises:
         ValueError: unknown name, unknown or missing argument, or a value that the pruner refuses.
     """
-    if isinstance(config, Pruner):
+    made = make(config, list_pruners(), Pruner, "pruner", allow_outside)
+    assert isinstance(made, Pruner)
+    return made
+
+
+def make(config: Any, known: Mapping[str, Any], base: type[Configured], kind: str, allow_outside: bool) -> Any:
+    """A pruner or part from its name or mapping; see `create`.
+
+    An argument that is a mapping with a `type` is a pruner, unless it is named `scorer`, `selector` or `applier`.
+    """
+    if isinstance(config, base):
         return config
     if isinstance(config, str):
         config = {"type": config}
-    if not isinstance(config, dict) or "type" not in config:
+    if not isinstance(config, Mapping) or "type" not in config:
+        article = "An" if kind[0] in "aeiou" else "A"
         raise ValueError(
-            f"A pruner is a name or a mapping with `type`, got {config!r}. Known: {', '.join(list_pruners())}."
+            f"{article} {kind} is a name or a mapping with `type`, got {config!r}. Known: {', '.join(known)}."
         )
-    nested = {k: v for k, v in config.items() if isinstance(v, dict) and "type" in v}
-    arguments = config | {name: create(inside, allow_outside) for name, inside in nested.items()}
-    cls = pruner_class(str(arguments.pop("type")), allow_outside)
+    arguments = {name: _nested(name, value, allow_outside) for name, value in config.items()}
+    cls = _class(str(arguments.pop("type")), known, base, kind, allow_outside)
     try:
         return cls(**arguments)
     except TypeError as error:
         names = cls.argument_names()
-        raise ValueError(f"Pruner '{cls.name}': {error}; it takes {', '.join(names) or 'no arguments'}.") from error
+        raise ValueError(
+            f"{kind.capitalize()} '{cls.name}': {error}; it takes {', '.join(names) or 'no arguments'}."
+        ) from error
+
+
+def _nested(name: str, value: Any, allow_outside: bool) -> Any:
+    from tpcompress.pruners.parts import KINDS, create_part  # parts are made of pruners, too
+
+    if not isinstance(value, Mapping) or "type" not in value:
+        return value
+    return create_part(name, dict(value), allow_outside) if name in KINDS else create(dict(value), allow_outside)
+
+
+def _class(name: str, known: Mapping[str, Any], base: type[Configured], kind: str, allow_outside: bool) -> Any:
+    if name in known:
+        return known[name]
+    noun = kind.capitalize()
+    if "." not in name:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"No {kind} '{name}'. Known: {', '.join(known)}.{hint}")
+    if not allow_outside:
+        raise ValueError(f"{noun} '{name}' is outside tpcompress; load with allow_outside=True if you trust it.")
+    path, _, attribute = name.rpartition(".")
+    try:
+        value = getattr(importlib.import_module(path), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{noun} '{name}' cannot be imported ({error}); give the dotted path of its class.") from error
+    if not (isinstance(value, type) and issubclass(value, base)):
+        raise ValueError(f"'{name}' is not a {base.__name__}; subclass tpcompress.{base.__name__}.")
+    return value
