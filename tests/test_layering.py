@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 """Of our packages and of the frameworks; the standard library and small libraries are not architecture."""
 
-HELPERS = {"base", "topk", "scorer", "saliency", "greedy", "merge", "gate", "compose"}
+HELPERS = {"base", "configured", "parts", "topk", "scorer", "saliency", "greedy", "merge", "gate", "compose"}
 """Modules of `pruners` that pruners share."""
 
 
@@ -96,7 +96,7 @@ def siblings(path: Path) -> set[str]:
 
 def test_pruners_do_not_know_each_other() -> None:
     for path in (ROOT / "pruners").glob("*.py"):
-        if path.stem not in ("__init__", "compose"):  # whose parts are pruners by name
+        if path.stem not in ("__init__", "compose", "parts", "registry"):  # whose parts are pruners by name
             assert siblings(path) <= HELPERS | {path.stem}, path.name
 
 
