@@ -1,0 +1,34 @@
+"""The label loss: cross-entropy of the answer tokens.
+
+A answer tokens, C vocabulary, B samples.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompress.training.losses.base import Loss
+from tpcompress.training.passes import Pass
+
+
+def label_loss(logits_AC: Tensor, targets_A: Tensor) -> Tensor:
+    """-log softmax(logits)[target], mean over answer tokens, in fp32."""
+    return F.cross_entropy(logits_AC.float(), targets_A)
+
+
+def sample_losses(logits_AC: Tensor, targets_A: Tensor, sample_A: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The label loss of each sample (B,), 0 where it has no answer, and its number of answer tokens (B,)."""
+    each_A = F.cross_entropy(logits_AC.float(), targets_A, reduction="none")
+    zero_B = each_A.new_zeros(num_samples)
+    count_B = zero_B.index_add(0, sample_A, each_A.new_ones(len(each_A)))
+    return zero_B.index_add(0, sample_A, each_A) / count_B.clamp(min=1), count_B
+
+
+class Label(Loss):
+    """Cross-entropy of the answer tokens, mean over the tokens of the batch: what fine-tuning without a pruner uses."""
+
+    name = "label"
+
+    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
+        return label_loss(here.logits_AC, here.targets_A) if len(here.targets_A) else None

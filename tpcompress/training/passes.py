@@ -1,0 +1,134 @@
+"""What one forward call of the model left behind, and how it is made; losses and teachers speak in these terms.
+
+B samples, S columns of the batch, N columns behind the last stage, A answer tokens of the whole batch, C vocabulary,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpcompress.insertion.attach import base_of, budgets, controller_of, is_attached, record
+from tpcompress.insertion.plan import Budget
+from tpcompress.insertion.trace import Trace
+
+IGNORED = -100
+
+
+@dataclass
+class Pass:
+    """One forward call. The A answer tokens come sample by sample, in the order of the text.
+
+    Attributes:
+        logits_AC: logits that predict the answer tokens: those of the position before each.
+        hidden_AD: what the output head was given there; None from a cache.
+        targets_A: the answer tokens themselves.
+        sample_A: int64, the sample of each.
+        num_samples: B.
+        trace: what the stages did; None without a plan.
+        budgets: of the stages in this call; at full length the trace's counts do not fall.
+        labels_BS: labels of the batch as it came, before any stage; None from a cache.
+        own_AC: logits at the answer tokens themselves, which predict what follows them; only where asked for.
+        top_indices_AT: None; from a cache, the vocabulary ids that the T columns of `logits_AC` stand for. These
+            columns are then logarithms of probabilities, so what T tokens leave to the rest is known.
+    """
+
+    logits_AC: Tensor
+    hidden_AD: Tensor | None
+    targets_A: Tensor
+    sample_A: Tensor
+    num_samples: int
+    trace: Trace | None = None
+    budgets: list[Budget] = field(default_factory=list)
+    labels_BS: Tensor | None = None
+    own_AC: Tensor | None = None
+    top_indices_AT: Tensor | None = None
+
+
+def run_pass(
+    model: nn.Module, batch: Mapping[str, Any], values: Sequence[Budget] | None = None, own: bool = False
+) -> Pass:
+    """Call the model on a batch and keep what its answers need.
+
+    Args:
+        model: with or without a plan; its mode, its training flags and autograd are the caller's.
+        batch: what the collator made, with `labels`; `meta` may be in it.
+        values: budgets of this call; None takes those that are set.
+        own: also keep the logits at the answer tokens themselves.
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    if batch.get("labels") is None:
+        raise ValueError("A batch without labels has no answers to learn; use a collator that makes labels.")
+    inputs = {name: value for name, value in batch.items() if name != "meta"}
+    trace, used = None, []
+    with ExitStack() as stack:
+        if is_attached(model):
+            if values is not None:
+                stack.enter_context(budgets(model, values))
+            used = list(controller_of(model).budgets)
+            trace = stack.enter_context(record(model))
+        heads = stack.enter_context(_HeadInput(model))
+        logits_BNC = model(**inputs, use_cache=False).logits
+    labels_BS: Tensor = batch["labels"]
+    labels_BN = labels_BS if trace is None or trace.labels_BN is None else trace.labels_BN
+    B, N = labels_BN.shape
+    place_A = answer_places(labels_BN, count_answers(batch))
+    # Out of B x (N - 1) places, the last column predicts nothing; an answer token's own column is one further.
+    row_A = place_A // (N - 1)
+    before_A = place_A + row_A
+    logits_MC, hidden_MD = logits_BNC.flatten(0, 1), heads.hidden_BND.flatten(0, 1)
+    return Pass(
+        logits_AC=logits_MC.index_select(0, before_A),
+        hidden_AD=hidden_MD.index_select(0, before_A),
+        targets_A=labels_BN.flatten().index_select(0, before_A + 1),
+        sample_A=row_A,
+        num_samples=B,
+        trace=trace,
+        budgets=used,
+        labels_BS=labels_BS,
+        own_AC=logits_MC.index_select(0, before_A + 1) if own else None,
+    )
+
+
+def answer_places(labels_BN: Tensor, count: int | None = None) -> Tensor:
+    """Places (A,), in a grid of B x (N - 1), of the positions that predict an answer token: i predicts label i + 1.
+
+    Args:
+        labels_BN: -100 but on answers.
+        count: A, if the host knows it; otherwise it looks.
+    """
+    answers_M = (labels_BN[:, 1:] != IGNORED).flatten()
+    count = int(answers_M.sum()) if count is None else count
+    return (~answers_M).to(torch.int8).argsort(stable=True)[:count]
+
+
+def count_answers(batch: Mapping[str, Any]) -> int | None:
+    """How many answer tokens a batch has, if its collator says so."""
+    known: int | None = getattr(batch.get("meta"), "num_answers", None)
+    return known
+
+
+class _HeadInput:
+    """Holds what the output head was given while a block runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.head: Any = base_of(model).get_output_embeddings()
+        self.hidden_BND: Tensor
+
+    def __enter__(self) -> _HeadInput:
+        self.handle = self.head.register_forward_pre_hook(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+    def _note(self, module: nn.Module, args: tuple) -> None:
+        self.hidden_BND = args[0]
