@@ -1,0 +1,264 @@
+"""A task of 24 tokens that tells gates that learn from gates that do not, in seconds on one core.
+
+Four tokens of a picture are facts: a key plus a value plus a flag of its kind. The other twenty look the same, but bear
+another flag and mean nothing. A query names the key of one fact and asks for its value. The model that answers is
+trained on all tokens and then frozen, so that only a pruner can learn: which four of the 24 tokens matter.
+
+B samples, V vision tokens, D width, S = V + 1 positions, N facts, K retained slots, C values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpcompress.pruners import Pruner, Selection, TokenView
+from tpcompress.pruners.topk import slots, take
+
+WEIGHTS = Path(__file__).parents[1] / "assets" / "retrieval.npz"
+WIDTH, HEADS, LAYERS = 48, 4, 2
+TOKENS, FACTS, KEYS, VALUES = 24, 4, 8, 8
+FLAG, NOISE = 0.45, 0.9
+"""Size of the flag that tells facts from distractors, and of the noise on every token: the flag is weak on purpose."""
+KEEP = 5
+"""Tokens that a pruner may keep: the facts and one more."""
+DENSE_STEPS, DENSE_BATCH, DENSE_RATE = 1600, 64, 2e-3
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures with a question each.
+
+    Attributes:
+        picture_BVD: the tokens before the projector.
+        query_B: the key that is asked for.
+        answer_B: its value.
+        fact_BV: bool, which tokens are facts.
+    """
+
+    picture_BVD: Tensor
+    query_B: Tensor
+    answer_B: Tensor
+    fact_BV: Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """The vectors that all pictures are made of: one per key, per value and per flag."""
+
+    keys: Tensor
+    values: Tensor
+    flags: Tensor
+
+    @classmethod
+    def make(cls) -> World:
+        """The one world; a function of nothing."""
+        generator = torch.Generator().manual_seed(0)
+        keys, values, flags = (torch.randn(n, WIDTH, generator=generator) for n in (KEYS, VALUES, 2))
+        return cls(keys, values, FLAG * flags)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Samples:
+        """New pictures.
+
+        Args:
+            batch: how many.
+            generator: of the random numbers.
+        """
+        key_BV = torch.randint(KEYS, (batch, TOKENS), generator=generator)
+        value_BV = torch.randint(VALUES, (batch, TOKENS), generator=generator)
+        place_BN = torch.rand(batch, TOKENS, generator=generator).argsort(1)[:, :FACTS]
+        named_BN = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :FACTS]  # no key is named twice
+        key_BV = key_BV.scatter(1, place_BN, named_BN)
+        fact_BV = torch.zeros(batch, TOKENS, dtype=torch.bool).scatter(1, place_BN, True)
+        noise_BVD = NOISE * torch.randn(batch, TOKENS, WIDTH, generator=generator)
+        picture_BVD = self.keys[key_BV] + self.values[value_BV] + self.flags[(~fact_BV).long()] + noise_BVD
+        asked_B1 = torch.randint(FACTS, (batch, 1), generator=generator)
+        answer_BN = value_BV.gather(1, place_BN)
+        return Samples(
+            0.5 * picture_BVD, named_BN.gather(1, asked_B1)[:, 0], answer_BN.gather(1, asked_B1)[:, 0], fact_BV
+        )
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; values may be gated and keys biased, as in the layers behind a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.between = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x_BSD: Tensor, gate_BS: Tensor, bias_BSS: Tensor) -> Tensor:
+        """Causal attention under `bias_BSS`, with every value multiplied by its gate."""
+        query_BSD, key_BSD, value_BSD = self.qkv(self.before(x_BSD)).chunk(3, -1)
+        value_BSD = value_BSD * gate_BS[..., None]
+        query, key, value = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (query_BSD, key_BSD, value_BSD))
+        logits_BHSS = query @ key.mT / math.sqrt(query.shape[-1]) + bias_BSS[:, None]
+        read_BSD = (logits_BHSS.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        x_BSD = x_BSD + self.out(read_BSD)
+        return x_BSD + self.down(F.gelu(self.up(self.between(x_BSD))))
+
+
+class RetrievalModel(nn.Module):
+    """A projector and a small causal decoder over [vision tokens, query]; it has no positions but its order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projector = nn.Linear(WIDTH, WIDTH)
+        self.query = nn.Embedding(KEYS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
+        self.head = nn.Linear(WIDTH, VALUES)
+
+    def forward(
+        self, vision_BVD: Tensor, query_B: Tensor, gate_BV: Tensor | None = None, bias_BV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Answer.
+
+        Args:
+            vision_BVD: tokens behind the projector, all of them or what a pruner retained.
+            query_B: the key that is asked for.
+            gate_BV: multiplies the values of vision tokens in every layer.
+            bias_BV: is added to the attention logits of their keys in every layer.
+
+        Returns:
+            Logits (B, C), and what the head read (B, D).
+        """
+        x_BSD = torch.cat([vision_BVD, self.query(query_B)[:, None]], 1)
+        B, S, _ = x_BSD.shape
+        gate_BS = x_BSD.new_ones(B, S) if gate_BV is None else F.pad(gate_BV, (0, 1), value=1.0)
+        bias_BSS = x_BSD.new_full((S, S), -torch.inf).triu(1).expand(B, S, S)
+        if bias_BV is not None:
+            # A token still sees itself, as in DynamicViT: a row must not lose everything.
+            off_SS = 1 - torch.eye(S)
+            bias_BSS = bias_BSS + F.pad(bias_BV, (0, 1))[:, None] * off_SS
+        for block in self.blocks:
+            x_BSD = block(x_BSD, gate_BS, bias_BSS)
+        last_BD = self.norm(x_BSD[:, -1])
+        return self.head(last_BD), last_BD
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model made of samples.
+
+    Attributes:
+        logits_BC: of the values.
+        hidden_BD: what the head read.
+        view, selection: what the pruner saw and said; None without one.
+    """
+
+    logits_BC: Tensor
+    hidden_BD: Tensor
+    view: TokenView | None = None
+    selection: Selection | None = None
+
+
+def answer(
+    model: RetrievalModel, samples: Samples, pruner: Pruner | None = None, keep: int = KEEP, full_length: bool = False
+) -> Answered:
+    """Run the model with a pruner between projector and decoder, by the rules of a stage in `insertion`.
+
+    Args:
+        model: the answerer.
+        samples: what to answer.
+        pruner: None keeps everything.
+        keep: tokens to retain.
+        full_length: nothing is cut if the pruner gives gates (mode `mask`); else the retained tokens are gathered.
+    """
+    vision_BVD = model.projector(samples.picture_BVD)
+    if pruner is None:
+        return Answered(*model(vision_BVD, samples.query_B))
+    view = TokenView.of(vision_BVD, (4, TOKENS // 4), soft=full_length)
+    selection = pruner(view, torch.full((len(vision_BVD),), keep))
+    if selection.vision_BVD is not None:
+        vision_BVD = selection.vision_BVD
+    gate_BV, bias_BV = selection.value_gate_BV, selection.key_bias_BV
+    if not (full_length and selection.gate_BV is not None):
+        longest = int(selection.keep_BV.sum(1).max())
+        index_BK, chosen_BK = slots(selection.keep_BV, longest)
+        vision_BVD = take(vision_BVD, index_BK)
+        gate_BV = None if gate_BV is None else gate_BV.gather(1, index_BK)
+        bias_BV = torch.zeros_like(chosen_BK, dtype=torch.float32) if bias_BV is None else bias_BV.gather(1, index_BK)
+        bias_BV = bias_BV.masked_fill(~chosen_BK, -1e4)
+    return Answered(*model(vision_BVD, samples.query_B, gate_BV, bias_BV), view, selection)
+
+
+@torch.no_grad()
+def hard_scores(
+    model: RetrievalModel, pruner: Pruner | None, batch: int = 1024, keep: int = KEEP, seed: int = 1
+) -> tuple[float, float]:
+    """Share of right answers on gathered tokens, and share of the facts that were retained.
+
+    Args:
+        model: the answerer.
+        pruner: in eval mode for the while; None keeps everything.
+        batch: samples.
+        keep: tokens to retain.
+        seed: of the samples.
+    """
+    samples = World.make().draw(batch, torch.Generator().manual_seed(seed))
+    training = pruner is not None and pruner.training
+    if pruner is not None:
+        pruner.eval()
+    done = answer(model, samples, pruner, keep)
+    if pruner is not None:
+        pruner.train(training)
+    right = (done.logits_BC.argmax(-1) == samples.answer_B).float().mean()
+    kept_BV = samples.fact_BV if done.selection is None else samples.fact_BV & done.selection.keep_BV
+    return right.item(), kept_BV.sum().item() / samples.fact_BV.sum().item()
+
+
+def train_dense(steps: int = DENSE_STEPS, seed: int = 0) -> RetrievalModel:
+    """Train the answerer on all tokens; under a minute.
+
+    Args:
+        steps: of AdamW, with warm-up and linear decay.
+        seed: of weights and pictures.
+    """
+    generator, world = torch.Generator().manual_seed(seed), World.make()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = RetrievalModel()
+    optimizer = torch.optim.AdamW(model.parameters(), DENSE_RATE, weight_decay=0.01)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = DENSE_RATE * min(1, (step + 1) / 100) * max(0.05, 1 - step / steps)
+        samples = world.draw(DENSE_BATCH, generator)
+        loss = F.cross_entropy(answer(model, samples).logits_BC, samples.answer_B)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def save_weights(model: RetrievalModel, path: Path = WEIGHTS) -> None:
+    """Write the weights in half precision."""
+    halves = {name: value.half().numpy() for name, value in model.state_dict().items()}
+    np.savez_compressed(path, **halves)
+
+
+def load_model(path: Path = WEIGHTS) -> RetrievalModel:
+    """The trained answerer, frozen.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No weights at {path}; scripts/build_retrieval.py makes them.")
+    with np.load(path) as stored:
+        state: dict[str, Any] = {name: torch.from_numpy(stored[name]).float() for name in stored.files}
+    model = RetrievalModel()
+    model.load_state_dict(state)
+    return model.requires_grad_(False).eval()
