@@ -36,7 +36,8 @@ class Pass:
         labels_BS: labels of the batch as it came, before any stage; None from a cache.
         own_AC: logits at the answer tokens themselves, which predict what follows them; only where asked for.
         top_indices_AT: None; from a cache, the vocabulary ids that the T columns of `logits_AC` stand for. These
-            columns are then logarithms of probabilities, so what T tokens leave to the rest is known.
+            columns are then logarithms of probabilities.
+        tail_A: log probability of all other tokens together, beside `top_indices_AT`.
     """
 
     logits_AC: Tensor
@@ -49,6 +50,7 @@ class Pass:
     labels_BS: Tensor | None = None
     own_AC: Tensor | None = None
     top_indices_AT: Tensor | None = None
+    tail_A: Tensor | None = None
 
 
 def run_pass(

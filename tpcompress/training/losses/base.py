@@ -71,7 +71,7 @@ class Loss:
     @property
     def needs(self) -> frozenset[str]:
         """What the training step must provide beside its own forward call: any of "teacher" (the pass of a teacher),
-        "gate" (a stage that answers with gates, or with what its draw was worth) and "own" (`Pass.own_AC`)."""
+        "gate" (a learned pruner whose gates, scores or draws carry a gradient) and "own" (`Pass.own_AC`)."""
         return frozenset()
 
     def prepare(self, module: Any) -> None:
@@ -120,7 +120,8 @@ class Chosen:
         valid_RV: False on padding and on stand-ins.
         real_R: False on rows without a vision token.
         num_real: how many rows have one.
-        num_keep_R: int64, how many tokens the budget gives each row.
+        counts: how many tokens the budget gives each row.
+        num_keep_R: the same as int64 on the device.
     """
 
     trace: StageTrace
@@ -129,7 +130,19 @@ class Chosen:
     valid_RV: Tensor
     real_R: Tensor
     num_real: int
+    counts: list[int]
     num_keep_R: Tensor
+
+    def gate_RV(self) -> Tensor:
+        """The gates in fp32, 0 on padding."""
+        assert self.selection.gate_BV is not None
+        return self.selection.gate_BV.float().masked_fill(~self.valid_RV, 0.0)
+
+    def expected(self) -> Tensor | None:
+        """How many tokens (R,) the pruner expects to retain, with a gradient: as it says, or the sum of its gates."""
+        if self.selection.expected_B is not None:
+            return self.selection.expected_B.float()
+        return None if self.selection.gate_BV is None else self.gate_RV().sum(1)
 
     def row_mean(self, value_R: Tensor) -> Tensor:
         """Mean over the rows that have vision tokens."""
@@ -157,6 +170,7 @@ def chosen_stages(here: Pass) -> Iterator[Chosen]:
             valid_RV=valid_RV & came_R[:, None],
             real_R=came_R,
             num_real=sum(n > 0 for n in stage.vision_in),
+            counts=counts,
             num_keep_R=torch.tensor(counts).to(valid_RV.device, non_blocking=True),
         )
 

@@ -1,0 +1,58 @@
+"""Distillation of hidden states: what the output head reads at the answers is what it reads without pruning.
+
+A answer tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcompress.training.losses.base import Loss, Ramp
+from tpcompress.training.passes import Pass
+
+METRICS = ("cosine", "mse")
+
+
+def cosine_gap(student_AD: Tensor, teacher_AD: Tensor) -> Tensor:
+    """1 - cos(student, teacher), mean over answer tokens, fp32."""
+    return (1 - F.cosine_similarity(student_AD.float(), teacher_AD.float(), dim=-1)).mean()
+
+
+def relative_error(student_AD: Tensor, teacher_AD: Tensor) -> Tensor:
+    """|student - teacher|^2 / |teacher|^2, mean over answer tokens, fp32: 1 is as far off as saying nothing."""
+    teacher_AD = teacher_AD.float()
+    gap_A = (student_AD.float() - teacher_AD).square().sum(-1)
+    return (gap_A / teacher_AD.square().sum(-1).clamp(min=1e-12)).mean()
+
+
+class Hidden(Loss):
+    """Distance of the output head's input from the teacher's, at the positions that predict answer tokens.
+
+    Args:
+        metric: `cosine` compares directions, `mse` the vectors, relative to the teacher's length.
+        weight: of the term.
+
+    Raises:
+        ValueError: unknown metric; at a call, a cached teacher, which keeps no hidden states.
+    """
+
+    name = "hidden"
+
+    def __init__(self, metric: str = "cosine", weight: float | Ramp = 1.0) -> None:
+        super().__init__(weight)
+        if metric not in METRICS:
+            raise ValueError(f"Loss 'hidden' has no metric '{metric}'; choose one of {', '.join(METRICS)}.")
+        self.metric = metric
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher"})
+
+    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
+        if taught is None or not len(here.targets_A):
+            return None
+        if taught.hidden_AD is None or here.hidden_AD is None:
+            raise ValueError("Loss 'hidden' compares hidden states, which a cached teacher lacks; take another.")
+        compare = cosine_gap if self.metric == "cosine" else relative_error
+        return compare(here.hidden_AD, taught.hidden_AD.detach())
