@@ -10,7 +10,7 @@ B samples, V vision tokens, D width, S = V + 1 positions, N facts, K retained sl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
