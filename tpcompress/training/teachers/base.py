@@ -43,8 +43,13 @@ class Teacher:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in eval mode; afterwards every submodule is in the mode it was in."""
+    """Run a block without gradients and in eval mode.
+
+    Afterwards every submodule is in the mode it was in, and what required a gradient does: PEFT lets all adapters
+    require one when it takes them up again.
+    """
     training = [part for part in model.modules() if part.training]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
         with torch.no_grad():
@@ -52,17 +57,18 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
 
 
-def check_answers(here: Pass, taught: Pass) -> Pass:
-    """See that teacher and student predict equally many answer tokens, and hand back the teacher's pass.
+def check_answers(here: Pass, num_taught: int) -> None:
+    """See that teacher and student predict equally many answer tokens.
 
     Raises:
         ValueError: they do not.
     """
-    if len(here.targets_A) != len(taught.targets_A):
+    if len(here.targets_A) != num_taught:
         raise ValueError(
-            f"Teacher and student predict {len(taught.targets_A)} and {len(here.targets_A)} answer tokens; a label "
-            f"right after an image cannot be distilled, its predecessor may be dropped. Label assistant turns only."
+            f"Teacher and student predict {num_taught} and {len(here.targets_A)} answer tokens; a label right after "
+            f"an image cannot be distilled, its predecessor may be dropped. Label assistant turns only."
         )
-    return taught
