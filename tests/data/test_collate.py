@@ -291,3 +291,26 @@ def test_the_rows_of_load_chat_collate(llava_json, record, photo_folder, tmp_pat
     batch = collator_of("byte")([rows[i] for i in range(3)])
     assert batch["pixel_values"].shape[0] == 3
     assert learnt(batch, 0, collator_of("byte").encoder.tokenizer) == ["a woman</s>"]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_batch_counts_its_answers_and_names_its_sequences(pack, collator_of, photos):
+    collator = collator_of("chatml", pack=pack)
+    first = row(photos[:1], talk("how many ?", "one"), talk("colour ?", "red"))
+    second = row(photos[1:2], talk("what is this ?", "a cat"))
+    batch = collator([first, second])
+    meta = batch["meta"]
+    assert meta.num_answers == int((batch["labels"][:, 1:] != -100).sum()) > 0
+    assert len(meta.ids) == len(set(meta.ids)) == len(batch["input_ids"])
+    turned = collator([second, first])["meta"].ids
+    assert turned == meta.ids[-1:] + meta.ids[:-1]  # whatever the batch, the order and the padding
+    others = [
+        row(photos[1:2], *first["conversations"]),  # another picture
+        row(photos[:1], talk("how many ?", "two"), talk("colour ?", "yes")),  # other answers
+        row([], talk("how many ?", "one"), talk("colour ?", "red")),
+    ]
+    for other in others:
+        assert not set(collator([other])["meta"].ids) & set(meta.ids)
+    if not pack:
+        shorter = collator_of("chatml", max_length=len(collator.encode(second)[0].input_ids) - 2)
+        assert shorter([second])["meta"].ids != meta.ids[-1:]

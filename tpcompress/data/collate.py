@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from .encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix
+from .encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix, identify
 from .rows import BadRow
 
 Batch = dict[str, Any]
@@ -22,7 +22,10 @@ class BatchMeta:
 
     `families` and `answers` list the conversations of a sequence (one unless packed): the question family, and the
     reference answer, which is the content of the last assistant turn. `rows` are indices into the data set (into the
-    batch if rows were collated directly). `segments` (B, S) is 0 on a packed sequence's shared prefix, k on its k-th
+    batch if rows were collated directly; -1 in a stream). `ids` identify the sequences by their content, see
+    `encode.identify`: the same in every order and run, so that what was computed about one can be found again.
+    `num_answers` counts the tokens to predict in the whole batch: labels that are not -100, without the first position,
+    which nothing predicts. `segments` (B, S) is 0 on a packed sequence's shared prefix, k on its k-th
     conversation, -1 on padding. `num_conversations` counts the batch. `dropped` counts what `max_length` cut:
     conversations of packed sequences, otherwise sequences cut short. `bad_rows` lists ``(row id, BadRow)`` of the
     rows that others stood in for.
@@ -33,6 +36,8 @@ class BatchMeta:
     rows: list[int]
     segments: Tensor
     num_conversations: int
+    ids: list[str] = field(default_factory=list)
+    num_answers: int = 0
     dropped: int = 0
     bad_rows: list[tuple[str, BadRow]] = field(default_factory=list)
 
@@ -82,7 +87,7 @@ class ChatCollator:
             ids, labels = self.encoder.conversation(messages, placeholders)
             ones, positions, answer = [1] * len(ids), list(range(len(ids))), messages[-1]["content"]
             sequences.append(EncodedSequence(ids, labels, ones, positions, [family], [answer], images, index))
-        return [self._packed(sequences)] if self.packs else [self._cut(sequence) for sequence in sequences]
+        return identify([self._packed(sequences)] if self.packs else [self._cut(sequence) for sequence in sequences])
 
     def pad(self, samples: list[tuple[list[EncodedSequence], list[tuple[str, BadRow]]]]) -> Batch:
         """Batch of encoded rows, each with the bad rows it stands in for."""
@@ -175,7 +180,7 @@ class PromptCollator:
             ids = self.encoder.prompt(messages, placeholders)
             positions, answer = list(range(len(ids))), messages[-1]["content"]
             sequences.append(EncodedSequence(ids, [], [1] * len(ids), positions, [family], [answer], images, index))
-        return sequences
+        return identify(sequences)
 
     def pad(self, samples: list[tuple[list[EncodedSequence], list[tuple[str, BadRow]]]]) -> Batch:
         """Batch of encoded rows, each with the bad rows it stands in for."""
@@ -240,6 +245,8 @@ def _meta(sequences: list[EncodedSequence], segments: Tensor, bad_rows: list[tup
         rows=[sequence.row for sequence in sequences],
         segments=segments,
         num_conversations=sum(len(sequence.families) for sequence in sequences),
+        ids=[sequence.content for sequence in sequences],
+        num_answers=sum(label != IGNORED for sequence in sequences for label in sequence.labels[1:]),
         dropped=sum(sequence.dropped for sequence in sequences),
         bad_rows=bad_rows,
     )

@@ -5,7 +5,9 @@ what the model has to learn. This needs no ``{% generation %}`` mark in the temp
 rendering starts with the rendering of its beginning, which is checked.
 """
 
+from array import array
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import takewhile
 from typing import Any
 
@@ -25,6 +27,7 @@ class EncodedSequence:
     `segments` and `positions` have an entry per token: segment 0 is the prefix shared by packed conversations, ``k``
     the k-th conversation. `images` is what the processor made of the row's images (``pixel_values`` and the like),
     shared, not copied, by the sequences of a row. `dropped` counts the conversations and answers cut by `max_length`.
+    `content` is `content_id` of the sequence.
     """
 
     input_ids: list[int]
@@ -36,6 +39,7 @@ class EncodedSequence:
     images: dict[str, torch.Tensor] = field(default_factory=dict)
     row: int = 0
     dropped: int = 0
+    content: str = ""
 
 
 class ChatEncoder:
@@ -210,6 +214,25 @@ class ChatEncoder:
         if self.tokenizer.eos_token is None:
             raise ValueError("The chat template ends no answer and the tokenizer has no eos_token; set one of them.")
         return self.tokenizer.eos_token
+
+
+def identify(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
+    """Give the sequences of one row their `content`, a hash in 16 hexadecimal digits.
+
+    It covers all that a model sees and learns of a sequence: ids, labels, segments and image inputs. So it is the same
+    in any order, split or stream of the data, and another one as soon as the processor, the template, `max_length` or
+    a picture changes what there is to see.
+    """
+    pictures = blake2b(digest_size=8)
+    for name, value in sorted(sequences[0].images.items()) if sequences else ():
+        pictures.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        pictures.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for sequence in sequences:
+        digest = pictures.copy()
+        for numbers in (sequence.input_ids, sequence.labels, sequence.segments):
+            digest.update(array("q", [len(numbers), *numbers]).tobytes())
+        sequence.content = digest.hexdigest()
+    return sequences
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
