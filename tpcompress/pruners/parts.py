@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tpcompress.pruners.base import Selection, TokenView
+from tpcompress.pruners.base import PROMPT_VIEWS, TOWER_LAYERS, Selection, TokenView
 from tpcompress.pruners.configured import Configured
 from tpcompress.pruners.registry import find, make
 
@@ -63,6 +63,16 @@ class Scorer(Part):
     def needs(self) -> frozenset[str]:
         """Optional views it reads, see `Pruner.needs`."""
         return frozenset()
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Layers of the vision tower that its views show, see `Pruner.tower_layers`."""
+        return TOWER_LAYERS
+
+    @property
+    def prompt_dependent(self) -> bool:
+        """Its scores depend on the prompt, see `Pruner.prompt_dependent`."""
+        return bool(self.needs & PROMPT_VIEWS)
 
     def forward(self, tokens: TokenView) -> Scores:
         """Score every token; padding may get any finite number."""
