@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from tpcompress.training.losses.base import Loss, Ramp, needs_of, weighed
+from tpcompress.training.losses.label import Label
 
 # Recipes know a class by its name alone once it is imported. A broken file breaks loudly.
 for _found in pkgutil.iter_modules(__path__):
@@ -16,4 +17,4 @@ def list_losses() -> dict[str, type[Loss]]:
     return {cls.name: cls for cls in sorted(inside, key=lambda cls: cls.name)}
 
 
-__all__ = ["Loss", "Ramp", "list_losses", "needs_of", "weighed"]
+__all__ = ["Label", "Loss", "Ramp", "list_losses", "needs_of", "weighed"]
