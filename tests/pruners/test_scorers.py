@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 from tpcompress.pruners.parts import Scores, create_part, list_parts
-from tpcompress.pruners.scorers.imitate import imitation
 from tpcompress.pruners.scorers.mean_key import mean_key_score
 from tpcompress.pruners.scorers.weighted import TIE, spread
 from tpcompress.pruners.topk import keep_topk, standardise
+from tpcompress.training.losses.imitate import choice_loss, scores_loss
 
 D, WORDS = 16, 11
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -342,47 +342,18 @@ def test_it_learns_to_imitate_a_linear_rule(config: dict[str, Any], kind: str) -
         before = rank_correlation(scorer(held_out).scores_BV, truth)
     for step in range(30):
         view, target_BV = rows(9000 + step * 3)
-        target_BV = target_BV if kind == "scores" else keep_topk(target_BV, view.valid_BV, torch.full((16,), 4))
-        loss = imitation(standardise(scorer(view).scores_BV, view.valid_BV), target_BV, view.valid_BV, 0.5)
+        scores_BV = standardise(scorer(view).scores_BV, view.valid_BV)
+        if kind == "scores":
+            loss_B = scores_loss(scores_BV, target_BV, view.valid_BV, 0.5)
+        else:
+            loss_B = choice_loss(scores_BV, keep_topk(target_BV, view.valid_BV, torch.full((16,), 4)), view.valid_BV)
         optimizer.zero_grad()
-        loss.backward()
+        loss_B.mean().backward()
         optimizer.step()
     with torch.no_grad():
         after = rank_correlation(scorer(held_out).scores_BV, truth)
     assert before < 0.6
     assert after > (0.8 if kind == "scores" else 0.6)
-
-
-@pytest.mark.parametrize("padding", [0, 3])
-def test_imitation_is_its_formula(padding: int) -> None:
-    s, t = features(2, 12)[..., 0], features(2, 12, 9)[..., 0]
-    wide_s, wide_t = F.pad(s, (0, padding), value=50.0), F.pad(t, (0, padding), value=-70.0)
-    valid = torch.arange(12 + padding).expand(2, -1) < 12
-    expected, T = 0.0, 0.7
-    for a, b in zip(s, t, strict=True):
-        p, q = (((x - x.mean()) / x.std(correction=0) / T).exp() for x in (b, a))
-        p, q = p / p.sum(), q / q.sum()
-        expected += float((p * (p / q).log()).sum()) * T**2 / 2
-    assert float(imitation(wide_s, wide_t, valid, T)) == pytest.approx(expected, abs=1e-5)
-    assert float(imitation(3 * wide_t + 2, wide_t, valid, T)) == pytest.approx(0.0, abs=1e-5)
-    keep = keep_topk(wide_t, valid, torch.tensor([3, 5]))
-    plain = [-sum(a.log_softmax(0)[v] for v in range(12) if k[v]) / k.sum() for a, k in zip(s, keep, strict=True)]
-    assert float(imitation(wide_s, keep, valid)) == pytest.approx(float(sum(plain) / 2), abs=1e-5)
-    for target in (wide_t, keep):
-        learner = wide_s.clone().requires_grad_()
-        imitation(learner, target, valid).backward()
-        assert learner.grad is not None
-        assert learner.grad[:, :12].abs().min() > 0
-        assert not learner.grad[:, 12:].any()
-    nothing = torch.zeros_like(valid)
-    assert float(imitation(wide_s, wide_t, nothing)) == 0.0
-    assert float(imitation(wide_s, nothing, nothing)) == 0.0
-
-
-def test_imitation_refuses_a_temperature_that_is_none() -> None:
-    x = torch.randn(1, 4)
-    with pytest.raises(ValueError, match="temperature above 0, got 0"):
-        imitation(x, x, torch.ones(1, 4, dtype=torch.bool), 0)
 
 
 # ------------------------------------------------------------------------------------------------------- formulas
