@@ -1,4 +1,4 @@
-"""The `tpcompress` command: fit, validate, export, verify, compare, quickstart, inspect, find-layer and the lists."""
+"""The `tpcompress` command: fit, validate, export, verify, compare, study, quickstart, inspect and the lists."""
 
 from __future__ import annotations
 
@@ -125,6 +125,20 @@ def compare(config: str, out: str | None = None) -> int:
     from tpcompress.evaluation.compare import run_comparison
 
     run_comparison(config, out, console)
+    return 0
+
+
+def study(config: str, out: str | None = None, tables: bool = False) -> int:
+    """Pruners x budgets x ways to train x seeds, in cells that survive interruption and that processes may share.
+
+    Args:
+        config: a study file, e.g. recipes/studies/training_aware.yaml.
+        out: folder of the results; default: the file's own.
+        tables: only make the tables of what is there.
+    """
+    from tpcompress.evaluation.study import run_study
+
+    run_study(config, out, console, tables)
     return 0
 
 
@@ -268,7 +282,7 @@ def families(name: str | None = None) -> int:
 
 def _commands() -> dict[str, Callable[..., int]]:
     return {
-        "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare,
+        "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare, "study": study,
         "quickstart": quickstart, "inspect": inspect_model, "find-layer": find_layer, "pruners": pruners,
         "families": families,
     }  # fmt: skip
@@ -326,7 +340,7 @@ def _quieten(name: str) -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
-    if name in ("fit", "validate", "compare", "quickstart"):
+    if name in ("fit", "validate", "compare", "study", "quickstart"):
         import datasets
         import lightning  # noqa: F401  it sets the levels of its loggers when it is imported
 
