@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tpcompress.training.durable import (
+    PART,
+    CheckpointNotSaved,
+    DurableFile,
+    is_fault_of_disk,
+    not_saved,
+    put_in_place,
+    remove,
+)
 from tpcompress.training.finite import NonFiniteLoss
 from tpcompress.training.module import PruningModule
+from tpcompress.training.stopping import Stopped
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
     """Saves `<default_root_dir>/checkpoints/last.ckpt` as training goes, at its end, and when it is interrupted.
 
-    A checkpoint always lies between two optimizer steps. A loss that is not finite saves nothing: the last good
-    checkpoint stays. Neither does an exception in a run on several devices, whose ranks may be at different batches.
+    A checkpoint always lies between two optimizer steps. It is written beside the one before, forced to the disk and
+    renamed, so that neither a killed process nor a full disk costs the one before. A loss that is not finite saves
+    nothing: the last good checkpoint stays. Neither does an exception in a run on several devices, whose ranks may be
+    at different batches.
 
     Args:
         every: optimizer steps between two checkpoints.
 
     Raises:
         ValueError: `every` is not positive.
+        CheckpointNotSaved: the disk did not take it. Training stops: a run that cannot save may lose all it goes on to
+            do. While another exception ends the run this is a warning.
     """
 
     def __init__(self, every: int = 100) -> None:
@@ -38,6 +55,8 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin that the user chose
+            trainer.strategy.checkpoint_io = DurableFile()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved = trainer.global_step  # nothing to save before the first step
@@ -53,17 +72,40 @@ class Checkpoints(Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        together = trainer.world_size == 1 or isinstance(exception, SIGTERMException)
+        together = trainer.world_size == 1 or isinstance(exception, Stopped)
         torn = isinstance(pl_module, PruningModule) and pl_module.in_step
-        if self.saved is None or isinstance(exception, NonFiniteLoss) or torn or not together:
+        refused = isinstance(exception, NonFiniteLoss | CheckpointNotSaved)
+        if self.saved is None or refused or torn or not together:
             return
         _rewind(trainer)
-        self._save(trainer)
+        try:
+            self._save(trainer)
+        except CheckpointNotSaved as error:  # the exception that ends the run is what the user must see
+            log.warning("%s", error)
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.global_step != self.saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path)  # written beside and renamed: never half a file
-            self.saved = trainer.global_step
+        if trainer.global_step == self.saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        part = self.path.with_name(self.path.name + PART)
+        failure: BaseException | None = None
+        try:
+            trainer.save_checkpoint(part)
+        except BaseException as error:  # torch's sharded checkpoints raise no Exception
+            failure = error
+            trainer.strategy.barrier()  # where those whose part of it went well are waiting
+        if failure is None and trainer.is_global_zero:
+            try:
+                put_in_place(self.path)
+            except OSError as error:
+                failure = error
+        # All ranks stop: one alone would leave the others waiting for it.
+        if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
+            if trainer.is_global_zero:
+                remove(part)
+            if failure is not None and not is_fault_of_disk(failure):
+                raise failure
+            raise CheckpointNotSaved(not_saved(self.path, failure or OSError("another process failed"))) from failure
+        self.saved = trainer.global_step
 
 
 class StepProgress(ProgressBar):

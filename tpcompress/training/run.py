@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tpcompress.training.callbacks import Checkpoints, StepProgress
 from tpcompress.training.messages import readable
 from tpcompress.training.module import PruningModule
 from tpcompress.training.state import checkpoint_file, read_checkpoint
+from tpcompress.training.stopping import Stopping, Terminated
 
 # Trying every docstring style in turn would take most of the time until a run starts.
 jsonargparse.set_parsing_settings(
@@ -24,6 +26,7 @@ jsonargparse.set_parsing_settings(
 )
 
 RECIPE = "recipe.yaml"
+log = logging.getLogger(__name__)
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -80,8 +83,9 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        self.trainer_defaults["callbacks"] = [Stopping()]
         if self.wants_progress and config.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"] = [StepProgress()]
+            self.trainer_defaults["callbacks"].append(StepProgress())
         elif config.trainer.enable_progress_bar is None:
             config.trainer.enable_progress_bar = False
 
@@ -98,6 +102,11 @@ class RecipeCLI(LightningCLI):
         handler = signal.getsignal(signal.SIGINT)
         try:
             super()._run_subcommand(subcommand)
+        except Terminated as stop:
+            if not self.trainer.is_global_zero:  # a failed child would have its siblings killed
+                raise SystemExit(0) from stop
+            log.warning("%s", message := _how_to_go_on(self.trainer, "Terminated"))
+            raise Terminated(message) from stop
         except SystemExit as stop:
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
@@ -114,6 +123,8 @@ def run_recipe(args: list[str], progress: bool = True) -> RecipeCLI:
         ValueError: a key or value of the recipe is wrong.
         NonFiniteLoss: training met a NaN.
         KeyboardInterrupt: interrupted; its message says how to go on.
+        Terminated: ended by SIGTERM, likewise; left alone it ends the process with exit code 143.
+        CheckpointNotSaved: the disk did not take a checkpoint; the one before is whole.
     """
     if not args or args[0] not in ("fit", "validate"):
         raise ValueError(f"A recipe is run with fit or validate, got {args[0] if args else 'nothing'!r}.")
@@ -132,8 +143,8 @@ def _as_seed(value: bool | int) -> int:
     return int(value) if not isinstance(value, bool) else 0
 
 
-def _how_to_go_on(trainer: L.Trainer) -> str:
+def _how_to_go_on(trainer: L.Trainer, what: str = "Interrupted") -> str:
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     if not last.exists():
-        return "Interrupted before the first checkpoint; run the same command again."
-    return f"Interrupted; go on with the same command and --ckpt_path {last}."
+        return f"{what} before the first checkpoint; run the same command again."
+    return f"{what}; go on with the same command and --ckpt_path {last}."

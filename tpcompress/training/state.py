@@ -11,6 +11,8 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, nn
 
+from tpcompress.training.durable import recover
+
 KEY = "tpcompress"
 """Entry of a checkpoint: `step` done, `steps` of the run, `settings` of the model."""
 
@@ -51,6 +53,7 @@ def checkpoint_file(path: str | Path) -> Path:
     """
     given = Path(path)
     found = given / "checkpoints" / "last.ckpt" if given.is_dir() and not _is_deepspeed(given) else given
+    recover(found)
     if not found.exists():
         raise FileNotFoundError(f"No checkpoint at {found}; give a .ckpt file or the folder of a run.")
     return found
