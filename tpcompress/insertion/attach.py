@@ -17,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tpcompress.families import resolve
+from tpcompress.insertion.gated import check_gates
 from tpcompress.insertion.hooks import MODES, Controller
-from tpcompress.insertion.offers import check_views
+from tpcompress.insertion.nested import check_nestable
+from tpcompress.insertion.offers import check_layers, check_moved, check_views
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace, recording
 
@@ -43,24 +45,17 @@ def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module
     Raises:
         TypeError: not a transformers model.
         ValueError: unknown family, a plan already attached, a layer beyond the model's depth, a pruner whose views do
-            not exist at its layer, unknown mode.
+            not exist at its layer or whose gates cannot act behind it, unknown mode.
     """
     base = base_of(model)
     if hasattr(base, CONTROLLER):
         raise ValueError("This model already carries a plan; call tpcompress.detach(model) first.")
     parts = resolve(base)
-    for number, stage in enumerate(plan.stages):
-        depth = len(parts.layers)
-        if stage.layer >= depth:
-            raise ValueError(
-                f"Stage {number} acts at layer {stage.layer}, but the model has {depth} (0 to {depth - 1})."
-            )
-        if stage.layer not in parts.stage_layers:
-            raise ValueError(
-                f"Stage {number} acts at layer {stage.layer}, but layers behind it read the keys of a layer before it; "
-                f"this model can be pruned at layers 0 to {parts.stage_layers[-1]}."
-            )
+    check_layers(parts, [stage.layer for stage in plan.stages])
     check_views(parts, plan)
+    for stage in plan.stages:
+        if stage.rule.gates:
+            check_gates(parts, stage.rule.name, stage.layer)
     pruners = nn.ModuleList(copy.deepcopy(stage.rule) for stage in plan.stages)
     weight = next(parts.language_model.parameters())
     for stage, pruner in zip(plan.stages, pruners, strict=True):
@@ -138,6 +133,48 @@ def budgets(model: nn.Module, values: Sequence[Budget]) -> Iterator[None]:
         controller.set_budgets(before)
 
 
+@contextmanager
+def layers(model: nn.Module, values: Sequence[int]) -> Iterator[None]:
+    """Run a block with stages at other layers than the plan's, one per stage: as if a plan of these were attached.
+
+    A cache that was filled in the block is of no use behind it, and the other way round.
+
+    Raises:
+        ValueError: layers that do not rise, lie before the plan's own or beyond the model's depth, or at which a pruner
+            does not get the views that it needs.
+    """
+    controller = controller_of(model)
+    check_moved(controller.parts, controller.plan, values)
+    before = controller.layers
+    controller.set_layers(values)
+    try:
+        yield
+    finally:
+        controller.set_layers(before)
+
+
+@contextmanager
+def including(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Run a block in which every stage retains what it did in an earlier call, and fills its budget with others.
+
+    Args:
+        model: with a plan of exact pruners that only select, in evaluation or without gates.
+        trace: what `record` collected in a call of the same batch; its last call counts.
+
+    Raises:
+        ValueError: a pruner into whose choice nothing can be put. A call raises it if its batch is another, or if a
+            budget is smaller than what is to be included.
+    """
+    controller = controller_of(model)
+    check_nestable(controller.plan)
+    before = controller.included
+    controller.included = {stage.stage: stage for stage in trace.stages}
+    try:
+        yield
+    finally:
+        controller.included = before
+
+
 def record(model: nn.Module) -> AbstractContextManager[Trace]:
     """Collect what the stages do: `with record(model) as trace: model.generate(...)`; then print(trace)."""
     return recording(controller_of(model))
@@ -157,5 +194,6 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 __all__ = [
-    "MODES", "Controller", "attach", "base_of", "budgets", "controller_of", "detach", "mode", "plan_of", "record",
+    "MODES", "Controller", "attach", "base_of", "budgets", "controller_of", "detach", "including", "layers", "mode",
+    "plan_of", "record",
 ]  # fmt: skip

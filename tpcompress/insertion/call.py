@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.encode import Encoded
+from tpcompress.insertion.gated import Gates
 from tpcompress.insertion.sequence import Frame, Rows
 from tpcompress.insertion.sizes import joined
 from tpcompress.insertion.views import LayerInput
@@ -159,6 +160,7 @@ class Call:
         before: input of the layer before the next stage, if that stage reads keys or attention.
         behind: input that the layer behind the next stage would have without it, if that stage reads its attention.
         entry: vision tokens, sequence and hidden states at the language model's input, if some stage reads them.
+        gates: what layers from the last stage on multiply and add; None if nothing.
         memo: shortened arguments, by what they are and for which kind of layer: layers of a kind share them. (Also
             because a layer that reuses another's keys asks when those are already in the cache.)
     """
@@ -182,6 +184,7 @@ class Call:
     before: LayerInput | None = None
     behind: LayerInput | None = None
     entry: tuple[Rows, Frame, Tensor] | None = None
+    gates: Gates | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property

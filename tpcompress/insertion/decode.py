@@ -26,6 +26,7 @@ def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     prefix = None if cache is None else known_prefix(cache, steps)
     if prefix is None or not prefix.cuts:
         return None
+    check_places(controller, prefix)
     core: Any = controller.parts.core
     if prefix.rope_deltas is not None:
         core.rope_deltas = prefix.rope_deltas
@@ -37,6 +38,20 @@ def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     if controller.parts.family.masks_in_core:
         kwargs["attention_mask"] = _input_mask(kwargs, call)
     return call
+
+
+def check_places(controller: Controller, prefix: Prefix) -> None:
+    """See that the stages are where they were when a cache was filled.
+
+    Raises:
+        ValueError: they are not.
+    """
+    odd = [cut.layer for cut in prefix.cuts if cut.layer not in controller.stage_at]
+    if odd:
+        raise ValueError(
+            f"This cache was cut at layer {odd[0]}, but the stages act at {controller.layers}; go on with the layers "
+            f"that it was filled with, or read the prompt again."
+        )
 
 
 def known_prefix(cache: Any, steps: int) -> Prefix | None:

@@ -19,11 +19,12 @@ from tpcompress.insertion import decode, prefill
 from tpcompress.insertion.cache import counted_layer, remember
 from tpcompress.insertion.call import Call, parameters_of
 from tpcompress.insertion.encode import EncoderTap, ExpandTap, has_pixels
+from tpcompress.insertion.gated import GatedAttention
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.taps import DeepstackTap, ForwardTap, ShortenedLoss
 from tpcompress.insertion.tower import TowerWatch
-from tpcompress.insertion.trace import Trace
+from tpcompress.insertion.trace import StageTrace, Trace
 from tpcompress.pruners.base import BEFORE_VIEWS
 
 MODES = ("drop", "mask", "off")
@@ -42,12 +43,20 @@ class Controller:
         self.candidates = 0
         self.encoding = False
         self.handles: list[RemovableHandle] = []
+        self.layer_handles: list[RemovableHandle] = []
         self.replaced: list[tuple[nn.Module, str, Any]] = []
-        self.stage_at = {stage.layer: number for number, stage in enumerate(plan.stages)}
+        self.included: dict[int, StageTrace] | None = None
         self.tower = TowerWatch(parts, [stage.rule for stage in plan.stages])
-        self.watched = {s.layer - 1 for s in plan.stages if s.layer and s.rule.needs & BEFORE_VIEWS}
-        self.looks_ahead = {s.layer for s in plan.stages if s.layer and "attention_next" in s.rule.needs}
         self.reads_input = any("input" in s.rule.needs for s in plan.stages)
+        self._place([stage.layer for stage in plan.stages])
+
+    def _place(self, layers: Sequence[int]) -> None:
+        """Note at which layer each stage acts, and what follows from it."""
+        placed = [(stage.rule, layer) for stage, layer in zip(self.plan.stages, layers, strict=True)]
+        self.layers = list(layers)
+        self.stage_at = {layer: number for number, layer in enumerate(layers)}
+        self.watched = {layer - 1 for rule, layer in placed if layer and rule.needs & BEFORE_VIEWS}
+        self.looks_ahead = {layer for rule, layer in placed if layer and "attention_next" in rule.needs}
 
     def set_mode(self, mode: str) -> None:
         """Switch between `drop`, `mask` and `off`."""
@@ -61,6 +70,14 @@ class Controller:
             raise ValueError(f"The plan has {len(self.plan.stages)} stages, got {len(budgets)} budgets.")
         self.budgets = list(budgets)
 
+    def set_layers(self, layers: Sequence[int]) -> None:
+        """Move the stages, each to a layer of its own."""
+        for handle in self.layer_handles:
+            handle.remove()
+        self.layer_handles = []
+        self._place(layers)
+        self._install_layers()
+
     def install(self) -> None:
         """Register everything; bound methods only, so that copies and pickles of the model keep their own."""
         parts, pre = self.parts, {"with_kwargs": True}
@@ -70,14 +87,7 @@ class Controller:
             parts.language_model.register_forward_hook(self._language_model_post),
             *self.tower.install(),
         ]
-        inside = [layer for layer in self.stage_at if layer > 0]
-        # Sizes given before the language model weigh the keys of every layer.
-        weighs = any(stage.layer == 0 and stage.rule.calibrates for stage in self.plan.stages)
-        first = 0 if weighs else min(inside, default=len(parts.layers))
-        for index, layer in enumerate(parts.layers):
-            if index >= first or index in self.watched:
-                hook = functools.partial(self._layer_pre, index)
-                self.handles.append(layer.register_forward_pre_hook(hook, **pre))
+        self._install_layers()
         model: Any = parts.model
         # PEFT calls `forward` directly, so a hook on the outermost model would be passed by; and the labels must be
         # seen before the stages run, because no score may look past the prompt.
@@ -90,10 +100,27 @@ class Controller:
             self._replace(parts.core, f"get_{modality}_features", EncoderTap(self, modality))
         if hasattr(parts.language_model, "_deepstack_process"):
             self._replace(parts.language_model, "_deepstack_process", DeepstackTap(self))
+        gating = [stage.layer for stage in self.plan.stages if stage.rule.gates]
+        if gating:
+            for layer in parts.layers[min(gating) :]:
+                attention: Any = layer.self_attn
+                self._replace(attention, "forward", GatedAttention(attention, attention.__dict__.get("forward")))
+
+    def _install_layers(self) -> None:
+        """Register what layers need where the stages are now."""
+        inside = [layer for layer in self.layers if layer > 0]
+        # Sizes and gates given before the language model act in every layer.
+        rules = [stage.rule for stage, layer in zip(self.plan.stages, self.layers, strict=True) if layer == 0]
+        every = any(rule.calibrates or rule.gates for rule in rules)
+        first = 0 if every else min(inside, default=len(self.parts.layers))
+        for index, layer in enumerate(self.parts.layers):
+            if index >= first or index in self.watched:
+                hook = functools.partial(self._layer_pre, index)
+                self.layer_handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def uninstall(self) -> None:
         """Undo `install`."""
-        for handle in self.handles:
+        for handle in self.handles + self.layer_handles:
             handle.remove()
         for module, name, before in reversed(self.replaced):
             del module.__dict__[name]

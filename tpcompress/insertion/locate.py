@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.families import Layout
-from tpcompress.insertion.sequence import Rows, sent
+from tpcompress.insertion.columns import sent
+from tpcompress.insertion.sequence import Rows
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tpcompress.insertion.gated import ARGUMENT, Gates
+
 KERNEL = "tpcompress_look"
 """The name that a looking copy gives as its attention implementation."""
 
@@ -34,6 +36,7 @@ class Looked:
         scaling: factor of the logits.
         softcap: bound of the logits, or None.
         window: keys that a query sees at most where there is no 4-D mask, or None.
+        bias_BL: fp32, what gates in training add to the logits of each key, or None.
     """
 
     query_BHNd: Tensor
@@ -43,6 +46,7 @@ class Looked:
     scaling: float
     softcap: float | None
     window: int | None
+    bias_BL: Tensor | None = None
 
     def logits(self, query_BHQd: Tensor, key_BGLd: Tensor) -> Tensor:
         """fp32 (B, H, Q, L): scaled and capped, not masked."""
@@ -84,7 +88,9 @@ def _stop(
     **kwargs: Any,
 ) -> None:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    raise _Stop(Looked(query, key, value, attention_mask, scaling, softcap, sliding_window))
+    gates: Gates | None = kwargs.get(ARGUMENT)
+    bias_BL = None if gates is None else gates.key_bias_BN
+    raise _Stop(Looked(query, key, value, attention_mask, scaling, softcap, sliding_window, bias_BL))
 
 
 AttentionInterface.register(KERNEL, _stop)
@@ -184,6 +190,8 @@ class LayerInput:
 
     def _masked(self, logits_BHQL: Tensor, query_BQ: Tensor, held: int) -> Tensor:
         mask, width = self.looked.mask, logits_BHQL.shape[-1]
+        if self.looked.bias_BL is not None:
+            logits_BHQL = logits_BHQL + self.looked.bias_BL[:, None, None]
         closed = torch.finfo(logits_BHQL.dtype).min
         if mask is not None and mask.ndim == 4:
             # A static cache has more columns than keys.

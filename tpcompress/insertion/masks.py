@@ -20,7 +20,8 @@ from transformers.masking_utils import (
 )
 
 from tpcompress.families.base import Blocks
-from tpcompress.insertion.sequence import Frame, take_square
+from tpcompress.insertion.columns import take_square
+from tpcompress.insertion.sequence import Frame
 from tpcompress.insertion.sizes import weighed
 
 RECURRENT = ("conv", "linear_attention")

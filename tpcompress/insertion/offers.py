@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from tpcompress.families import Parts, list_families
 from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import PruningPlan
@@ -25,6 +28,43 @@ def check_views(parts: Parts, plan: PruningPlan) -> None:
             others = {name: cls for name, cls in list_pruners().items() if not cls.withdraws}
             fit = [name for name, cls in others.items() if missing(parts, cls(), stage.layer) is None]
             raise ValueError(f"Pruner '{stage.rule.name}' needs {reason}, or use one of: {', '.join(fit)}.")
+
+
+def check_layers(parts: Parts, layers: Sequence[int]) -> None:
+    """See that the model can be pruned at the layers of some stages.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    depth = len(parts.layers)
+    for number, layer in enumerate(layers):
+        if layer >= depth:
+            raise ValueError(f"Stage {number} acts at layer {layer}, but the model has {depth} (0 to {depth - 1}).")
+        if layer not in parts.stage_layers:
+            raise ValueError(
+                f"Stage {number} acts at layer {layer}, but layers behind it read the keys of a layer before it; "
+                f"this model can be pruned at layers 0 to {parts.stage_layers[-1]}."
+            )
+
+
+def check_moved(parts: Parts, plan: PruningPlan, layers: Sequence[int]) -> None:
+    """See that the stages of a plan can act at other layers.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    own = [stage.layer for stage in plan.stages]
+    if len(layers) != len(own):
+        raise ValueError(f"The plan has {len(own)} stages, got {len(layers)} layers; give one each.")
+    if any(layer < first for layer, first in zip(layers, own, strict=True)):
+        raise ValueError(f"Stages move to later layers only: the plan has them at {own}, got {list(layers)}.")
+    if any(after <= before for before, after in pairwise(layers)):
+        raise ValueError(f"Layers of stages must rise, got {list(layers)}.")
+    check_layers(parts, layers)
+    for stage, layer in zip(plan.stages, layers, strict=True):
+        reason = missing(parts, stage.rule, layer)
+        if reason is not None:
+            raise ValueError(f"Pruner '{stage.rule.name}' cannot move to layer {layer}: it needs {reason}.")
 
 
 def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:

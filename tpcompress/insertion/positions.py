@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.call import Call, parameters_of
-from tpcompress.insertion.sequence import sent, take
+from tpcompress.insertion.columns import sent, take
 
 
 def closed_up(positions_ABS: Tensor, real_BS: Tensor | None, alive_BS: Tensor) -> tuple[Tensor, Tensor]:

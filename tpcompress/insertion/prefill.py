@@ -13,13 +13,15 @@ from torch import Tensor
 
 from tpcompress.insertion.cache import held_columns
 from tpcompress.insertion.call import Call, Cut, Prefix, join, last_prompt_token, num_steps
-from tpcompress.insertion.decode import known_prefix, new_columns
+from tpcompress.insertion.columns import take
+from tpcompress.insertion.decode import check_places, known_prefix, new_columns
 from tpcompress.insertion.encode import given_notes
+from tpcompress.insertion.gated import ARGUMENT
 from tpcompress.insertion.locate import locate
 from tpcompress.insertion.look import LayerInput
 from tpcompress.insertion.masks import RECURRENT, custom_mask, layer_kind, layer_mask
 from tpcompress.insertion.positions import packed, retained_positions, rotary, take_rotary
-from tpcompress.insertion.sequence import Frame, take
+from tpcompress.insertion.sequence import Frame
 from tpcompress.insertion.sizes import joined, weighed
 from tpcompress.insertion.stage import run_stage
 
@@ -36,7 +38,7 @@ def begin(controller: Controller, kwargs: Mapping[str, Any]) -> Call:
     """Note what the outer model was called with."""
     parts = controller.parts
     mask, cache, steps = kwargs.get("attention_mask"), kwargs.get("past_key_values"), num_steps(kwargs)
-    prefix = _conversation(kwargs, cache, steps)
+    prefix = _conversation(controller, kwargs, cache, steps)
     mask_BS = mask[:, -steps:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
     custom = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
     if kwargs.get("output_router_logits"):
@@ -70,7 +72,7 @@ def begin(controller: Controller, kwargs: Mapping[str, Any]) -> Call:
     )
 
 
-def _conversation(kwargs: Mapping[str, Any], cache: Any, steps: int) -> Prefix | None:
+def _conversation(controller: Controller, kwargs: Mapping[str, Any], cache: Any, steps: int) -> Prefix | None:
     """What stands in the cache before this call; None if it is empty."""
     if cache is None or int(held_columns(cache)) == 0:
         return None
@@ -80,6 +82,7 @@ def _conversation(kwargs: Mapping[str, Any], cache: Any, steps: int) -> Prefix |
         length = int(held_columns(cache))
         mask_BP = mask[:, :length] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         return Prefix(length, mask_BP=mask_BP)
+    check_places(controller, earlier)
     new, new_BQ = new_columns(kwargs, earlier, steps)
     return earlier.grown(new - steps, None if new_BQ is None else new_BQ[:, : new - steps])
 
@@ -255,6 +258,8 @@ def _layer_arguments(
     """What a layer behind a stage gets. What is left by the stage before the language model came in, but for sizes."""
     frame = call.frame
     assert frame is not None
+    if call.gates is not None:
+        kwargs[ARGUMENT] = call.gates
     kind = layer_kind(controller.parts.text_config, index)
     behind = any(cut.layer > 0 for cut in call.cuts) or (
         call.prefix is not None and call.prefix.at_layer(index) is not None

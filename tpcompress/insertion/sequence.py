@@ -8,11 +8,16 @@ except `Frame.full` for a batch of several samples (once per prefill).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpcompress.families import Layout
+from tpcompress.insertion.columns import sent
+
+PER_COLUMN = ("index_BN", "base_BN", "place_BN", "log_size_BN", "value_gate_BN", "key_bias_BN")
+"""Fields of a `Frame` that go with its columns as they are."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Frame:
         lost: tokens dropped from each sample since the language model's input.
         place_BN: column of the language model's input whose position each column takes; None if its own.
         log_size_BN: fp32, logarithm of the number of tokens that each column stands for; None if all stand for one.
+        value_gate_BN: fp32, multiplies the values of each column in every layer; None if all are 1.
+        key_bias_BN: fp32, is added to the attention logits of each column's key; None if all are 0.
     """
 
     length: int
@@ -102,6 +109,8 @@ class Frame:
     lost: list[int]
     place_BN: Tensor | None = None
     log_size_BN: Tensor | None = None
+    value_gate_BN: Tensor | None = None
+    key_bias_BN: Tensor | None = None
 
     @classmethod
     def full(cls, B: int, S: int, device: torch.device, mask_BS: Tensor | None = None) -> Frame:
@@ -146,18 +155,42 @@ class Frame:
         if size_RV is None and place_RV is None:
             return self
         B, N = self.index_BN.shape
-        cell_RV, log_size_BN, place_BN = self.cells(rows), self.log_size_BN, self.place_BN
-        into_T = cell_RV.masked_fill(~rows.valid_RV, B * N).reshape(-1)
+        log_size_BN, place_BN = self.log_size_BN, self.place_BN
         if size_RV is not None:
-            log_T = size_RV.to(self.index_BN.device, torch.float32).log().reshape(-1)
-            added_BN = log_T.new_zeros(B * N + 1).scatter(0, into_T, log_T)[:-1].view(B, N)
+            added_BN = self._spread(rows, size_RV.to(self.index_BN.device, torch.float32).log(), 0.0)
             log_size_BN = added_BN if log_size_BN is None else log_size_BN + added_BN
         if place_RV is not None:
+            cell_RV = self.cells(rows)
+            into_T = cell_RV.masked_fill(~rows.valid_RV, B * N).reshape(-1)
             flat_M = self.positioned_BN.reshape(-1)
             from_T = cell_RV.gather(1, place_RV.clamp(0, cell_RV.shape[1] - 1)).reshape(-1)
             taken_M = torch.cat([flat_M, flat_M.new_zeros(1)]).scatter(0, into_T, flat_M[from_T])
             place_BN = taken_M[:-1].view(B, N)
         return replace(self, place_BN=place_BN, log_size_BN=log_size_BN)
+
+    def gated(self, rows: Rows, value_gate_RV: Tensor | None, key_bias_RV: Tensor | None) -> Frame:
+        """The same columns after vision tokens took gates; those of an earlier stage multiply, its biases add.
+
+        Args:
+            rows: the vision tokens at hand.
+            value_gate_RV: what multiplies the values of each; None for 1.
+            key_bias_RV: what is added to the attention logits of the key of each; None for 0.
+        """
+        gate_BN, bias_BN = self.value_gate_BN, self.key_bias_BN
+        if value_gate_RV is not None:
+            new_BN = self._spread(rows, value_gate_RV, 1.0)
+            gate_BN = new_BN if gate_BN is None else gate_BN * new_BN
+        if key_bias_RV is not None:
+            new_BN = self._spread(rows, key_bias_RV, 0.0)
+            bias_BN = new_BN if bias_BN is None else bias_BN + new_BN
+        return replace(self, value_gate_BN=gate_BN, key_bias_BN=bias_BN)
+
+    def _spread(self, rows: Rows, value_RV: Tensor, other: float) -> Tensor:
+        """Numbers of vision tokens at their columns (B, N), at least fp32, differentiable; `other` everywhere else."""
+        B, N = self.index_BN.shape
+        into_T = self.cells(rows).masked_fill(~rows.valid_RV, B * N).reshape(-1)
+        value_T = value_RV.to(torch.promote_types(value_RV.dtype, torch.float32)).reshape(-1)
+        return value_T.new_full((B * N + 1,), other).scatter(0, into_T, value_T)[:-1].view(B, N)
 
     def column_of(self, index_BK: Tensor) -> Tensor:
         """Column (B, K) at which original positions (B, K) now stand; meaningless for positions that were dropped."""
@@ -204,16 +237,16 @@ class Frame:
                 "Nothing but vision tokens stood in this sequence, and none stays; add words to the prompt."
             )
         local_BN = keep_BN.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
-        frame = Frame(
-            self.length,
-            self.index_BN.gather(1, local_BN),
-            self.base_BN.gather(1, local_BN),
-            None if len(set(lengths)) == 1 else keep_BN.gather(1, local_BN),
-            lengths,
-            shift_BN.gather(1, local_BN),
-            lost,
-            None if self.place_BN is None else self.place_BN.gather(1, local_BN),
-            None if self.log_size_BN is None else self.log_size_BN.gather(1, local_BN),
+        per_column: dict[str, Any] = {
+            name: None if (x := getattr(self, name)) is None else x.gather(1, local_BN) for name in PER_COLUMN
+        }
+        frame = replace(
+            self,
+            **per_column,
+            present_BN=None if len(set(lengths)) == 1 else keep_BN.gather(1, local_BN),
+            lengths=lengths,
+            shift_BN=shift_BN.gather(1, local_BN),
+            lost=lost,
         )
         return frame, local_BN
 
@@ -228,50 +261,3 @@ class Frame:
         """Labels of the columns, -100 where nothing is present."""
         labels_BN = labels_BS.gather(1, self.index_BN)
         return labels_BN if self.present_BN is None else labels_BN.masked_fill(~self.present_BN, -100)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """What the host knows, on the device. (Made there or copied plainly, it would wait for all work before it.)"""
-    return x.to(device, non_blocking=True)
-
-
-def take(x: Tensor, index_BN: Tensor, dim: int) -> Tensor:
-    """Columns of a tensor along its sequence dimension, sample by sample.
-
-    Args:
-        x: (..., B or 1, S, ...): samples stand in the dimension before the sequence (position rows of M-RoPE, too).
-        index_BN: wanted columns.
-        dim: the sequence dimension.
-    """
-    dim = dim % x.ndim
-    return _gather(x, index_BN, dim - 1, dim)
-
-
-def take_square(mask_BHSS: Tensor, index_BN: Tensor) -> Tensor:
-    """Rows and columns of a 4-D mask (B or 1, H or 1, S, S)."""
-    return _gather(_gather(mask_BHSS, index_BN, 0, 2), index_BN, 0, 3)
-
-
-def _gather(x: Tensor, index_BN: Tensor, batch: int, dim: int) -> Tensor:
-    if x.shape[batch] != index_BN.shape[0]:
-        x = x.expand(*[index_BN.shape[0] if i == batch else -1 for i in range(x.ndim)])
-    view, target = [1] * x.ndim, list(x.shape)
-    view[batch], view[dim] = index_BN.shape
-    target[dim] = index_BN.shape[1]
-    return x.gather(dim, index_BN.view(view).expand(target))
-
-
-def put_tokens(hidden_BND: Tensor, cell_RV: Tensor, valid_RV: Tensor, value_RVD: Tensor, ragged: bool) -> Tensor:
-    """Write new values of vision tokens into the sequence; padding is written to a row that is thrown away."""
-    B, N, D = hidden_BND.shape
-    flat_MD = hidden_BND.reshape(B * N, D)
-    if ragged:
-        flat_MD = torch.cat([flat_MD, flat_MD.new_zeros(1, D)])
-        cell_RV = cell_RV.masked_fill(~valid_RV, B * N)
-    flat_MD = flat_MD.index_copy(0, cell_RV.reshape(-1), value_RVD.reshape(-1, D).to(flat_MD.dtype))
-    return flat_MD[: B * N].view(B, N, D)
-
-
-def get_tokens(hidden_BND: Tensor, cell_RV: Tensor) -> Tensor:
-    """Vision tokens (R, V, D) of the sequence; where a row is padded, some other token stands."""
-    return hidden_BND.reshape(-1, hidden_BND.shape[-1]).index_select(0, cell_RV.reshape(-1)).view(*cell_RV.shape, -1)

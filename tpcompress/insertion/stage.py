@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.call import Call
+from tpcompress.insertion.columns import put_tokens, take
+from tpcompress.insertion.gated import check_gated, hand_down
 from tpcompress.insertion.masks import RECURRENT, layer_kind
+from tpcompress.insertion.nested import widened
 from tpcompress.insertion.plan import check_budget
-from tpcompress.insertion.sequence import put_tokens, take
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views import build_view
 from tpcompress.pruners import Selection, TokenView
@@ -52,6 +54,8 @@ def run_stage(
         return hidden_BND, None, False
     hide = controller.mode == "mask"
     view, cell_RV, selection, counts = _ask(controller, pruner, call, hidden_BND, counts)
+    if controller.included is not None:
+        selection = widened(controller.included, number, rows, selection, counts)
     if selection.vision_BVD is not None:
         hidden_BND = put_tokens(hidden_BND, cell_RV, rows.valid_RV, selection.vision_BVD, rows.ragged)
     # Compact positions follow the order alone.
@@ -59,7 +63,11 @@ def run_stage(
     moved = selection.size_BV is not None or place_RV is not None
     if moved and not pruner.calibrates:
         raise ValueError(f"Pruner '{pruner.name}' gives sizes or places; set its class attribute calibrates = True.")
-    local_BN, cut = None, selection.gate_BV is None and (counts != rows.count or moved)
+    gates = (selection.value_gate_BV, selection.key_bias_BV)
+    check_gated(pruner, gates, call.prefix is not None)
+    frame = call.frame = frame.gated(rows, *gates)
+    smooth = view.soft and selection.gate_BV is not None
+    local_BN, cut = None, not smooth and (counts != rows.count or moved)
     if cut:
         if hide:
             _check_hiding(controller, number, frame.width)
@@ -69,6 +77,8 @@ def run_stage(
         call.rows = rows.retain(selection.keep_BV, counts)
         if local_BN is not None:
             hidden_BND = take(hidden_BND, local_BN, 1)
+    behind = controller.parts.layers[controller.layers[number]]
+    hidden_BND, call.gates = hand_down(hidden_BND, call.frame.value_gate_BN, call.frame.key_bias_BN, behind)
     _note(controller, number, call, rows.count, frame.width, view, selection)
     return hidden_BND, local_BN, cut
 
@@ -110,7 +120,7 @@ def _check_hiding(controller: Controller, number: int, width: int) -> None:
     Raises:
         ValueError: such a layer stands behind the stage.
     """
-    config, first = controller.parts.text_config, controller.plan.stages[number].layer
+    config, first = controller.parts.text_config, controller.layers[number]
     kinds = {layer_kind(config, layer) for layer in range(first, len(controller.parts.layers))}
     what = next((kind for kind in RECURRENT if kind in kinds), None)
     if "sliding_attention" in kinds and width > config.sliding_window:
@@ -137,7 +147,7 @@ def _note(
         trace.stages.append(
             StageTrace(
                 stage=number,
-                layer=controller.plan.stages[number].layer,
+                layer=controller.layers[number],
                 total=call.rows.total,
                 vision_in=came,
                 vision_out=call.rows.count,

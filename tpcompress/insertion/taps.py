@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tpcompress.insertion.columns import take
 from tpcompress.insertion.encode import unbound_signature
-from tpcompress.insertion.sequence import take
 
 if TYPE_CHECKING:
     from tpcompress.insertion.hooks import Controller

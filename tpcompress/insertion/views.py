@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tpcompress.families import Parts
+from tpcompress.insertion.columns import get_tokens, sent
 from tpcompress.insertion.look import LayerInput
-from tpcompress.insertion.sequence import Frame, Rows, get_tokens, sent
+from tpcompress.insertion.sequence import Frame, Rows
 from tpcompress.pruners import Pruner, TokenView
 from tpcompress.pruners.base import (
     BEFORE_VIEWS,
