@@ -5,7 +5,6 @@ B rows, V vision tokens, D hidden size, K width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tpcompress.pruners.base import TokenView
@@ -19,7 +18,7 @@ class MeanKey(WeightedScorer):
     This is mean_u (q_v . k_u) / sqrt(K), the score of the paper, in O(V) instead of O(V^2): the mean may go inside.
 
     needs  nothing.     Source: VisionSelector (arXiv 2510.16598), K = D / 2.
-    Cost: O(V D K).     Starts: random weights, a quarter of the usual size; equal tokens are ranked by `spread`.
+    Cost: O(V D K).     Starts: random weights; equal tokens are ranked by `spread`.
     Unlike the official code: a norm before the projections, so that weights as small as 1e-4 are not needed; the mean
     is over the tokens of the row, where the official training takes it over all images of a packed batch, which its
     inference never sees; linear time.
@@ -44,9 +43,6 @@ class MeanKey(WeightedScorer):
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
         self.query = nn.Linear(hidden_size, width, bias=False)
         self.key = nn.Linear(hidden_size, width, bias=False)
-        with torch.no_grad():
-            for weight in (self.query.weight, self.key.weight):
-                weight.mul_(0.25)
 
     def rate(self, tokens: TokenView) -> Scores:
         x_BVD = self.norm(tokens.vision_BVD.to(self.dtype))

@@ -20,7 +20,7 @@ class MLP(WeightedScorer):
         score_v = MLP([local_v, mean_u other_u]),     C -> C/2 -> C/4 -> 1 with GELU
 
     needs  nothing.     Source: DynamicViT (arXiv 2106.02034, section 3.2); Dynamic-LLaVA has it at width 512.
-    Cost: O(V D C + V C^2).     Starts: small random weights in the last layer; equal tokens are ranked by `spread`.
+    Cost: O(V D C + V C^2).     Starts: random weights; equal tokens are ranked by `spread`.
     Unlike the official code: one score instead of two logits, whose difference it is; the mean is over valid tokens,
     since there is no decision of an earlier predictor (a stage before has already dropped its tokens); `width` is free
     where the paper has C = D.
@@ -50,8 +50,6 @@ class MLP(WeightedScorer):
             nn.GELU(),
             nn.Linear(width // 4, 1, bias=False),
         )
-        with torch.no_grad():
-            self.leave[-1].weight.mul_(0.1)  # type: ignore[operator, union-attr]
 
     def rate(self, tokens: TokenView) -> Scores:
         local_BVC, other_BVC = self.enter(tokens.vision_BVD.to(self.dtype)).chunk(2, dim=-1)
