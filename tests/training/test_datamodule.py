@@ -2,6 +2,7 @@ import json
 import logging
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +14,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from tpcompress.training import datamodule as datamodule_module
 from tpcompress.training.datamodule import BenchmarkData, ChatData
-from tpcompress.training.loader import EpochSampler
+from tpcompress.training.order import BatchOrder, BucketOrder
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] + ' :' }}"
@@ -191,20 +192,54 @@ def test_the_order_depends_on_seed_and_epoch_alone(processor, chat, tmp_path):
     assert len(set(orders)) == 4
 
 
+ORDERS = {
+    "shuffled": lambda n, *where: BatchOrder(n, 2, 1, *where),
+    "bucketed": lambda n, *where: BucketOrder(np.arange(n)[::-1] % 5, 2, 2, 1, *where),
+    "in order": lambda n, *where: BatchOrder(n, 2, 1, *where, shuffle=False),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("num_rows", [11, 12, 2])
-def test_ranks_share_the_order(num_rows):
+def test_ranks_share_the_order(num_rows, kind):
     shares = []
     for rank in range(3):
-        sampler = EpochSampler(num_rows, seed=1, rank=rank, num_replicas=3)
-        sampler.start(epoch=4, skip=0)
-        shares.append(list(sampler))
-        sampler.start(epoch=4, skip=1)
-        assert list(sampler) == shares[-1][1:]
-    assert len({len(share) for share in shares}) == 1
-    assert sum(map(len, shares)) == -(-num_rows // 3) * 3
-    assert set(sum(shares, [])) == set(range(num_rows))
-    if num_rows == 12:
-        assert not set(shares[0]) & set(shares[1])
+        order = ORDERS[kind](num_rows, rank, 3)
+        order.start(epoch=4, skip=0)
+        shares.append(list(order))
+        assert len(shares[-1]) == len(order)
+        order.start(epoch=4, skip=1)
+        assert list(order) == shares[-1][1:]
+    assert len({tuple(map(len, share)) for share in shares}) == 1
+    rows = [row for share in shares for batch in share for row in batch]
+    assert len(rows) == -(-num_rows // 3) * 3
+    assert set(rows) == set(range(num_rows))
+
+
+def test_one_rank_sees_every_row_once_in_buckets_of_similar_length():
+    lengths = np.random.default_rng(0).integers(10, 1000, 403)
+
+    def padding(order) -> int:
+        batches = list(order)
+        assert sorted(sum(batches, [])) == list(range(403))
+        return sum(int((lengths[b].max() - lengths[b]).sum()) for b in batches)
+
+    plain, bucketed = BatchOrder(403, 8, 3), BucketOrder(lengths, 10, 8, 3)
+    assert padding(bucketed) < padding(plain) / 5
+    first = list(bucketed)
+    assert first == list(BucketOrder(lengths, 10, 8, 3))
+    means = [lengths[b].mean() for b in first]
+    assert means != sorted(means)  # the batches' order is drawn again
+    bucketed.start(epoch=1, skip=0)
+    assert list(bucketed) != first
+    whole = {tuple(map(tuple, BucketOrder(lengths, 10, 8, 3, rank, 4))) for rank in range(4)}
+    shares = [list(share) for share in whole]
+    gaps = [
+        max(lengths[list(b)].max() for b in step) - min(lengths[list(b)].max() for b in step) for step in zip(*shares)
+    ]
+    alone = [list(BatchOrder(403, 8, 3, rank, 4)) for rank in range(4)]
+    far = [max(lengths[b].max() for b in step) - min(lengths[b].max() for b in step) for step in zip(*alone)]
+    assert np.mean(gaps) < np.mean(far) / 4
 
 
 def test_rows_that_turn_out_bad_give_way_and_are_counted(processor, chat, tmp_path, caplog):

@@ -84,7 +84,7 @@ def _open_table(source: str | Path, split: str, cache_dir: str | Path | None) ->
     if path.is_file() and path.suffix in (".json", ".jsonl"):
         return read_llava_json(path, cache)
     if path.is_file() and path.suffix == ".parquet":
-        return _load(source, split, path="parquet", data_files=str(path), split="train", cache_dir=cache)
+        return load_table(source, split, path="parquet", data_files=str(path), split="train", cache_dir=cache)
     if path.is_file():
         raise ValueError(f"Cannot read {path}: known are .json, .jsonl and .parquet files; convert it to one of them.")
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
@@ -93,13 +93,13 @@ def _open_table(source: str | Path, split: str, cache_dir: str | Path | None) ->
     if path.is_dir() and not any(path.rglob("*.parquet")):
         raise ValueError(f"Folder {path} holds neither parquet files nor a saved data set; name the JSON file itself.")
     if path.is_dir():
-        return _load(source, split, path=str(path), split=split, cache_dir=cache)
+        return load_table(source, split, path=str(path), split=split, cache_dir=cache)
     if path.suffix in (".json", ".jsonl", ".parquet") or path.is_absolute() or str(source).startswith((".", "~")):
         raise FileNotFoundError(f"No file or folder {source}; give a JSON, JSONL or parquet file, or a folder.")
-    return _load(source, split, path=str(source), split=split, cache_dir=cache)
+    return load_table(source, split, path=str(source), split=split, cache_dir=cache)
 
 
-def _load(source: str | Path, wanted: str, **arguments: Any) -> datasets.Dataset:
+def load_table(source: str | Path, wanted: str, **arguments: Any) -> Any:
     """`datasets.load_dataset` with its failures in one line."""
     try:
         return datasets.load_dataset(**arguments)
@@ -143,25 +143,25 @@ def _prepare(table: datasets.Dataset, source: str | Path, base: Path) -> tuple[d
 
 def _rows_of_batch(batch: dict[str, list], turns: str, images: str | None, base: str) -> dict[str, list]:
     """Columns of a batch as columns of rows; the transform that runs on access."""
-    conversations = [_conversations(value) for value in batch[turns]]
+    conversations = [conversations_of(value) for value in batch[turns]]
     num_rows = len(conversations)
     families = batch.get("families") or [["chat"] * len(row) for row in conversations]
     return {
         "id": [str(row_id) for row_id in batch["id"]] if "id" in batch else [""] * num_rows,
-        "images": [_images(value, base) for value in batch[images]] if images else [[] for _ in range(num_rows)],
+        "images": [images_of(value, base) for value in batch[images]] if images else [[] for _ in range(num_rows)],
         "conversations": conversations,
         "families": families,
     }
 
 
-def _conversations(turns: Any) -> list[list[dict[str, str]]]:
+def conversations_of(turns: Any) -> list[list[dict[str, str]]]:
     """One conversation, or a list of them if the data set is in rows already."""
     turns = turns or []
     several = turns and isinstance(turns[0], list)
     return [[chat_message(turn) for turn in conversation] for conversation in (turns if several else [turns])]
 
 
-def _images(value: Any, base: str) -> list[Any]:
+def images_of(value: Any, base: str) -> list[Any]:
     """Images of a row: a path joined to its folder, or a PIL image that has not been decoded."""
     entries = [] if value is None else value if isinstance(value, list) else [value]
     return [_image(entry, base) for entry in entries]
@@ -183,7 +183,7 @@ def _scan(table: datasets.Dataset, to_rows: Any, on_bad_row: OnBadRow, check_ima
             batch = table[start : start + SCAN_BATCH]
             rows = _rows_of_batch({**batch, images: []} if images else batch, to_rows.keywords["turns"], None, "")
             entries = batch[images] if images else [None] * len(rows["conversations"])
-            check = partial(_problem, base=to_rows.keywords["base"], check_images=check_images)
+            check = partial(problem_of, base=to_rows.keywords["base"], check_images=check_images)
             problems = pool.map(check, rows["conversations"], rows["families"], entries)
             for offset, problem in enumerate(problems):
                 row_id = rows["id"][offset] or str(start + offset)
@@ -196,7 +196,7 @@ def _scan(table: datasets.Dataset, to_rows: Any, on_bad_row: OnBadRow, check_ima
     return good, report
 
 
-def _problem(
+def problem_of(
     conversations: list[list[dict[str, str]]], families: list[str], entry: Any, base: str, check_images: bool
 ) -> BadRow | None:
     """Why a row is broken, or None."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -48,7 +48,7 @@ def read_llava_json(path: Path, cache_dir: str | None) -> datasets.Dataset:
 def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[dict]:
     """The records of a file in one schema. What is malformed inside a record is left for the scan to count."""
     known = False
-    for number, record in enumerate(_json_values(path)):
+    for number, record in enumerate(_values_of(path)):
         if not isinstance(record, dict):
             raise ValueError(f"{path}: record {number} is a {type(record).__name__}; LLaVA data is a list of objects.")
         turns: list = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
@@ -65,27 +65,37 @@ def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[d
         raise ValueError(f"{path}: no record has 'conversations' or 'messages'; give data in LLaVA's format.")
 
 
-def _json_values(path: str) -> Iterator[Any]:
-    """Elements of a JSON list, or values written one after another (JSONL), without holding the file."""
-    decoder = json.JSONDecoder()
+def _values_of(path: str) -> Iterator[Any]:
     with open(path, encoding="utf-8-sig") as file:
-        text, at, done, in_list = file.read(READ_CHARS), 0, False, False
-        while True:
-            while at < len(text) and (text[at].isspace() or text[at] == "," or (text[at] == "[" and not in_list)):
-                in_list = in_list or text[at] == "["
-                at += 1
-            if at < len(text) and not (in_list and text[at] == "]"):
-                try:
-                    value, at = decoder.raw_decode(text, at)
-                except json.JSONDecodeError as error:
-                    if done:
-                        raise ValueError(
-                            f"{path} is not valid JSON near {text[at : at + 40]!r}: {error.msg}."
-                        ) from None
-                else:
-                    yield value
-                    continue
-            elif at < len(text) or done:
-                return
-            more = file.read(READ_CHARS)
-            text, at, done = text[at:] + more, 0, not more
+        yield from json_values(file, path)
+
+
+def json_values(file: TextIO, path: str) -> Iterator[Any]:
+    """Elements of a JSON list, or values written one after another (JSONL), without holding the file.
+
+    Args:
+        file: Open text file.
+        path: Its name, for the message.
+
+    Raises:
+        ValueError: Where the text is no JSON.
+    """
+    decoder = json.JSONDecoder()
+    text, at, done, in_list = file.read(READ_CHARS), 0, False, False
+    while True:
+        while at < len(text) and (text[at].isspace() or text[at] == "," or (text[at] == "[" and not in_list)):
+            in_list = in_list or text[at] == "["
+            at += 1
+        if at < len(text) and not (in_list and text[at] == "]"):
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                if done:
+                    raise ValueError(f"{path} is not valid JSON near {text[at : at + 40]!r}: {error.msg}.") from None
+            else:
+                yield value
+                continue
+        elif at < len(text) or done:
+            return
+        more = file.read(READ_CHARS)
+        text, at, done = text[at:] + more, 0, not more

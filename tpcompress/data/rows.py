@@ -37,7 +37,8 @@ class BadRow(ValueError):
 class BadRows:
     """How many rows were left out of `total`, by reason; ``str()`` is the one-line report.
 
-    `examples` keeps the first few row ids of each reason, with the detail where there is one.
+    `examples` keeps the first few row ids of each reason, with the detail where there is one. `total` is 0 where
+    nobody knows it, in a stream.
     """
 
     total: int = 0
@@ -61,7 +62,8 @@ class BadRows:
             return f"all {self.total} rows usable"
         shown = {reason: ", ".join(examples) for reason, examples in self.examples.items()}
         reasons = [f"{reason} {count} (e.g. {shown[reason]})" for reason, count in self.counts.items()]
-        return f"{len(self)} of {self.total} rows left out: {'; '.join(reasons)}"
+        of = f" of {self.total}" if self.total else ""
+        return f"{len(self)}{of} rows left out: {'; '.join(reasons)}"
 
 
 class GoodRows(Dataset, Generic[Sample]):

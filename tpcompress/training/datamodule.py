@@ -5,148 +5,33 @@ the epoch alone, and a run resumed from a checkpoint, also from within an epoch,
 """
 
 import logging
-from abc import abstractmethod
 from typing import Any
 
 import datasets
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from tpcompress.data import BadRow, BadRows, ChatCollator, GoodRows, load_chat
+from tpcompress.data import BadRows, load_chat
 from tpcompress.data.benchmark import draw_benchmark
+from tpcompress.data.lengths import measure_rates
 from tpcompress.data.rows import OnBadRow
+from tpcompress.data.shards import Shards, open_shards
+from tpcompress.data.stream import ChatStream, Sharing
 
-from .loader import EpochSampler, Position, ResumableLoader
+from .loader import ResumableLoader
+from .rows_data import RowsData, data_rank
+from .stream_loader import StreamLoader, StreamPosition
 
 log = logging.getLogger(__name__)
 
 
-class RowsData(LightningDataModule):
-    """Loaders over rows; a subclass says which rows.
-
-    `bad_rows` counts what was left out: by the reader, and, by data set index, what turned out bad in training.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        num_workers: int,
-        on_bad_row: OnBadRow,
-        max_length: int | None,
-        pack: bool,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.on_bad_row = on_bad_row
-        self.max_length = max_length
-        self.pack = pack
-        self.seed = seed
-        self.bad_rows = BadRows()
-        self.train_rows: datasets.Dataset | None = None
-        self.val_rows: datasets.Dataset | None = None
-        self._position = Position()
-        self._seen_bad: set[str] = set()
-
-    @abstractmethod
-    def load_rows(self) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-        """Rows to train on and rows to validate on."""
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read the rows, once.
-
-        Raises:
-            ValueError: If there are none, or the LightningModule has no processor.
-        """
-        module = None if self.trainer is None else self.trainer.lightning_module
-        processor = getattr(module, "processor", None)
-        if processor is None:
-            raise ValueError(f"{type(module).__name__} has no processor; set self.processor before the data is set up.")
-        self.collator = ChatCollator(processor, self.max_length, self.pack)
-        if self.train_rows is None:
-            self.train_rows, self.val_rows = self.load_rows()
-        for name, rows in (("train", self.train_rows), ("val", self.val_rows)):
-            if rows is not None and not len(rows):
-                raise ValueError(f"The {name} data of {type(self).__name__} is empty; give at least one row.")
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled by (seed, epoch); each rank gets its share."""
-        assert self.train_rows is not None
-        assert self.trainer is not None
-        rows = GoodRows(self.train_rows, self.collator.encode, self.on_bad_row)
-        world_size, rank = self.trainer.world_size, self.trainer.global_rank
-        self._check_resumable(len(rows), world_size)
-        sampler = EpochSampler(len(rows), self.seed, rank, world_size)
-        options = self._options()
-        return ResumableLoader(rows, position=self._position, on_bad_rows=self._note_bad, sampler=sampler, **options)
-
-    def val_dataloader(self) -> ResumableLoader | list:
-        """In the order of the rows; no loader if there is nothing to validate on."""
-        if self.val_rows is None:
-            return []
-        rows = GoodRows(self.val_rows, self.collator.encode, self.on_bad_row)
-        return ResumableLoader(rows, on_bad_rows=self._note_bad, **self._options())
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the training data, for the checkpoint."""
-        state = self._position.state_dict()
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            # Lightning's own count: a batch that was fetched but failed is done again.
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-            state["batch"] = progress["current"]["processed"]
-            state["batches"] = int(min(self.trainer.num_training_batches, 2**62))
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take up the place in the training data."""
-        self._position = Position(**state_dict, fresh=False)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "collate_fn": self.collator.pad,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def _check_resumable(self, num_rows: int, world_size: int) -> None:
-        """Batches of an interrupted epoch can only be counted off if they are the same batches."""
-        place = self._position
-        now = {"rows": num_rows, "batch_size": self.batch_size, "world_size": world_size, "seed": self.seed}
-        then = {name: getattr(place, name) for name in now}
-        if not place.fresh and 0 < place.batch < place.batches and then != now:
-            changed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name])
-            raise ValueError(
-                f"The checkpoint lies within an epoch (batch {place.batch} of {place.batches}): {changed} since; "
-                "resume with what it was trained with, or from the end of an epoch."
-            )
-        place.rows, place.batch_size, place.world_size, place.seed = now.values()
-
-    def _note_bad(self, bad_rows: list[tuple[str, BadRow]]) -> None:
-        """Count rows that turned out bad in training; warn at the first."""
-        for row_id, bad in bad_rows:
-            if row_id in self._seen_bad:
-                continue
-            if not self._seen_bad:
-                log.warning(
-                    "Row %s cannot be used: %s. Another takes its place; more such rows are counted.", row_id, bad
-                )
-            self._seen_bad.add(row_id)
-            self.bad_rows.add(row_id, bad)
-
-
 class ChatData(RowsData):
-    """A user's chat data; see `load_chat` for the formats.
+    """A user's chat data; see `load_chat` for the formats, and `open_shards` for those of streams.
 
     Args:
-        train: File, folder or hub name to train on.
-        val: The same to validate on.
+        train: File, folder or hub name to train on; a stream's may be a pattern or an address.
+        val: File, folder or hub name to validate on; never streamed.
         image_folder: What relative image paths start from; by default the folder of the file.
         batch_size: Rows per batch and rank.
         num_workers: Processes that decode images.
@@ -157,9 +42,14 @@ class ChatData(RowsData):
         train_split: Split of `train`, for data that has several.
         val_split: Split of `val`.
         seed: Of the order and of the rows held out.
+        bucket: Draw batches of rows of similar length from pools of this many batches; 0 draws them from all rows.
+        streaming: Read `train` as it is trained on, without an index or a look through it beforehand. A stream
+            has no end: ``trainer.max_steps`` says when to stop.
+        shuffle_buffer: Rows that every worker of a stream shuffles at a time, and holds.
 
     Raises:
-        ValueError: If `val` and `val_fraction` are both given, or `val_fraction` is not in [0, 1).
+        ValueError: If `val` and `val_fraction` are both given, `val_fraction` is not in [0, 1), or a stream is to give
+            rows to validate on.
     """
 
     def __init__(
@@ -176,30 +66,88 @@ class ChatData(RowsData):
         train_split: str = "train",
         val_split: str = "train",
         seed: int = 0,
+        bucket: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
     ) -> None:
-        super().__init__(batch_size, num_workers, on_bad_row, max_length, pack, seed)
+        super().__init__(batch_size, num_workers, on_bad_row, max_length, pack, seed, bucket)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}.")
         if val is not None and val_fraction:
             raise ValueError(f"Both val ({val}) and val_fraction ({val_fraction}) are given; give one of them.")
+        if streaming and val_fraction:
+            raise ValueError(f"A stream cannot hold out val_fraction ({val_fraction}) of its rows; give val.")
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1 row, which keeps the order, got {shuffle_buffer}.")
         self.train = train
         self.val = val
         self.image_folder = image_folder
         self.val_fraction = val_fraction
         self.train_split = train_split
         self.val_split = val_split
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self.shards: Shards | None = None
+        self._stream_position = StreamPosition()
 
-    def load_rows(self) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-        """Read `train`, and `val` or the held-out part."""
-        train, self.bad_rows = load_chat(self.train, self.image_folder, self.train_split, self.on_bad_row)
-        _report(self.train, self.bad_rows)
+    def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
+        """Read `train`, and `val` or the held-out part; of a stream, find its shards."""
+        train = None
+        if self.streaming:
+            self._find_stream()
+        else:
+            train, self.bad_rows = load_chat(self.train, self.image_folder, self.train_split, self.on_bad_row)
+            _report(self.train, self.bad_rows)
         if self.val is not None:
             val, report = load_chat(self.val, self.image_folder, self.val_split, self.on_bad_row)
             _report(self.val, report)
             return train, val
-        if not self.val_fraction:
+        if train is None or not self.val_fraction:
             return train, None
         return _held_out(train, self.val_fraction, self.seed)
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Shuffled by (seed, epoch), or the stream; each rank gets its share."""
+        if self.shards is None:
+            return super().train_dataloader()
+        return self._stream_loader(self.shards)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data, for the checkpoint; on several devices to be called on all of them."""
+        if not self.streaming:
+            return super().state_dict()
+        processed, batches = self._progress()
+        return self._stream_position.state_dict(processed or 0, batches)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the place in the training data."""
+        if self.streaming != ("places" in state_dict):
+            was = "streamed" if "places" in state_dict else "not streamed"
+            raise ValueError(f"The checkpoint's data were {was}; set data.init_args.streaming as it was.")
+        if self.streaming:
+            self._stream_position.loaded = state_dict
+        else:
+            super().load_state_dict(state_dict)
+
+    def _find_stream(self) -> None:
+        """Find the shards, if they are to be trained on."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_endless(self.trainer, self.val is not None)
+            self.shards = open_shards(self.train, self.train_split)
+
+    def _stream_loader(self, shards: Shards) -> StreamLoader:
+        assert self.trainer is not None
+        rank, num_ranks = data_rank(self.trainer)
+        sharing = Sharing(rank, num_ranks, max(1, self.num_workers))
+        numbers = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "bucket": self.bucket}
+        stream = ChatStream(
+            shards, self.collator, self.batch_size, self.image_folder, self.on_bad_row, sharing=sharing, **numbers
+        )
+        if self.bucket:
+            stream.rates = measure_rates(stream.raw_rows(), self.collator.encoder)
+        shape = {"shards": len(shards), "batch_size": self.batch_size, "world_size": num_ranks}
+        self._stream_position.check(self.trainer.global_rank, shape | {"workers": sharing.slots} | numbers)
+        return StreamLoader(stream, self._stream_position, self._note_bad, **self._options())
 
 
 class BenchmarkData(RowsData):
@@ -229,7 +177,7 @@ class BenchmarkData(RowsData):
         self.num_train = num_train
         self.num_val = num_val
 
-    def load_rows(self) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
         """Draw the pictures."""
         val = draw_benchmark("validation", self.num_val, self.seed) if self.num_val else None
         return draw_benchmark("train", self.num_train, self.seed), val
@@ -247,3 +195,26 @@ def _held_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datas
     number = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return rows.select(sorted(order[number:])), rows.select(sorted(order[:number]))
+
+
+def check_endless(trainer: Any, validates: bool) -> None:
+    """Refuse settings that wait for the end of an epoch: a stream has none.
+
+    Args:
+        trainer: A Lightning trainer.
+        validates: Whether there are data to validate on.
+
+    Raises:
+        ValueError: If training would not stop, or never validate.
+    """
+    if trainer.max_steps == -1:
+        raise ValueError("A stream has no end: set trainer.max_steps to the number of optimizer steps.")
+    if trainer.overfit_batches > 0:
+        raise ValueError(
+            f"overfit_batches ({trainer.overfit_batches}) needs data that are read whole; set streaming false."
+        )
+    ends = isinstance(trainer.limit_train_batches, int) or isinstance(trainer.val_check_interval, int)
+    if validates and not ends and trainer.limit_val_batches != 0:
+        raise ValueError(
+            "A stream's epoch has no end to validate at: set trainer.val_check_interval to a number of batches."
+        )

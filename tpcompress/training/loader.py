@@ -1,42 +1,16 @@
-"""A training loader whose order depends on (seed, epoch) alone and that goes on in the middle of an epoch."""
+"""A training loader that keeps its place, and goes on in the middle of an epoch."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from tpcompress.data import BadRow
 
-SEED_STRIDE = 1_000_003  # keeps (seed, epoch) pairs apart: seed + epoch would give neighbouring seeds shared epochs
+from .order import BatchOrder
 
-
-class EpochSampler(DistributedSampler):
-    """Shuffles by (seed, epoch) and takes every `num_replicas`-th row; the ranks' shares are of equal length.
-
-    Where the rows do not divide by the ranks, the first of the order are used twice. Being a `DistributedSampler`, it
-    is left alone by Lightning, which would otherwise wrap it. `start` sets the epoch and the rows to pass over.
-    """
-
-    def __init__(self, num_rows: int, seed: int = 0, rank: int = 0, num_replicas: int = 1) -> None:
-        super().__init__(range(num_rows), num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self._num_rows = num_rows
-        self._skip = 0
-
-    def start(self, epoch: int, skip: int) -> None:
-        """Set what the next iteration yields: `epoch` without its first `skip` rows of this rank."""
-        self.epoch, self._skip = epoch, skip
-
-    def set_epoch(self, epoch: int) -> None:
-        """Ignored: Lightning's count is off by one after some resumptions; `ResumableLoader` keeps its own."""
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + self.epoch)
-        order = torch.randperm(self._num_rows, generator=generator).tolist()
-        order = (order * math.ceil(self.total_size / self._num_rows))[: self.total_size]
-        return iter(order[self.rank :: self.num_replicas][self._skip :])
+OnBadRows = Callable[[list[tuple[str, BadRow]]], None]
 
 
 @dataclass
@@ -54,22 +28,38 @@ class Position:
     batch_size: int = 0
     world_size: int = 1
     seed: int = 0
+    bucket: int = 0
     fresh: bool = True
 
     def state_dict(self) -> dict[str, int]:
         """Plain numbers for the checkpoint."""
         return {name: value for name, value in asdict(self).items() if name != "fresh"}
 
+    def check(self, **now: int) -> None:
+        """Refuse another shape in the middle of an epoch: only the same batches can be counted off. Then take it on.
 
-class ResumableLoader(DataLoader):
-    """DataLoader that keeps its place in a `Position`.
+        Raises:
+            ValueError: If one of the values that identify the shape has changed.
+        """
+        then = {name: getattr(self, name) for name in now}
+        if not self.fresh and 0 < self.batch < self.batches and then != now:
+            where = f"within an epoch (batch {self.batch} of {self.batches})"
+            raise ValueError(changed_since(then, now, where, ", or from the end of an epoch"))
+        for name, value in now.items():
+            setattr(self, name, value)
 
-    Every iteration is an epoch; the first after a checkpoint is the rest of the interrupted one. The sampler starts
-    when the first batch is asked for, so that workers do not prefetch of a wrong epoch.
+
+class ResumableLoader:
+    """Batches of a data set that keeps its place in a `Position`.
+
+    Every iteration is an epoch; the first after a checkpoint is the rest of the interrupted one. Workers start when the
+    first batch is asked for, so that they do not prefetch of a wrong epoch. It holds a `DataLoader` and is none:
+    Lightning leaves it alone, instead of giving it a sampler of its own in a run on several devices.
 
     Args:
         dataset: `GoodRows`.
-        position: Kept up to date, and started from; needs an `EpochSampler`. None for validation.
+        order: Which rows make this rank's batches.
+        position: Kept up to date, and started from. None for validation.
         on_bad_rows: Called in the main process with the bad rows that a batch's rows stood in for.
         **options: Those of `DataLoader`.
 
@@ -80,26 +70,30 @@ class ResumableLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
+        order: BatchOrder,
         position: Position | None = None,
-        on_bad_rows: Callable[[list[tuple[str, BadRow]]], None] | None = None,
+        on_bad_rows: OnBadRows | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, **options)
+        self.dataset = dataset
+        self.batch_sampler = order  # DeepSpeed's strategy asks it for the batch size
+        self.batch_size = order.batch_size
         self.position = position
         self.on_bad_rows = on_bad_rows
+        self._loader = DataLoader(dataset, batch_sampler=order, **options)
 
-    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # a generator: it starts late
-        if isinstance(self.sampler, EpochSampler) and self.position is not None:
-            self._start(self.position, self.sampler)
-        try:
-            for batch in super().__iter__():
-                if self.position is not None:
-                    self.position.batch += 1
-                if self.on_bad_rows is not None and batch["meta"].bad_rows:
-                    self.on_bad_rows(batch["meta"].bad_rows)
-                yield batch
-        except ValueError as error:  # a worker's comes with its traceback as text
-            raise type(error)(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[dict]:
+        if self.position is not None:
+            self._start(self.position)
+        for batch in one_line_errors(self._loader):
+            if self.position is not None:
+                self.position.batch += 1
+            if self.on_bad_rows is not None and batch["meta"].bad_rows:
+                self.on_bad_rows(batch["meta"].bad_rows)
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Empty: the data module stores the position. Lightning takes a loader with this method for resumable."""
@@ -108,10 +102,24 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing: see `state_dict`."""
 
-    def _start(self, position: Position, sampler: EpochSampler) -> None:
+    def _start(self, position: Position) -> None:
         """Go to the next epoch, or back to the place of a checkpoint."""
         over = position.batch >= position.batches if not position.fresh else position.batch > 0
         if over:
             position.epoch, position.batch = position.epoch + 1, 0
         position.fresh = True
-        sampler.start(position.epoch, position.batch * (self.batch_size or 1))
+        self.batch_sampler.start(position.epoch, position.batch)
+
+
+def one_line_errors(loader: DataLoader) -> Iterator[Any]:
+    """A loader's batches; a ValueError of a worker, which comes with its traceback as text, gets its message back."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise type(error)(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def changed_since(then: dict[str, int], now: dict[str, int], where: str, way_out: str = "") -> str:
+    """The message for a checkpoint of a loader of another shape."""
+    changed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name])
+    return f"The checkpoint lies {where}: {changed} since; resume with what it was trained with{way_out}."

@@ -1,0 +1,230 @@
+"""Where a stream comes from: the shards of a source, and the records of each, neither held nor decoded.
+
+    open_shards("data/part-*.jsonl")                              # LLaVA's records, one file a shard
+    open_shards("https://host/data/{00000..00127}.tar")           # pictures and a JSON of the same name, one after another
+    open_shards("data/*.parquet")                                 # columns images (or image) and messages
+    open_shards("HuggingFaceH4/llava-instruct-mix-vsft")          # a name on the hub
+
+Parquet files and names on the hub are read by ``datasets.load_dataset(..., streaming=True)``. JSON and tar files are
+read here, through the file systems of fsspec: `datasets` gives every column one type, which LLaVA's records break.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import fsspec
+
+from .chat import load_table
+from .llava_json import json_values
+from .rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
+
+Record = dict[str, Any]
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+READ_ROWS = 16  # of a parquet file at a time
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a source: `names` are files, or numbers of the shards of `hub`."""
+
+    source: str
+    names: tuple[str, ...]
+    hub: datasets.IterableDataset | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Iterator[Record | BadRow]:
+        """The records of a shard in their order, as ``{"id", "images", "messages"}`` or with the names that the
+        source gives them; `BadRow` in place of a record that cannot be read.
+
+        Raises:
+            Exception: whatever the file system or format raises where the shard cannot be read (on).
+        """
+        if self.hub is not None:
+            return _rows(self.hub.shard(len(self), index))
+        name = self.names[index]
+        return READERS[_kind(name)](name)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative image paths start from: that of the files, where they are local."""
+        local = self.hub is None and "://" not in self.names[0]
+        return Path(self.source if Path(self.source).is_dir() else Path(self.names[0]).parent) if local else Path()
+
+
+def open_shards(source: str | Path, split: str = "train") -> Shards:
+    """Find the shards of a source, and look at its first record.
+
+    Args:
+        source: File, folder, pattern with ``*`` or ``{00000..00127}``, remote address, or name on the hub. Files end in
+            .json, .jsonl, .parquet or .tar, the first two also in .gz.
+        split: Split of a data set on the hub.
+
+    Raises:
+        FileNotFoundError: If there are no such files, or one of a numbered series is missing.
+        ValueError: If the format is unknown, no shard has a record, or the records are no conversations.
+    """
+    shards = _find(str(source), split)
+    first = _first_record(shards)
+    if not any(name in first for name in TURN_COLUMNS):
+        raise ValueError(f"{source} has the columns {', '.join(first)}; chat data needs 'messages' or 'conversations'.")
+    return shards
+
+
+def _find(source: str, split: str) -> Shards:
+    if Path(source).is_dir():
+        names = sorted(str(path) for path in Path(source).rglob("*") if _kind(path.name) and path.is_file())
+        kinds = {_kind(name) for name in names}
+        if len(kinds) != 1:
+            have = f"files of the formats {', '.join(sorted(kinds))}" if kinds else "no .json, .jsonl, .parquet or .tar"
+            raise ValueError(f"Folder {source} holds {have}; name the files with a pattern, such as {source}/*.jsonl.")
+        return Shards(source, tuple(names))
+    if _kind(source):
+        return Shards(source, tuple(_files(source)))
+    if Path(source).is_file() or "://" in source or "*" in source:
+        raise ValueError(f"Cannot stream {source}: known are .json, .jsonl, .parquet and .tar files; name such files.")
+    if Path(source).is_absolute() or source.startswith((".", "~")):
+        raise FileNotFoundError(f"No file or folder {source}; give files that exist, or a name on the hub.")
+    hub = _undecoded(load_table(source, split, path=source, split=split, streaming=True))
+    return Shards(source, tuple(map(str, range(hub.num_shards))), hub)
+
+
+def _files(source: str) -> list[str]:
+    """The files that a path, address or pattern means, in order."""
+    names = [expanded for part in _expand(source) for expanded in (_glob(part) if "*" in part else [part])]
+    if not names:
+        raise FileNotFoundError(f"No files {source}; give a pattern that some file has.")
+    missing = [name for name in names if "://" not in name and not Path(name).is_file()]
+    if missing:
+        of = f"; it is one of {len(names)} that {source} means" if len(names) > 1 else ""
+        raise FileNotFoundError(f"No file or folder {missing[0]}{of}. Give files that exist.")
+    return names
+
+
+def _expand(source: str) -> list[str]:
+    """``{08..11}`` written out."""
+    found = RANGE.search(source)
+    if found is None:
+        return [source]
+    first, last = found.groups()
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [name for n in numbers for name in _expand(source[: found.start()] + n + source[found.end() :])]
+
+
+def _glob(pattern: str) -> list[str]:
+    system, path = fsspec.core.url_to_fs(pattern)
+    found = sorted(system.glob(path))
+    return [system.unstrip_protocol(name) for name in found] if "://" in pattern else found
+
+
+def _kind(name: str) -> str:
+    """The format by the end of a name, empty if unknown."""
+    suffixes = PurePosixPath(name.partition("?")[0]).suffixes
+    last = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    return {".tgz": ".tar"}.get(last, last if last in READERS else "")
+
+
+def _first_record(shards: Shards) -> Record:
+    """The first record that can be read."""
+    problem = ""
+    for index in range(len(shards)):
+        try:
+            found = next((record for record in shards.read(index) if not isinstance(record, BadRow)), None)
+        except Exception as error:  # as in a stream: see ChatStream
+            problem = f" The last shard: {first_line(error)}"
+        else:
+            if found is not None:
+                return found
+    raise ValueError(f"{shards.source} holds no rows in {len(shards)} shards; give at least one conversation.{problem}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------ formats
+
+
+def _read_json(name: str) -> Iterator[Record | BadRow]:
+    with fsspec.open(name, "rb", compression="infer") as file:
+        for value in json_values(TextIOWrapper(file, encoding="utf-8-sig"), name):
+            yield value if isinstance(value, dict) else BadRow(f"broken record: a {type(value).__name__}")
+
+
+def _read_jsonl(name: str) -> Iterator[Record | BadRow]:
+    """Line by line: a broken line costs itself only."""
+    with fsspec.open(name, "rb", compression="infer") as file:
+        for line in file:
+            if line.strip():
+                yield _parsed(line)
+
+
+def _parsed(text: bytes) -> Record | BadRow:
+    try:
+        value = json.loads(text.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as error:  # of JSON or of UTF-8
+        return BadRow(f"broken record: {first_line(error)}")
+    return value if isinstance(value, dict) else BadRow(f"broken record: a {type(value).__name__}")
+
+
+def _read_tar(name: str) -> Iterator[Record | BadRow]:
+    """Files that share their name up to its first dot are a record: a JSON, and pictures in the order of the names."""
+    with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+        key, members = "", {}
+        for member in archive:
+            if not member.isfile():
+                continue
+            path = PurePosixPath(member.name)
+            stem, _, ending = path.name.partition(".")
+            if members and str(path.parent / stem) != key:
+                yield _record_of(key, members)
+                members = {}
+            key = str(path.parent / stem)
+            content = archive.extractfile(member)
+            members[ending.lower()] = content.read() if content is not None else b""
+        if members:
+            yield _record_of(key, members)
+
+
+def _record_of(key: str, members: dict[str, bytes]) -> Record | BadRow:
+    pictures = sorted(ending for ending in members if ending.rpartition(".")[2] in PICTURES)
+    images = [{"bytes": members[ending], "path": f"{key}.{ending}"} for ending in pictures]
+    text = members.get("json")
+    if text is None:
+        return BadRow(f"no conversation: {key} has {', '.join(members)}, but no json")
+    if text.lstrip().startswith(b"["):
+        text = b'{"messages": ' + text + b"}"
+    record = _parsed(text)
+    if isinstance(record, BadRow):
+        return record
+    record = {"id": key} | {name: value for name, value in record.items() if name not in IMAGE_COLUMNS}
+    return record | {"images": images}
+
+
+def _read_parquet(name: str) -> Iterator[Record | BadRow]:
+    return _rows(
+        _undecoded(load_table(name, "train", path="parquet", data_files=[name], split="train", streaming=True))
+    )
+
+
+def _rows(table: datasets.IterableDataset) -> Iterator[Record | BadRow]:
+    for batch in table.iter(READ_ROWS):  # unlike iter(table) it does not share itself out to a loader's workers
+        for number in range(len(next(iter(batch.values())))):
+            yield {name: column[number] for name, column in batch.items()}
+
+
+def _undecoded(table: datasets.IterableDataset) -> datasets.IterableDataset:
+    return table.decode(False) if table.features else table
+
+
+READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".tar": _read_tar, ".parquet": _read_parquet}

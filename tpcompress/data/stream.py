@@ -1,0 +1,240 @@
+"""A data set that is read as it is trained on: shared out, shuffled, encoded, and resumed at the same row.
+
+A *part* is what one worker of one rank reads. In every pass over the data the shards are put in an order drawn from
+(seed, pass). Every part takes as many whole shards as can be shared out equally; of those left over it takes every
+n-th row. So a pass of all parts covers every row once. Parts whose shards are short begin their next pass earlier: a
+stream never ends, all ranks have batches as long as they ask, and the run's length must come from its steps.
+
+Rows are shuffled in blocks, each drawn from (seed, part, block), instead of in a running buffer: the place in the data
+is then a few numbers, and going on costs the reading of one block, not of all that was read before.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .chat import conversations_of, images_of, problem_of
+from .lengths import Rates, characters_of
+from .rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow, OnBadRow, bad_row_error, check_on_bad_row
+from .shards import Record, Shards, first_line
+
+GIVE_UP_AFTER = 10_000  # bad rows in a row
+Place = dict[str, int]
+"""Of a part: the block it is in, where that starts (`epoch` passes, `shard` of the pass, `row` of the shard), and how
+many of its rows are `used`."""
+START: Place = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "used": 0}
+
+
+@dataclass
+class RawRow:
+    """A row whose images are paths or bytes still. `ends` the batch that it is in, in a stream with buckets."""
+
+    row_id: str
+    conversations: list[list[dict[str, str]]]
+    families: list[str]
+    images: Any
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which part of the data: that of rank `rank` of `num_ranks`, each with `slots` workers."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    slots: int = 1
+
+
+class ChatStream(IterableDataset):
+    """Endless batches of a source's rows, as ``(slot, place, batch)``: `place` is that of the slot's part behind the
+    batch. Batches come from the slots in turn. Set `places` (one a slot) and `first`, the slot whose turn it is, before
+    iterating.
+
+    Args:
+        shards: Where rows come from.
+        collator: With `encode` and `pad`, such as `ChatCollator`.
+        batch_size: Rows in a batch.
+        image_folder: What relative image paths start from; by default the folder of the files.
+        on_bad_row: ``skip`` leaves bad rows, and what cannot be read of a shard, out, and names them in the metadata
+            of the next batch; ``raise`` stops.
+        shuffle_buffer: Rows of a block, all held undecoded; 1 leaves their order.
+        bucket: Batches of a pool sorted by estimated length, 0 for none. Ranks go through their pools in one
+            order of lengths. A bad row makes a batch shorter here, and a block's end may.
+        rates: What lengths are estimated with.
+        seed: Of every order.
+        sharing: The rank and workers.
+
+    Raises:
+        ValueError: In one line: while iterating, if a row is bad under ``raise``, too many follow one another, or
+            a part has no rows.
+        FileNotFoundError: If there is no `image_folder`.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        collator: Any,
+        batch_size: int,
+        image_folder: str | Path | None = None,
+        on_bad_row: OnBadRow = "skip",
+        shuffle_buffer: int = 1000,
+        bucket: int = 0,
+        rates: Rates | None = None,
+        seed: int = 0,
+        sharing: Sharing | None = None,
+    ) -> None:
+        check_on_bad_row(on_bad_row)
+        if image_folder is not None and not Path(image_folder).is_dir():
+            raise FileNotFoundError(f"No image folder {image_folder}; give the folder that the image paths start from.")
+        self.shards, self.collator, self.batch_size, self.on_bad_row = shards, collator, batch_size, on_bad_row
+        self.base = str(image_folder if image_folder is not None else shards.folder)
+        self.shuffle_buffer, self.bucket, self.rates, self.seed = shuffle_buffer, bucket, rates or Rates(), seed
+        pool = max(1, bucket * batch_size)
+        self.block_rows = -(-max(shuffle_buffer, 1) // pool) * pool
+        self.sharing = sharing or Sharing()
+        self.places = [dict(START) for _ in range(self.sharing.slots)]
+        self.first = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Place, dict]]:
+        worker = get_worker_info()
+        slot = ((worker.id if worker else 0) + self.first) % self.sharing.slots
+        samples: list[tuple[Any, list]] = []
+        missed: list[tuple[str, BadRow]] = []
+        for block, bad, place in self._blocks(self.sharing.rank * self.sharing.slots + slot, self.places[slot]):
+            self._miss(missed, bad)
+            for used, row in enumerate(islice(block, place["used"], None), start=place["used"] + 1):
+                try:
+                    sample = self.collator.encode(self._opened(row), -1)
+                except BadRow as problem:
+                    self._miss(missed, [(row.row_id, problem)])
+                else:
+                    samples.append((sample, missed))
+                    missed = []
+                if len(samples) == self.batch_size or (row.ends and samples):
+                    yield slot, place | {"used": used}, self.collator.pad(samples)
+                    samples = []
+
+    def raw_rows(self) -> Iterator[dict[str, Any]]:
+        """Rows in the order of the source, one pass, for whoever wants to look at some."""
+        for index, name in enumerate(self.shards.names):
+            for number, record in enumerate(self.shards.read(index)):
+                item = self._row(record, f"{Path(name).name}:{number}")
+                if isinstance(item, RawRow):
+                    yield self._opened(item)
+
+    def _blocks(self, part: int, place: Place) -> Iterator[tuple[list[RawRow], list[tuple[str, BadRow]], Place]]:
+        """Blocks from a place on, in the order of training, with the bad rows met while reading them."""
+        at, place = (place["epoch"], place["shard"], place["row"]), dict(place)
+        while True:
+            whole, empty = at[1:] == (0, 0), True
+            block: list[RawRow] = []
+            bad: list[tuple[str, BadRow]] = []
+            for after, item in self._pass(part, *at):
+                empty = False
+                if isinstance(item, RawRow):
+                    block.append(item)
+                else:
+                    bad.append(item)
+                if len(block) == self.block_rows or len(bad) == GIVE_UP_AFTER:
+                    yield self._ordered(block, part, place["block"]), bad, place
+                    place = self._next(place, (at[0], *after))
+                    block, bad = [], []
+            if whole and empty:
+                raise ValueError(
+                    f"{self.shards.source} has no rows for part {part + 1} of {self._parts}; take fewer workers or ranks."
+                )
+            if block or bad:
+                yield self._ordered(block, part, place["block"]), bad, place
+            at = (at[0] + 1, 0, 0)
+            place = self._next(place, at)
+
+    @property
+    def _parts(self) -> int:
+        return self.sharing.num_ranks * self.sharing.slots
+
+    @staticmethod
+    def _next(place: Place, at: tuple[int, int, int]) -> Place:
+        return {"epoch": at[0], "shard": at[1], "row": at[2], "block": place["block"] + 1, "used": 0}
+
+    def _pass(
+        self, part: int, epoch: int, shard: int, row: int
+    ) -> Iterator[tuple[tuple[int, int], RawRow | tuple[str, BadRow]]]:
+        """What a part reads in a pass, from a row of a shard on, each with the (shard, row) behind it."""
+        for turn, (index, offset, stride) in islice(enumerate(self._turns(part, epoch)), shard, None):
+            name = Path(self.shards.names[index]).name
+            try:
+                numbered = enumerate(self.shards.read(index))
+                for number, record in islice(numbered, row if turn == shard else 0, None):
+                    if number % stride == offset:
+                        yield (turn, number + 1), self._row(record, f"{name}:{number}")
+            except Exception as error:  # file systems, archives and Arrow each bring their own
+                yield (turn + 1, 0), (name, BadRow(f"unreadable shard: {first_line(error)}"))
+
+    def _turns(self, part: int, epoch: int) -> list[tuple[int, int, int]]:
+        """The (shard, first row, every how many rows) of a part in a pass."""
+        order = list(range(len(self.shards)))
+        if self.shuffle_buffer > 1:
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
+        whole = len(order) - len(order) % self._parts
+        return [(i, 0, 1) for i in order[part : whole : self._parts]] + [(i, part, self._parts) for i in order[whole:]]
+
+    def _row(self, record: Record | BadRow, fallback: str) -> RawRow | tuple[str, BadRow]:
+        """A record as a row, or why it is none."""
+        if isinstance(record, BadRow):
+            return fallback, record
+        row_id = fallback if record.get("id") is None else str(record["id"])
+        turns = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
+        images = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), None)
+        conversations = conversations_of(turns)
+        families = record.get("families") or ["chat"] * len(conversations)
+        problem = problem_of(conversations, families, images, self.base, check_images=False)
+        return (row_id, problem) if problem is not None else RawRow(row_id, conversations, families, images)
+
+    def _opened(self, row: RawRow) -> dict[str, Any]:
+        families = {"conversations": row.conversations, "families": row.families}
+        return {"id": row.row_id, "images": images_of(row.images, self.base), **families}
+
+    def _ordered(self, block: list[RawRow], part: int, number: int) -> list[RawRow]:
+        """A block in the order of training."""
+        if self.shuffle_buffer > 1:
+            random.Random(f"{self.seed} {part} {number}").shuffle(block)
+        if not self.bucket:
+            return block
+        return _bucketed(block, self.batch_size, self.bucket, self._length, f"{self.seed} {number}")
+
+    def _length(self, row: RawRow) -> float:
+        images = len(row.images) if isinstance(row.images, list) else int(row.images is not None)
+        return self.rates.length(characters_of(row.conversations), images)
+
+    def _miss(self, missed: list[tuple[str, BadRow]], bad: list[tuple[str, BadRow]]) -> None:
+        if bad and self.on_bad_row == "raise":
+            raise bad_row_error(*bad[0])
+        missed += bad
+        if len(missed) >= GIVE_UP_AFTER:
+            raise ValueError(
+                f"{len(missed)} rows of {self.shards.source} in a row are unusable; the last: {missed[-1][1]}."
+            )
+
+
+def _bucketed(
+    block: list[RawRow], batch_size: int, bucket: int, length: Callable[[RawRow], float], seed: str
+) -> list[RawRow]:
+    """Pools of `bucket` batches, each sorted and cut in batches; the batches of a pool come in a drawn order.
+
+    That order depends on `seed` and the pool's place, not on the part: ranks reach long batches at the same step.
+    """
+    ordered: list[RawRow] = []
+    for start in range(0, len(block), bucket * batch_size):
+        pool = sorted(block[start : start + bucket * batch_size], key=length)
+        batches = [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+        random.Random(f"{seed} {start}").shuffle(batches)
+        for batch in batches:
+            for row in batch:
+                row.ends = row is batch[-1]
+            ordered += batch
+    return ordered
