@@ -6,7 +6,8 @@ D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpcompress.insertion.answers import answers
 from tpcompress.insertion.attach import base_of, budgets, controller_of, is_attached, record
 from tpcompress.insertion.plan import Budget
 from tpcompress.insertion.trace import Trace
@@ -62,7 +64,7 @@ def run_pass(
         model: with or without a plan; its mode, its training flags and autograd are the caller's.
         batch: what the collator made, with `labels`; `meta` may be in it.
         values: budgets of this call; None takes those that are set.
-        own: also keep the logits at the answer tokens themselves.
+        own: also keep the logits at the answer tokens themselves; all logits of the call exist then for a moment.
 
     Raises:
         ValueError: the batch has no labels.
@@ -70,6 +72,7 @@ def run_pass(
     if batch.get("labels") is None:
         raise ValueError("A batch without labels has no answers to learn; use a collator that makes labels.")
     inputs = {name: value for name, value in batch.items() if name != "meta"}
+    call = functools.partial(model, **inputs, use_cache=False)
     trace, used = None, []
     with ExitStack() as stack:
         if is_attached(model):
@@ -77,27 +80,10 @@ def run_pass(
                 stack.enter_context(budgets(model, values))
             used = list(controller_of(model).budgets)
             trace = stack.enter_context(record(model))
-        heads = stack.enter_context(_HeadInput(model))
-        logits_BNC = model(**inputs, use_cache=False).logits
-    labels_BS: Tensor = batch["labels"]
-    labels_BN = labels_BS if trace is None or trace.labels_BN is None else trace.labels_BN
-    B, N = labels_BN.shape
-    place_A = answer_places(labels_BN, count_answers(batch))
-    # Out of B x (N - 1) places, the last column predicts nothing; an answer token's own column is one further.
-    row_A = place_A // (N - 1)
-    before_A = place_A + row_A
-    logits_MC, hidden_MD = logits_BNC.flatten(0, 1), heads.hidden_BND.flatten(0, 1)
-    return Pass(
-        logits_AC=logits_MC.index_select(0, before_A),
-        hidden_AD=hidden_MD.index_select(0, before_A),
-        targets_A=labels_BN.flatten().index_select(0, before_A + 1),
-        sample_A=row_A,
-        num_samples=B,
-        trace=trace,
-        budgets=used,
-        labels_BS=labels_BS,
-        own_AC=logits_MC.index_select(0, before_A + 1) if own else None,
-    )
+        run = _whole if own else _answers_only
+        here = run(model, call, inputs["labels"], count_answers(batch), trace)
+    here.trace, here.budgets = trace, used
+    return here
 
 
 def answer_places(labels_BN: Tensor, count: int | None = None) -> Tensor:
@@ -116,6 +102,41 @@ def count_answers(batch: Mapping[str, Any]) -> int | None:
     """How many answer tokens a batch has, if its collator says so."""
     known: int | None = getattr(batch.get("meta"), "num_answers", None)
     return known
+
+
+def _answers_only(
+    model: nn.Module, call: Callable[[], Any], labels_BS: Tensor, count: int | None, trace: Trace | None
+) -> Pass:
+    """The head runs on the positions that predict an answer token, and on no other."""
+    with answers(model, num_answers=count) as found:
+        call()
+    assert found.logits_AC is not None and found.targets_A is not None and found.sample_A is not None
+    B = len(labels_BS)
+    return Pass(found.logits_AC, found.hidden_AD, found.targets_A, found.sample_A, B, labels_BS=labels_BS)
+
+
+def _whole(
+    model: nn.Module, call: Callable[[], Any], labels_BS: Tensor, count: int | None, trace: Trace | None
+) -> Pass:
+    """The head runs everywhere, for a loss that reads more positions."""
+    with _HeadInput(model) as heads:
+        logits_BNC = call().logits
+    labels_BN = labels_BS if trace is None or trace.labels_BN is None else trace.labels_BN
+    B, N = labels_BN.shape
+    place_A = answer_places(labels_BN, count)
+    # Out of B x (N - 1) places, the last column predicts nothing; an answer token's own column is one further.
+    sample_A = place_A // (N - 1)
+    before_A = place_A + sample_A
+    logits_MC = logits_BNC.flatten(0, 1)
+    return Pass(
+        logits_AC=logits_MC.index_select(0, before_A),
+        hidden_AD=heads.hidden_BND.flatten(0, 1).index_select(0, before_A),
+        targets_A=labels_BN.flatten().index_select(0, before_A + 1),
+        sample_A=sample_A,
+        num_samples=B,
+        labels_BS=labels_BS,
+        own_AC=logits_MC.index_select(0, before_A + 1),
+    )
 
 
 class _HeadInput:

@@ -25,7 +25,8 @@ def reconstruction_error(
         e_d  = |sum_k w_dk x_k - t_d|^2 / (mean_j |t_j - mean t|^2)
         loss = sum_d (1 - g_d) e_d / sum_d (1 - g_d)
 
-    so 1 is as far off as the mean of the row, and 0 is no loss at all. Similarities carry no gradient.
+    so 1 is as far off as the mean of the row, and 0 is no loss at all. Neither similarities nor the last sum carry a
+    gradient: opening the gate of a token that nobody can rebuild must pay even if it is the only one.
 
     Args:
         values_RVD: x, what the retained tokens carry.
@@ -46,7 +47,7 @@ def reconstruction_error(
     scale_R1 = spread_RV.sum(1, keepdim=True) / count_R11[..., 0]
     error_RV = (weight_RVV @ values_RVD.float() - target_RVD).square().sum(-1) / scale_R1.clamp(min=1e-6)
     dropped_RV = (1 - gate_RV.float()).masked_fill(~valid_RV, 0.0)
-    return (dropped_RV * error_RV).sum(1) / dropped_RV.sum(1).clamp(min=1e-6)
+    return (dropped_RV * error_RV).sum(1) / dropped_RV.detach().sum(1).clamp(min=1e-6)
 
 
 class Reconstruct(Loss):

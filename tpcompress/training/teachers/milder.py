@@ -1,0 +1,91 @@
+"""The model as its own teacher, on more tokens: what it still knows of the picture then is what it should learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from tpcompress.insertion.attach import including, layers, mode
+from tpcompress.insertion.nested import check_nestable
+from tpcompress.insertion.plan import Budget
+from tpcompress.training.losses.base import Ramp, at
+from tpcompress.training.passes import Pass, run_pass
+from tpcompress.training.teachers.base import Teacher, at_rest, check_answers
+
+
+class Milder(Teacher):
+    """The same weights with larger budgets: ratio -> ratio * factor + gap, at most all tokens.
+
+    Source: EPIC (arXiv 2510.00515), whose code takes factor 1 and a gap from 0.1 to 0.3 over the first 0.4 of the run,
+    in training mode and with unrelated choices; here the teacher is in eval mode and its choice contains the student's.
+
+    Args:
+        factor: multiple of the student's budget, at least 1; or a ramp over the phase.
+        gap: share of all vision tokens that the teacher has on top; for plans of keep_ratio only.
+        nested: what the student retained, the teacher retains, too. While the student sees the whole sequence through
+            gates there is nothing to contain.
+
+    Raises:
+        ValueError: a teacher that is no milder, or harder; no plan; a gap beside keep_tokens; pruners into whose
+            choice no other can be put.
+    """
+
+    def __init__(self, factor: float | Ramp = 2.0, gap: float | Ramp = 0.0, nested: bool = True) -> None:
+        ends = [(x.start, x.end) if isinstance(x, Ramp) else (x, x) for x in (factor, gap)]
+        if min(ends[0]) < 1 or min(ends[1]) < 0 or (max(ends[0]) == 1 and max(ends[1]) == 0):
+            raise ValueError(
+                f"Teacher Milder needs factor >= 1 and gap >= 0, one of them more than that, got {factor} and {gap}."
+            )
+        self.factor, self.gap, self.nested = factor, gap, nested
+        self.widens = max(ends[1]) > 0
+
+    def prepare(self, module: Any, base: nn.Module) -> None:
+        if module.plan is None:
+            raise ValueError("Teacher Milder needs a plan whose budgets it can enlarge; give one, or another teacher.")
+        if self.widens and any(stage.keep_tokens for stage in module.plan.stages):
+            raise ValueError("Teacher Milder has a gap, a share of all tokens, but the plan counts; use factor.")
+        if self.nested:
+            try:
+                check_nestable(module.plan)
+            except ValueError as error:
+                reason = str(error).partition(";")[0]
+                raise ValueError(f"{reason}; set nested: false for teacher Milder.") from error
+
+    def budgets(self, student: Sequence[Budget], progress: float) -> list[Budget]:
+        """The teacher's budgets for those of the student."""
+        factor, gap = at(self.factor, progress), at(self.gap, progress)
+        return [_milder(budget, factor, gap) for budget in student]
+
+    def __call__(self, module: Any, batch: Mapping[str, Any], here: Pass, progress: float) -> Pass:
+        model, stages = module.model, here.trace.stages if here.trace is not None else []
+        with ExitStack() as stack:
+            stack.enter_context(at_rest(model))
+            stack.enter_context(mode(model, "drop"))
+            if stages:
+                stack.enter_context(layers(model, [stage.layer for stage in stages]))
+                if self.nested and not _is_gated(here):
+                    assert here.trace is not None
+                    stack.enter_context(including(model, here.trace))
+            values = self.budgets(here.budgets, progress)
+            taught = run_pass(model, batch, values, own=here.own_AC is not None)
+        check_answers(here, len(taught.targets_A))
+        return taught
+
+
+def _milder(budget: Budget, factor: float, gap: float) -> Budget:
+    if budget.keep_tokens is not None:  # nothing, which a plan may ask of its last stage, stays nothing
+        return Budget(keep_tokens=round(budget.keep_tokens * factor))
+    assert budget.keep_ratio is not None
+    return Budget(keep_ratio=min(1.0, budget.keep_ratio * factor + gap))
+
+
+def _is_gated(here: Pass) -> bool:
+    """Whether some stage gated its tokens and dropped none."""
+    assert here.trace is not None
+    return any(
+        stage.selection is not None and stage.selection.gate_BV is not None and stage.vision_out == stage.vision_in
+        for stage in here.trace.stages
+    )
