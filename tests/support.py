@@ -17,6 +17,7 @@ from tpcompress.insertion.offers import missing
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 
+QUESTION = {"scorer": {"type": "local_global", "question": True}}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dart": [
         {"pivot": "hidden_norm"},
@@ -72,7 +73,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "holov": [{"attention": "received", "crops": 5, "beta": 3.0}],
     "hiprune": [{"alpha": 1.0}, {"alpha": 0.7, "compat": True}, {"object_layer": 0}],
-    "learned_gate": [{"condition": "question"}, {"reserve": 3}, {"condition": "question", "reserve": 4, "width": 8}],
+    "learned_gate": [QUESTION, {"reserve": 3}, {"scorer": {**QUESTION["scorer"], "width": 8}, "reserve": 4}],
     "random": [{"seed": 7}, {"resample": True}],
     "tome": [{"metric": "keys"}, {"proportional": False, "rounds": 1}],
     "tofu": [{"mode": "prune"}, {"metric": "keys", "proportional": False, "rounds": 3}],

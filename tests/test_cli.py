@@ -67,7 +67,7 @@ def test_the_usage_names_every_command(args, capsys):
 def test_help_says_what_the_settings_of_a_run_mean(capsys):
     for option, words in {
         "optimizer": "linear warm-up",
-        "distill": "softens both sides",
+        "teacher": "AdapterOff",
         "scorer": "full length",
     }.items():
         with pytest.raises(SystemExit):
@@ -124,7 +124,12 @@ WRONG = {
         {"model": {"schedule": {"class_path": "Linear", "init_args": {"start": 0.5}}}},
         "A ramp needs start >= 1",
     ),
-    "distill": ({"model": {"distill": {"weight": -1}}}, "distill needs weight > 0"),
+    "loss class": ({"model": {"losses": ["Lable"]}}, "model.losses: no class 'Lable'; known"),
+    "loss weight": (
+        {"model": {"losses": [{"class_path": "Label", "init_args": {"weight": -1}}]}},
+        "Loss 'label' has weight -1",
+    ),
+    "teacher class": ({"model": {"teacher": "Cpoy"}}, "model.teacher: no class 'Cpoy'; known"),
     "lora": ({"model": {"lora": {"rank": 8}}}, "lora: got an unexpected keyword argument 'rank'"),
     "train": ({"model": {"train": ["head"]}}, "train: unknown part head; choose of vision_tower, projector"),
     "pruner": ({"model": {"plan": {"pruner": "poool", "keep_tokens": 9}}}, "No pruner 'poool'. Known: cdpruner, dart"),

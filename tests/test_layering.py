@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 """Of our packages and of the frameworks; the standard library and small libraries are not architecture."""
 
-HELPERS = {"base", "configured", "parts", "topk", "scorer", "saliency", "greedy", "merge", "gate", "compose"}
+HELPERS = {"base", "configured", "parts", "topk", "saliency", "greedy", "merge", "appliers", "selectors", "compose"}
 """Modules of `pruners` that pruners share."""
 
 

@@ -67,7 +67,7 @@ def answer(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, t
     return logits, tokens
 
 
-GATE = {"type": "learned_gate", "width": 16}
+GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 16}}
 
 
 def two_stages() -> PruningPlan:

@@ -27,6 +27,8 @@ model = tp.load(sys.argv[1])
 torch.save(answer(model, make_inputs()), sys.argv[2])
 """
 
+ASKING = {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}
+
 
 def equal(a: Any, b: Any, inputs: dict[str, torch.Tensor] | None = None) -> bool:
     """Bit-equal logits and the same greedy tokens."""
@@ -255,7 +257,7 @@ def test_manifest(base: Any, processor: Any, tmp_path: Path) -> None:
         (tp.Stage("divprune", keep_ratio=0.5), "image", True),
         (tp.Stage("divprune", keep_ratio=0.5), "prompt", False),
         (tp.Stage("divprune", 1, keep_tokens=8), "image", False),
-        (tp.Stage(GATE | {"condition": "question"}, keep_tokens=8), "image", False),
+        (tp.Stage(ASKING, keep_tokens=8), "image", False),
     ],
 )
 def test_serving_class(stage: tp.Stage, scope: str, served: bool, base: Any, processor: Any, tmp_path: Path) -> None:

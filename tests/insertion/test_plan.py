@@ -126,6 +126,6 @@ def test_who_reads_the_prompt() -> None:
     assert plan("fastv", 2).prompt_dependent
     assert plan("fastv", 2).reads_prompt
     assert not plan("divprune", 2).reads_prompt
-    assert plan({"type": "learned_gate", "condition": "question"}).reads_prompt
+    assert plan({"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}).reads_prompt
     assert not plan("learned_gate").reads_prompt
     assert not plan({"type": "dart", "text_pivots": 0}, 2).reads_prompt

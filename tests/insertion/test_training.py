@@ -22,11 +22,12 @@ from support import (
 from tpcompress.insertion.attach import attach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 
+ASKING = {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}
 SAMPLES = [(5, 1, 9), (3, 2, 8), (4, 0, 9)]
 SETUPS = {
     "drop": ("drop", [Stage("pool", 0, keep_tokens=30), Stage("fastv", 2, keep_tokens=11)]),
     "mask": ("mask", [Stage("divprune", 0, keep_tokens=30), Stage("dart", 3, keep_tokens=11)]),
-    "gate": ("mask", [Stage({"type": "learned_gate", "condition": "question"}, 0, keep_tokens=11)]),
+    "gate": ("mask", [Stage(ASKING, 0, keep_tokens=11)]),
     "gate inside": ("mask", [Stage("learned_gate", 2, keep_tokens=11)]),
 }
 
@@ -134,7 +135,7 @@ def test_answers_never_change_the_retained_tokens(model: Any, config: dict[str, 
 
 @pytest.mark.parametrize(
     "config",
-    [{"type": "fastv"}, {"type": "dart", "vision_pivots": 1}, {"type": "learned_gate", "condition": "question"}],
+    [{"type": "fastv"}, {"type": "dart", "vision_pivots": 1}, ASKING],
 )
 def test_the_question_does_change_the_retained_tokens(model: Any, config: dict[str, Any]) -> None:
     """The control of the test above."""

@@ -17,7 +17,7 @@ import tpcompress as tp
 from tpcompress.export import load, verify
 from tpcompress.insertion.plan import Stage
 
-GATE = {"type": "learned_gate", "width": 8}
+GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}
 STAGES = [Stage(GATE, 0, keep_ratio=0.3), Stage("divprune", 3, keep_ratio=0.1)]
 
 

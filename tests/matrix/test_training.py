@@ -24,7 +24,8 @@ from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import Stage
 
 STAGES = [Stage("divprune", 0, keep_ratio=0.6), Stage("uniform", 2, keep_ratio=0.3)]
-GATE = [Stage({"type": "learned_gate", "condition": "question", "width": 8}, 0, keep_ratio=0.3)]
+SCORER = {"type": "local_global", "question": True, "width": 8}
+GATE = [Stage({"type": "learned_gate", "scorer": SCORER}, 0, keep_ratio=0.3)]
 SAMPLES: list[Any] = [(5, 1, 9), (4, 0, 7)]
 
 

@@ -8,8 +8,9 @@ from support import make_pruner, make_view, scramble
 from torch import Tensor
 
 from tpcompress.pruners import TokenView, create
+from tpcompress.pruners.appliers.noise import noise_gate
 from tpcompress.pruners.divprune import farthest_points
-from tpcompress.pruners.gate import noise_gate
+from tpcompress.pruners.parts import Scores
 from tpcompress.pruners.topk import hash_uniform
 
 V, D = 23, 16
@@ -193,14 +194,14 @@ def test_learned_gate_reserve_is_always_kept() -> None:
 def test_learned_gate_reserve_stands_above_any_outlier() -> None:
     """Of 625 tokens one may score 25 deviations above the mean."""
     pruner = make_pruner({"type": "learned_gate", "reserve": 4})
-    pruner.scorer.forward = lambda tokens: torch.eye(625)[:1] * 9  # type: ignore[union-attr, method-assign]
+    pruner.scorer.forward = lambda tokens: Scores(torch.eye(625)[:1] * 9)  # type: ignore[union-attr, method-assign]
     grid = create("uniform")(TokenView.of(torch.zeros(1, 625, D), (25, 25)), torch.tensor([4])).keep_BV
     selection = pruner(TokenView.of(torch.zeros(1, 625, D), (25, 25)), torch.tensor([4]))
     assert torch.equal(selection.keep_BV, grid)
 
 
 def test_learned_gate_question_condition_reads_the_question() -> None:
-    pruner = make_pruner({"type": "learned_gate", "condition": "question"})
+    pruner = make_pruner({"type": "learned_gate", "scorer": {"type": "local_global", "question": True}})
     x = torch.randn(1, 64, D).expand(2, -1, -1)
     text = torch.randn(2, 5, D)
     view = TokenView.of(x, (8, 8), text_BSD=text, text_valid_BS=torch.ones(2, 5).bool())
@@ -223,7 +224,7 @@ def test_learned_gate_temperature_falls_with_progress() -> None:
 
 
 def test_learned_gate_gradient_reaches_every_weight() -> None:
-    pruner = create({"type": "learned_gate", "condition": "question"}).train()
+    pruner = create({"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}).train()
     pruner.build(D)
     scramble(pruner)
     view = make_view(pruner, torch.randn(2, 12, D), (3, 4), soft=True)

@@ -74,15 +74,16 @@ def test_unknown_argument_names_the_known_ones(name: str) -> None:
         {"type": "dart", "vision_pivots": 0, "text_pivots": 0},
         {"type": "dart", "pivot": "colour"},
         {"type": "dart", "text_pivots": -1},
-        {"type": "learned_gate", "condition": "mood"},
-        {"type": "learned_gate", "width": 0},
+        {"type": "learned_gate", "scorer": {"type": "local_global", "condition": "mood"}},
+        {"type": "learned_gate", "scorer": {"type": "local_global", "width": 0}},
         {"type": "learned_gate", "reserve": -1},
-        {"type": "learned_gate", "temperature_end": 0.0},
-        {"type": "learned_gate", "temperature_start": 0.1, "temperature_end": 0.5},
+        {"type": "learned_gate", "selector": {"type": "soft_topk", "temperature_end": 0.0}},
+        {"type": "learned_gate", "selector": {"type": "soft_topk", "temperature_start": 0.1, "temperature_end": 0.5}},
     ],
 )
 def test_refused_values_name_the_pruner(config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=config["type"]) as error:
+    given = [config["type"], *(part["type"] for part in config.values() if isinstance(part, dict))]
+    with pytest.raises(ValueError, match=given[-1]) as error:
         create(config)
     assert "\n" not in str(error.value)
 

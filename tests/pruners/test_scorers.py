@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from insertion.test_no_sync import NoSync
-from support import config_id, make_view, pad_view, scramble, view_rows
+from support import answer_labels, batch, config_id, make_view, pad_view, scramble, tiny_model, view_rows
 from torch import Tensor, nn
 
+from tpcompress.insertion.attach import attach, record
+from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 from tpcompress.pruners.parts import Scores, create_part, list_parts
@@ -314,6 +316,29 @@ def test_it_starts_as_it_says(config: dict[str, Any]) -> None:
         assert torch.equal(keep_topk(scorer(view).scores_BV, view.valid_BV, count), rule)
         other = scramble(scorer)(view).scores_BV
     assert not torch.equal(keep_topk(other, view.valid_BV, count), rule), "control: other weights choose otherwise"
+
+
+@every_reader
+def test_in_a_model_answers_and_partners_change_no_score(config: dict[str, Any]) -> None:
+    """Left-padded samples with labels, each alone, and their prompts without answers."""
+    gate = {"type": "learned_gate", "scorer": config, "selector": "topk", "applier": "gather"}
+    model, inputs = tiny_model(), batch([(3, 1, 9), (5, 1, 9)])
+    attach(model, PruningPlan([Stage(gate, 1, keep_ratio=0.25)]))
+    scramble(model.token_pruners[0])
+    labels, sequences = answer_labels(inputs, 4), ("input_ids", "attention_mask")
+
+    def scores(train: bool, **call: Any) -> Tensor:
+        with torch.no_grad(), record(model) as trace:
+            model.train(train)(**call)
+        return trace.stages[0].selection.scores_BV
+
+    trained = scores(True, **inputs, labels=labels)
+    prompts = {name: x[:, :-4] if name in sequences else x for name, x in inputs.items()}
+    assert torch.allclose(scores(False, **prompts), trained, atol=1e-4)
+    for b, width in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        alone = {name: x[b : b + 1, -width:] if name in sequences else x[b : b + 1] for name, x in inputs.items()}
+        assert torch.allclose(scores(True, **alone, labels=labels[b : b + 1, -width:])[0], trained[b], atol=1e-4)
+    assert not torch.allclose(scores(False, **inputs), trained, atol=1e-2), "control: words of the prompt matter"
 
 
 # ------------------------------------------------------------------------------------------------------- learning

@@ -12,7 +12,7 @@ from tpcompress.training import state
 from tpcompress.training.checkpoint import load_trained
 from tpcompress.training.produce import export_free, export_run, plan_in
 
-GATE = {"pruner": {"type": "learned_gate", "width": 8}, "keep_tokens": 16}
+GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4, "lora_dropout": 0.2}, "train": ["projector"]}
 
 
@@ -41,7 +41,7 @@ def unfinished(work):
     [
         {},
         {"plan": GATE},
-        LORA | {"schedule": {"class_path": "Linear"}, "distill": {}},
+        LORA | {"schedule": {"class_path": "Linear"}, "teacher": "AdapterOff", "losses": ["Label", "KL"]},
         {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"},
         {"train": ["projector"], "plan": {"pruner": "random", "keep_tokens": 16}},
     ],

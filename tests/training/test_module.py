@@ -16,12 +16,13 @@ from tpcompress.training.base import load_base
 from tpcompress.training.callbacks import StepProgress
 from tpcompress.training.finite import NonFiniteLoss
 from tpcompress.training.module import PruningModule
-from tpcompress.training.parts import Distill, Scorer
+from tpcompress.training.phases import Scorer
 from tpcompress.training.run import RecipeCLI, run_recipe
 
-GATE = {"pruner": {"type": "learned_gate", "width": 8}, "keep_tokens": 16}
+GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 WATCH = {"callbacks": [callback(Watch)]}
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
+TAUGHT = {"teacher": "AdapterOff", "losses": ["Label", "KL"]}
 PARTS = {
     "vision_tower": "vision_tower", "projector": "multi_modal_projector", "pruner": "token_pruners",
     "language_model": ("language_model", "lm_head"),
@@ -144,49 +145,24 @@ def test_the_seed_of_the_recipe_reaches_the_data(work):
 # ---------------------------------------------------------------------------------------------------- teachers
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_the_teacher_without_adapters_and_plan_is_the_base_bit_for_bit(work, layer):
-    plan = {"pruner": "uniform", "keep_tokens": 16, "layer": layer}
-    distill = {"weight": 0.5, "temperature": 2.0}
-    run = work.fit(model={"plan": plan, "lora": LORA, "train": ["projector", "vision_tower"], "distill": distill})
-    assert run.model.teacher == []
-    batch = batch_of(run)
-    taught = run.model._teacher_logits(batch)
-    assert run.model.model.training
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        base = load_base(str(work.base)).eval()(**batch).logits
-        student = run.model.model.eval()(**batch, labels=labels)
-    assert torch.equal(taught, base)
-    assert student.logits.shape[1] < base.shape[1]
-    assert run.trainer.callback_metrics["loss/distill"] > 0
-
-
-@pytest.mark.parametrize("plan", [{"pruner": "pool", "keep_tokens": 16}, None])
-def test_the_copied_teacher_stays_the_base(work, plan):
-    run = work.fit(model={"plan": plan, "distill": {"weight": 1.0}})
-    teacher, base = run.model.teacher[0], load_base(str(work.base))
-    theirs = dict(teacher.named_parameters())
-    assert all(torch.equal(p, theirs[n]) for n, p in base.named_parameters())
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert not teacher.training
+@pytest.mark.parametrize("how", [{"teacher": "AdapterOff", "lora": LORA, "train": ["projector"]}, {"teacher": "Copy"}])
+def test_a_teacher_is_neither_trained_nor_saved(work, how):
+    run = work.fit(model=how | {"losses": ["Label", "KL"]})
+    assert run.trainer.callback_metrics["loss/kl"] > 0
     assert not any("teacher" in name for name in work.saved()["state_dict"])
-    batch = batch_of(run)
-    taught = run.model._teacher_logits(batch)
-    with torch.no_grad():
-        assert torch.equal(taught, base.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits)
-
-
-def test_an_adapter_off_teacher_needs_adapters(work):
-    with pytest.raises(ValueError, match=r"^distill.teacher adapter_off needs lora[^\n]*$"):
-        work.fit(model={"distill": {"teacher": "adapter_off"}})
+    assert not any("teacher" in name for name, _ in run.model.named_parameters())
 
 
 def test_distillation_pulls_towards_the_teacher(work):
-    run = work.fit(trainer={"max_steps": 12}, model={"distill": {"weight": 20.0}, "train": ["language_model"]})
-    later = run.trainer.callback_metrics["loss/distill"]
-    first = work.fit("one", trainer={"max_steps": 1}, model={"distill": {"weight": 20.0}, "train": ["language_model"]})
-    assert later < 0.7 * first.trainer.callback_metrics["loss/distill"]
+    losses = ["Label", {"class_path": "KL", "init_args": {"weight": 20.0}}]
+    how = {"teacher": "Copy", "losses": losses, "train": ["language_model"]}
+    later = work.fit(trainer={"max_steps": 12}, model=how).trainer.callback_metrics["loss/kl"]
+    assert later < 0.7 * work.fit("one", trainer={"max_steps": 1}, model=how).trainer.callback_metrics["loss/kl"]
+
+
+def test_a_loss_without_its_teacher_is_refused(work):
+    with pytest.raises(ValueError, match=r"^Loss 'kl' imitates a teacher; set model.teacher[^\n]*$"):
+        work.fit(model={"losses": ["KL"]})
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -198,7 +174,7 @@ def test_distillation_pulls_towards_the_teacher(work):
         {},
         {"train": ["projector"]},
         {"plan": GATE},
-        {"lora": LORA, "train": ["projector"], "distill": {}},
+        {"lora": LORA, "train": ["projector"], **TAUGHT},
     ],
 )
 def test_batches_without_any_image_train_as_text(work, model):
@@ -210,15 +186,14 @@ def test_batches_without_any_image_train_as_text(work, model):
         assert not of("projector", changed(run))
 
 
-def test_the_scorer_imitates_the_warm_up_pruner(work):
-    scorer = {"steps": 10, "warm_up_steps": 10, "warm_up_weight": 5.0, "budget_weight": 1.0}
-    run = work.fit(trainer={"max_steps": 12}, model={"plan": GATE, "scorer": scorer})
-    metrics = run.trainer.callback_metrics
+def test_the_scorers_phase_has_losses_of_its_own(work):
+    imitate = {"class_path": "Imitate", "init_args": {"weight": {"start": 5.0, "end": 5.0}}}
+    scorer = {"steps": 10, "losses": ["Label", imitate, "OnBudget"]}
+    metrics = work.fit(trainer={"max_steps": 12}, model={"plan": GATE, "scorer": scorer}).trainer.callback_metrics
     assert metrics["loss/budget"] < 1e-6  # this gate is exact
-    first = work.fit(
-        "one", trainer={"max_steps": 2}, model={"plan": GATE, "scorer": scorer | {"steps": 1, "warm_up_steps": 1}}
-    )
-    assert metrics["loss/warm_up"] < first.trainer.callback_metrics["loss/warm_up"]
+    first = work.fit("one", trainer={"max_steps": 2}, model={"plan": GATE, "scorer": scorer | {"steps": 1}})
+    assert metrics["loss/imitate"] < first.trainer.callback_metrics["loss/imitate"]
+    assert metrics["loss/label"] > 0
 
 
 def test_the_scorer_learns_which_tokens_matter(work):
@@ -244,7 +219,7 @@ def test_the_scorer_learns_which_tokens_matter(work):
             "plan": {"pruner": "dart", "layer": 2, "keep_tokens": 16},
             "lora": {"r": 4},
             "train": ["projector"],
-            "distill": {},
+            **TAUGHT,
         },
     ],
 )
@@ -259,7 +234,7 @@ def test_gradient_checkpointing_changes_nothing(work, model):
 def test_mixed_precision_keeps_what_trains_in_full_precision(work):
     run = work.fit(
         trainer={"precision": "bf16-mixed"},
-        model={"dtype": "bfloat16", "lora": LORA, "train": ["projector"], "distill": {}},
+        model={"dtype": "bfloat16", "lora": LORA, "train": ["projector"], **TAUGHT},
     )
     kinds = {p.requires_grad: set() for p in run.model.model.parameters()}
     for p in run.model.model.parameters():
@@ -290,7 +265,7 @@ def test_validation_prunes_as_after_export(work):
 
 
 def test_packed_data_and_pruners_that_read_the_question_exclude_each_other(work):
-    plan = {"pruner": {"type": "learned_gate", "condition": "question"}, "keep_tokens": 16}
+    plan = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}, "keep_tokens": 16}
     with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' scores tokens by the question, but packed[^\n]*$"):
         work.fit(model={"plan": plan}, data={"pack": True})
     assert work.fit(model={"plan": plan, "scorer": {"steps": 2}}).trainer.global_step == 3
@@ -302,7 +277,7 @@ def test_packed_data_needs_sdpa(work):
         work.fit(model={"attention": "eager"}, data={"pack": True})
 
 
-@pytest.mark.parametrize("steps", [0, 4, -1])
+@pytest.mark.parametrize("steps", [0, 4])
 def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
     with pytest.raises(ValueError, match=rf"^The scorer's phase has {steps} of 3 steps; set model.scorer.steps"):
         work.fit(model={"plan": GATE, "scorer": {"steps": steps}})
@@ -311,16 +286,19 @@ def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": ["head"]}, "train: unknown part head; choose of vision_tower, projector, language_model, or full."),
+        ({"train": ["head"]}, "train: unknown part head; choose of vision_tower, projector, language_model, pruner"),
         ({"train": []}, "Nothing trains: train is empty and there is no lora"),
         ({"train": ["language_model"], "lora": {}}, "train: language_model and lora exclude each other"),
-        ({"train": ["full", "projector"]}, "train: unknown part full"),
+        ({"train": ["pruner"]}, "train: pruner needs a plan with a pruner that has weights"),
+        ({"plan": GATE, "full_every": -1}, "full_every is a whole number of at least 0, got -1"),
+        ({"losses": []}, "losses is empty; leave it out for the label loss"),
+        ({"lora": {"peft_type": "PROMPT_TUNING"}}, "lora: no tuner 'PROMPT_TUNING' whose weights can be merged"),
+        ({"quantize": {"load_in_4bit": True}}, "quantize needs bitsandbytes, which is not installed"),
         ({"lora": {"rank": 4}}, "lora: got an unexpected keyword argument 'rank'"),
         ({"lora": {"target_modules": "nowhere"}}, "lora: "),
         ({"plan": {"pruner": "pool", "keep_tokens": 3, "layer": 9}}, "Stage 0 acts at layer 9, but the model has 4"),
         ({"plan": "gone.yaml"}, "No plan file at gone.yaml"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"distill": Distill(teacher="adapter_off")}, "distill.teacher adapter_off needs lora"),
     ],
 )
 def test_settings_that_cannot_be(work, settings, message):
@@ -333,12 +311,9 @@ def test_settings_that_cannot_be(work, settings, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scorer(warm_up_pruner="fastv"), "warm_up_pruner 'fastv' must have no weights"),
-        (lambda: Scorer(warm_up_pruner="learned_gate"), "warm_up_pruner 'learned_gate' must have no weights"),
-        (lambda: Scorer(warm_up_pruner="poool"), "No pruner 'poool'"),
-        (lambda: Scorer(budget_weight=-1.0), "scorer: budget_weight, warm_up_steps and warm_up_weight are at least 0"),
-        (lambda: Distill(weight=0.0), "distill needs weight > 0"),
-        (lambda: Distill(teacher="me"), "distill has no teacher 'me'; choose one of auto, adapter_off, copy."),
+        (lambda: Scorer(steps=-2), "scorer.steps is a whole number of steps or a share below 1, got -2"),
+        (lambda: Scorer(steps=2.5), "scorer.steps is a whole number of steps or a share below 1, got 2.5"),
+        (lambda: Scorer(full_every=-1), "full_every is a whole number of at least 0"),
     ],
 )
 def test_groups_of_settings_that_cannot_be(make, message):
@@ -396,7 +371,7 @@ def test_the_attached_plan_is_the_recipes(work):
 
 
 def test_the_recipe_beside_the_checkpoint_runs_again(work):
-    run = work.fit(model={"lora": LORA, "distill": {}, "schedule": {"class_path": "Cosine"}}, seed_everything=4)
+    run = work.fit(model={"lora": LORA, **TAUGHT, "schedule": {"class_path": "Cosine"}}, seed_everything=4)
     again = run_recipe(
         ["fit", "--config", str(work.folder / "run/recipe.yaml"), "--trainer.default_root_dir", str(work.folder / "b")],
         progress=False,

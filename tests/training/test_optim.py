@@ -10,6 +10,8 @@ from tpcompress.insertion.attach import attach
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
 from tpcompress.training.parts import add_lora
+from tpcompress.training.phases import Phase
+from tpcompress.training.schedules import Constant
 
 SETTINGS = Optimizer(lr=1.0, projector_lr=2.0, pruner_lr=3.0, weight_decay=0.1, warmup=4, final=0.1)
 PEAK = {"language_model": 1.0, "vision_tower": 1.0, "projector": 2.0, "pruner": 3.0}
@@ -67,10 +69,16 @@ def test_names_decide_the_group():
     assert group_of("model.multi_modal_projector.modules_to_save.default.linear_1.weight", parts) == "projector"
 
 
+def stretches(scorer_steps: int, steps: int) -> list[Phase]:
+    """The pruner alone, then the rest."""
+    alone = Phase(0, scorer_steps, True, False, 1, Constant(), [])
+    return [alone, Phase(scorer_steps, steps, False, True, 0, Constant(), [])]
+
+
 def rates(scorer_steps: int, steps: int) -> dict[str, list[float]]:
     groups = [{"name": name, "params": [nn.Parameter(torch.zeros(1))], "lr": 2.0} for name in PEAK]
     adam = torch.optim.AdamW(groups)
-    scheduler = warmup_cosine(adam, SETTINGS, scorer_steps, steps)
+    scheduler = warmup_cosine(adam, SETTINGS, stretches(scorer_steps, steps))
     seen: dict[str, list[float]] = {name: [] for name in PEAK}
     for _ in range(steps):
         for group in adam.param_groups:

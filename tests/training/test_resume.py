@@ -6,7 +6,10 @@ import pytest
 import torch
 from training.helpers import Interrupt, Workplace, callback, weights
 
-GATE = {"pruner": {"type": "learned_gate", "width": 8}, "keep_tokens": 16}
+KL = ["Label", "KL"]
+COPIED = {"teacher": "Copy", "losses": KL}
+ADAPTER_OFF = {"teacher": "AdapterOff", "losses": KL}
+GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4, "lora_dropout": 0.2}, "train": ["projector"]}
 RANDOM = {"class_path": "RandomBudget", "init_args": {"low": 0.25, "high": 4}}
 TRAINER = {"max_steps": 8}  # an epoch has five batches
@@ -22,8 +25,12 @@ RUNS = {
     "gate, in phase two": (5, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
     "LoRA with dropout, random budgets": (3, "end", {"model": LORA | {"schedule": RANDOM}}),
     "LoRA with dropout, at the end of an epoch": (4, "end", {"model": LORA | {"schedule": RANDOM}}),
-    "LoRA and its teacher": (6, "backward", {"model": LORA | {"distill": {}}}),
-    "a copied teacher": (3, "end", {"model": {"distill": {}, "train": ["projector", "language_model"]}}),
+    "LoRA and its teacher": (6, "backward", {"model": LORA | ADAPTER_OFF}),
+    "a copied teacher": (
+        3,
+        "end",
+        {"model": COPIED | {"train": ["projector", "language_model"]}},
+    ),
     "between accumulated batches": (3, "backward", {"trainer": {"accumulate_grad_batches": 2}}),
     "between accumulated batches, at the end of one": (7, "end", {"trainer": {"accumulate_grad_batches": 2}}),
     "text without images, gate": (
@@ -144,8 +151,14 @@ def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint(work):
     ("model", "absent"),
     [
         ({"train": ["projector"]}, ["vision_tower", "language_model", "lm_head"]),
-        (LORA | {"distill": {}}, ["vision_tower", "base_layer", "original_module", "embed_tokens", "teacher"]),
-        ({"train": ["language_model"], "distill": {}}, ["vision_tower", "multi_modal_projector", "teacher"]),
+        (
+            LORA | ADAPTER_OFF,
+            ["vision_tower", "base_layer", "original_module", "embed_tokens", "teacher"],
+        ),
+        (
+            COPIED | {"train": ["language_model"]},
+            ["vision_tower", "multi_modal_projector", "teacher"],
+        ),
         ({"train": [], "plan": GATE, "scorer": {"steps": 3}}, ["vision_tower", "language_model", "projector"]),
     ],
 )

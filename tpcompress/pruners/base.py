@@ -216,6 +216,8 @@ class Pruner(Configured):
     """A gradient reaches its scores."""
     calibrates: bool = False
     """What it retains carries sizes or other positions, which the layers behind the stage must honour."""
+    learns_gathered: bool = False
+    """If it has weights, a gradient reaches them on gathered tokens, too; others learn at full length alone."""
     gates: bool = False
     """In training it may act inside the attention of the layers behind the stage: by value gates or biases of keys."""
     withdraws: ClassVar[bool] = False

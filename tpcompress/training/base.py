@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import cached_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import cached_file, is_bitsandbytes_available
 
 from tpcompress.bundled import base_path
 
@@ -17,16 +18,26 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 HINT = "give a folder, a hub id that can be reached, or tiny_llava."
 
 
-def load_base(base: str, dtype: str = "float32", attention: str | None = None) -> nn.Module:
+def load_base(
+    base: str, dtype: str = "float32", attention: str | None = None, quantize: dict[str, Any] | None = None
+) -> nn.Module:
     """A vision-language model from a folder, the hub, or the package.
+
+    Args:
+        base: where it is.
+        dtype: of its weights.
+        attention: attention implementation; None takes that of transformers.
+        quantize: fields of transformers' BitsAndBytesConfig; None leaves the weights as they are.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: unknown dtype, or nothing loadable there.
+        ValueError: unknown dtype, nothing loadable there, or no bitsandbytes to quantise with.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    options = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantize is not None:
+        options["quantization_config"] = _quantization(quantize)
     path = _path_of(base)
     return _load(lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options), "model", base)
 
@@ -46,6 +57,16 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, with a full stop; its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" .:") + "."
+
+
+def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise ValueError("quantize needs bitsandbytes, which is not installed; install it, or leave quantize out.")
+    known = set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"}
+    unknown = sorted(set(fields) - known)  # transformers only warns of them
+    if unknown:
+        raise ValueError(f"quantize: no field {', '.join(unknown)}; it takes those of BitsAndBytesConfig.")
+    return BitsAndBytesConfig(**fields)
 
 
 def _path_of(base: str) -> str:

@@ -139,14 +139,29 @@ class ChatData(RowsData):
         assert self.trainer is not None
         rank, num_ranks = data_rank(self.trainer)
         sharing = Sharing(rank, num_ranks, max(1, self.num_workers))
-        numbers = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "bucket": self.bucket}
         stream = ChatStream(
-            shards, self.collator, self.batch_size, self.image_folder, self.on_bad_row, sharing=sharing, **numbers
+            shards,
+            self.collator,
+            self.batch_size,
+            self.image_folder,
+            self.on_bad_row,
+            shuffle_buffer=self.shuffle_buffer,
+            bucket=self.bucket,
+            seed=self.seed,
+            sharing=sharing,
         )
         if self.bucket:
-            stream.rates = measure_rates(stream.raw_rows(), self.collator.encoder)
-        shape = {"shards": len(shards), "batch_size": self.batch_size, "world_size": num_ranks}
-        self._stream_position.check(self.trainer.global_rank, shape | {"workers": sharing.slots} | numbers)
+            stream.rates = measure_rates(stream.some_rows(), self.collator.encoder)
+        shape = {
+            "shards": len(shards),
+            "batch_size": self.batch_size,
+            "world_size": num_ranks,
+            "workers": sharing.slots,
+            "seed": self.seed,
+            "shuffle_buffer": self.shuffle_buffer,
+            "bucket": self.bucket,
+        }
+        self._stream_position.check(self.trainer.global_rank, shape)
         return StreamLoader(stream, self._stream_position, self._note_bad, **self._options())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from tpcompress.training import datamodule, schedules
+from tpcompress.training import datamodule, losses, schedules, teachers
 from tpcompress.training.module import PruningModule
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoints", "ckpt_path")
@@ -77,7 +77,10 @@ def _arguments(path: str) -> list[str]:
 
 def _classes(key: str) -> list[str]:
     """Classes that a recipe may name at a key without a path."""
-    module: Any = schedules if "schedule" in key else datamodule
-    base: type = schedules.Schedule if "schedule" in key else datamodule.RowsData
-    found = (v for v in vars(module).values() if isinstance(v, type) and issubclass(v, base) and v is not base)
-    return sorted(cls.__name__ for cls in found)
+    open_sets: dict[str, type] = {"schedule": schedules.Schedule, "losses": losses.Loss, "teacher": teachers.Teacher}
+    base = next((cls for word, cls in open_sets.items() if word in key), datamodule.RowsData)
+    return sorted(cls.__name__ for cls in _below(base))
+
+
+def _below(base: type) -> set[type]:
+    return {sub for cls in base.__subclasses__() for sub in ({cls} | _below(cls)) if not inspect.isabstract(sub)}

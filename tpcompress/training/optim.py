@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tpcompress.families import Parts
+from tpcompress.training.phases import Phase
 
 GROUPS = ("pruner", "projector", "vision_tower", "language_model")
 
@@ -20,8 +21,9 @@ class Optimizer:
     """Learning rates and schedule.
 
     Attributes:
-        lr: peak learning rate of language model (or its LoRA adapters) and vision tower.
+        lr: peak learning rate of the language model, or of its adapters.
         projector_lr: peak learning rate of the projector; None takes `lr`.
+        vision_tower_lr: peak learning rate of the vision tower; None takes `lr`.
         pruner_lr: peak learning rate of a learned pruner.
         weight_decay: decoupled decay of matrices; vectors (norms, biases) and the pruner have none.
         betas: AdamW's averages.
@@ -31,6 +33,7 @@ class Optimizer:
 
     lr: float = 2e-5
     projector_lr: float | None = None
+    vision_tower_lr: float | None = None
     pruner_lr: float = 2e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
@@ -39,7 +42,9 @@ class Optimizer:
 
     def peak(self, group: str) -> float:
         """Peak learning rate of a group."""
-        special = {"pruner": self.pruner_lr, "projector": self.projector_lr}.get(group)
+        special = {"pruner": self.pruner_lr, "projector": self.projector_lr, "vision_tower": self.vision_tower_lr}.get(
+            group
+        )
         return self.lr if special is None else special
 
 
@@ -79,18 +84,16 @@ def build_optimizer(model: nn.Module, parts: Parts, settings: Optimizer) -> torc
     return torch.optim.AdamW(options, betas=settings.betas)
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, settings: Optimizer, scorer_steps: int, steps: int) -> LambdaLR:
-    """One warm-up and cosine over the scorer's phase for the pruner, another over the rest for everything else."""
+def warmup_cosine(optimizer: torch.optim.Optimizer, settings: Optimizer, phases: Sequence[Phase]) -> LambdaLR:
+    """For every group, one warm-up and cosine over each phase in which it trains, and 0 elsewhere."""
 
-    def curve(start: int, end: int, step: int) -> float:
-        if not start <= step < end:
-            return 0.0
-        done = (step - start) / max(1, end - start)
-        ramp = min(1.0, (step - start + 1) / max(1, settings.warmup))
+    def curve(phase: Phase, step: int) -> float:
+        done = (step - phase.start) / max(1, phase.end - phase.start)
+        ramp = min(1.0, (step - phase.start + 1) / max(1, settings.warmup))
         return ramp * (settings.final + (1 - settings.final) * (1 + math.cos(math.pi * done)) / 2)
 
     def of_group(name: str) -> Callable[[int], float]:
-        span = (0, scorer_steps) if name.startswith("pruner") else (scorer_steps, steps)
-        return lambda step: curve(*span, step)
+        own = [phase for phase in phases if (phase.pruner if name.startswith("pruner") else phase.rest)]
+        return lambda step: next((curve(p, step) for p in own if p.start <= step < p.end), 0.0)
 
     return LambdaLR(optimizer, [of_group(group["name"]) for group in optimizer.param_groups])

@@ -1,98 +1,20 @@
-"""The groups of settings of a training run, checked: what trains, LoRA, distillation, the scorer's phase."""
+"""What trains in a run: parts of the model, adapters of PEFT, checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import PeftConfig, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from tpcompress.families import Parts
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.pruners import Pruner, create
-from tpcompress.training.schedules import Schedule
+from tpcompress.training.phases import is_learned
 
 TRAINABLE = ("vision_tower", "projector", "language_model")
-TEACHERS = ("auto", "adapter_off", "copy")
-
-
-@dataclass(frozen=True)
-class Distill:
-    """KL to the unpruned teacher on the answer tokens.
-
-    Attributes:
-        weight: of the KL beside the label loss.
-        temperature: softens both sides; the loss is scaled by its square.
-        teacher: `adapter_off` is this model with LoRA and plan off (no second copy of the weights), `copy` a frozen
-            copy of the base, `auto` the first where there is LoRA.
-    """
-
-    weight: float = 0.5
-    temperature: float = 1.0
-    teacher: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0 or self.temperature <= 0:
-            raise ValueError(f"distill needs weight > 0 and temperature > 0, got {self.weight} and {self.temperature}.")
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"distill has no teacher '{self.teacher}'; choose one of {', '.join(TEACHERS)}.")
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Phase one: the scorer of a learned pruner, alone, at full length.
-
-    Attributes:
-        steps: optimizer steps of the phase; null takes half the run if the plan has something to learn, else none.
-        schedule: budgets of the phase; null keeps the plan's. Random budgets help a question-conditioned scorer.
-        budget_weight: of the squared distance of the mean gate from the keep ratio, for gates that are not exact.
-        warm_up_steps: first steps in which the scores also imitate the choice of `warm_up_pruner`.
-        warm_up_pruner: a pruner without weights that reads nothing but the vision tokens.
-        warm_up_weight: of that imitation.
-    """
-
-    steps: int | None = None
-    schedule: Schedule | None = None
-    budget_weight: float = 0.0
-    warm_up_steps: int = 0
-    warm_up_pruner: str = "divprune"
-    warm_up_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.budget_weight, self.warm_up_steps, self.warm_up_weight) < 0:
-            raise ValueError(
-                f"scorer: budget_weight, warm_up_steps and warm_up_weight are at least 0, got {self.budget_weight}, "
-                f"{self.warm_up_steps} and {self.warm_up_weight}."
-            )
-        self.guide()
-
-    def count(self, plan: PruningPlan | None, total: int) -> int:
-        """Optimizer steps of phase one in a run of `total`.
-
-        Raises:
-            ValueError: more steps than the run has, or none although a pruner must learn.
-        """
-        learned = plan is not None and any(stage.rule.learned for stage in plan.stages)
-        steps = (total // 2 if learned else 0) if self.steps is None else self.steps
-        if steps > total or (learned and steps < 1):
-            raise ValueError(
-                f"The scorer's phase has {steps} of {total} steps; set model.scorer.steps between 1 and {total}."
-            )
-        return steps if learned else 0
-
-    def guide(self) -> Pruner:
-        """The pruner to imitate.
-
-        Raises:
-            ValueError: it has weights, or needs more than the vision tokens.
-        """
-        pruner = create(self.warm_up_pruner)
-        if pruner.learned or pruner.needs:
-            raise ValueError(
-                f"warm_up_pruner '{self.warm_up_pruner}' must have no weights and read vision tokens only."
-            )
-        return pruner
+"""Parts of a model, in the order of the tensor."""
 
 
 def read_plan(plan: dict[str, Any] | str | None) -> PruningPlan | None:
@@ -103,22 +25,24 @@ def read_plan(plan: dict[str, Any] | str | None) -> PruningPlan | None:
 
 
 def check_train(train: list[str] | str, lora: dict[str, Any] | None, plan: PruningPlan | None) -> set[str]:
-    """The parts that train.
+    """The parts that train in the main phase; `pruner` among them if it learns jointly with the rest.
 
     Raises:
-        ValueError: unknown part, LoRA together with a part that it adapts, or nothing to train.
+        ValueError: unknown part, LoRA together with a part that it adapts, `pruner` without one that learns, or nothing
+            to train.
     """
     names = [train] if isinstance(train, str) else list(train)
-    parts = set(TRAINABLE) if names == ["full"] else set(names)
-    unknown = sorted(parts - set(TRAINABLE))
+    parts = set(names) - {"full"} | (set(TRAINABLE) if "full" in names and lora is None else set())
+    unknown = sorted(parts - {*TRAINABLE, "pruner"})
     if unknown:
-        raise ValueError(f"train: unknown part {', '.join(unknown)}; choose of {', '.join(TRAINABLE)}, or full.")
-    if lora is not None:
-        if names == ["full"]:
-            parts = set()
-        if "language_model" in parts:
-            raise ValueError("train: language_model and lora exclude each other; drop one of them.")
-    elif not parts and not (plan and any(stage.rule.learned for stage in plan.stages)):
+        raise ValueError(
+            f"train: unknown part {', '.join(unknown)}; choose of {', '.join(TRAINABLE)}, pruner, or full."
+        )
+    if "pruner" in parts and not is_learned(plan):
+        raise ValueError("train: pruner needs a plan with a pruner that has weights, e.g. learned_gate.")
+    if lora is not None and "language_model" in parts:
+        raise ValueError("train: language_model and lora exclude each other; drop one of them.")
+    if lora is None and not parts and not is_learned(plan):
         raise ValueError(
             f"Nothing trains: train is empty and there is no lora; choose of {', '.join(TRAINABLE)}, or full."
         )
@@ -143,16 +67,27 @@ def check_packing(plan: PruningPlan | None, attention: str | None) -> None:
 def add_lora(model: nn.Module, fields: dict[str, Any], parts: Parts, train: set[str]) -> nn.Module:
     """Wrap a model with PEFT; parts that train whole become modules_to_save, so that adapter-off is the exact base.
 
+    Args:
+        model: the base.
+        fields: of peft.LoraConfig (DoRA: `use_dora`), or of another tuner's config with its name as `peft_type`.
+        parts: of the model.
+        train: parts that train whole.
+
     Raises:
-        ValueError: fields that peft.LoraConfig refuses.
+        ValueError: a tuner that PEFT does not have or that cannot be merged into weights, or fields that it refuses.
     """
     inside = parts.family.language_model.rpartition(".")[2]
     fields = {"target_modules": rf".*{inside}.*\.(q|k|v|o|gate|up|down)_proj"} | fields
-    whole = [getattr(parts.family, name).rpartition(".")[2] for name in sorted(train)]
+    kind = str(fields.pop("peft_type", "LORA")).upper()
+    mergeable = sorted(str(t.value) for t, c in PEFT_TYPE_TO_TUNER_MAPPING.items() if issubclass(c, BaseTuner))
+    if kind not in mergeable:
+        raise ValueError(f"lora: no tuner '{kind}' whose weights can be merged; choose of {', '.join(mergeable)}.")
+    config: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    whole = [getattr(parts.family, name).rpartition(".")[2] for name in TRAINABLE if name in train]
     if whole:
         fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or []), *whole})
     try:
-        return get_peft_model(model, LoraConfig(**fields))  # type: ignore[arg-type]
+        return get_peft_model(model, config(**fields))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        reason = str(error).removeprefix("LoraConfig.__init__() ")
-        raise ValueError(f"lora: {reason}; it takes the fields of peft.LoraConfig.") from error
+        reason = str(error).removeprefix(f"{config.__name__}.__init__() ")
+        raise ValueError(f"lora: {reason}; it takes the fields of peft.{config.__name__}.") from error

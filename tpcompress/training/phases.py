@@ -1,0 +1,149 @@
+"""The two phases of a run: first a learned pruner alone, then everything else with the pruner in its loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.losses import Loss
+from tpcompress.training.schedules import Constant, Schedule, progress_at
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Phase one: the learned pruner, alone, through gates that a gradient passes.
+
+    Attributes:
+        steps: optimizer steps of the phase, or its share of the run if below 1; null takes half the run if the plan has
+            something to learn (all of it if nothing else trains, none if `train` names the pruner), else none.
+        schedule: budgets of the phase; null keeps the plan's. Random budgets help a question-conditioned scorer.
+        losses: of the phase; null takes the model's.
+        full_every: as the model's; null takes 1, or 0 for a pruner that learns on gathered tokens.
+    """
+
+    steps: int | float | None = None
+    schedule: Schedule | None = None
+    losses: list[Loss] | None = None
+    full_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and (self.steps < 0 or (self.steps > 1 and self.steps != int(self.steps))):
+            raise ValueError(f"scorer.steps is a whole number of steps or a share below 1, got {self.steps}.")
+        if self.full_every is not None:
+            check_full_every(self.full_every)
+
+    def count(self, plan: PruningPlan | None, total: int, train: set[str], rest: bool) -> int:
+        """Optimizer steps of phase one in a run of `total`.
+
+        Args:
+            plan: of the run.
+            total: optimizer steps.
+            train: the parts that train in phase two.
+            rest: whether anything but the pruner trains at all.
+
+        Raises:
+            ValueError: more steps than the run has, or none although a pruner must learn and phase two does not
+                train it.
+        """
+        if not is_learned(plan):
+            return 0
+        jointly = "pruner" in train
+        if self.steps is None:
+            steps = 0 if jointly else total // 2 if rest else total
+        else:
+            steps = int(self.steps if self.steps >= 1 else self.steps * total)
+        if steps > total or steps < (0 if jointly else 1):
+            raise ValueError(
+                f"The scorer's phase has {steps} of {total} steps; set model.scorer.steps between 1 and {total}."
+            )
+        return steps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run.
+
+    Attributes:
+        start, end: its optimizer steps, `end` excluded.
+        pruner: whether the pruner trains.
+        rest: whether everything else does that the recipe trains.
+        full_every: 0 gathers the retained tokens in every step, 1 trains at full length through gates, m does so in
+            every m-th step.
+        schedule: of the budgets.
+        losses: what is minimised.
+    """
+
+    start: int
+    end: int
+    pruner: bool
+    rest: bool
+    full_every: int
+    schedule: Schedule
+    losses: list[Loss]
+
+    def progress(self, step: int) -> float:
+        """Share of the phase that is done: 0 at its first step, 1 at its last."""
+        return progress_at(step - self.start, self.end - self.start)
+
+    def full(self, step: int) -> bool:
+        """Whether a step sees the full length. The first of every `full_every` does."""
+        return self.full_every > 0 and (step - self.start) % self.full_every == 0
+
+
+def phases_of(
+    plan: PruningPlan | None,
+    total: int,
+    train: set[str],
+    rest: bool,
+    scorer: Scorer,
+    main: tuple[int, Schedule | None, list[Loss]],
+) -> list[Phase]:
+    """The phases of a run; none is empty.
+
+    Args:
+        plan: of the run.
+        total: optimizer steps.
+        train: the parts that train.
+        rest: whether anything but the pruner trains at all.
+        scorer: settings of phase one.
+        main: full_every, schedule and losses of phase two.
+
+    Raises:
+        ValueError: impossible numbers of steps, or a phase in which nothing would reach the pruner that trains.
+    """
+    first, (full_every, schedule, losses) = scorer.count(plan, total, train, rest), main
+    alone = int(wants_full_length(plan)) if scorer.full_every is None else scorer.full_every
+    own = losses if scorer.losses is None else scorer.losses
+    found = [
+        Phase(0, first, True, False, alone, scorer.schedule or Constant(), own),
+        Phase(first, total, "pruner" in train, rest, full_every, schedule or Constant(), losses),
+    ]
+    found = [phase for phase in found if phase.end > phase.start]
+    for phase in found:
+        if phase.pruner and wants_full_length(plan) and phase.full_every == 0:
+            raise ValueError(
+                "The pruner trains, but its gates carry a gradient at full length only and full_every is 0; set "
+                "full_every to 1, or to 4 for one step in four, or take applier gather_value."
+            )
+    return found
+
+
+def is_learned(plan: PruningPlan | None) -> bool:
+    """Whether a pruner of the plan has weights."""
+    return plan is not None and any(stage.rule.learned for stage in plan.stages)
+
+
+def wants_full_length(plan: PruningPlan | None) -> bool:
+    """Whether a learned pruner of the plan gets its gradient at full length only."""
+    return plan is not None and any(s.rule.learned and not s.rule.learns_gathered for s in plan.stages)
+
+
+def check_full_every(value: int) -> int:
+    """See that it is a count of steps.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"full_every is a whole number of at least 0, got {value!r}; 4 is one step in four.")
+    return value

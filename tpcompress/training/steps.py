@@ -1,0 +1,79 @@
+"""One training step: the mode, budgets and layers it runs with, its forward calls, and the losses of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tpcompress.insertion.attach import controller_of, layers, mode
+from tpcompress.insertion.plan import Budget
+from tpcompress.training.losses import needs_of, weighed
+from tpcompress.training.passes import Pass, run_pass
+from tpcompress.training.phases import Phase
+
+if TYPE_CHECKING:
+    from tpcompress.training.module import PruningModule
+
+
+def student_passes(
+    module: PruningModule, phase: Phase, batch: Mapping[str, Any], draw: float
+) -> list[tuple[Pass, dict[str, Tensor]]]:
+    """The forward calls of a step, one for each budget of its schedule, each with its weighted losses.
+
+    Args:
+        module: the LightningModule, its model standing.
+        phase: of the step.
+        batch: what the collator made.
+        draw: random number of the step, the same on all ranks.
+    """
+    assert module.model is not None
+    progress = phase.progress(module.global_step)
+    needs, done = needs_of(phase.losses, progress), []
+    for values in step_budgets(module, phase, progress, draw):
+        with pruning(module, phase, progress):
+            here = run_pass(module.model, batch, values, own="own" in needs)
+        taught = None
+        if "teacher" in needs and module.teacher is not None:
+            taught = module.teacher(module, batch, here, progress)
+        done.append((here, weighed(phase.losses, here, taught, progress)))
+    return done
+
+
+def step_budgets(module: PruningModule, phase: Phase, progress: float, draw: float) -> list[list[Budget] | None]:
+    """Budgets of the stages in each forward call of a step; None without a plan."""
+    if module.plan is None:
+        return [None]
+    each = [phase.schedule.budgets(stage.budget, progress, draw) for stage in module.plan.stages]
+    return [list(values) for values in zip(*each, strict=True)]
+
+
+def step_layers(module: PruningModule, phase: Phase, progress: float) -> list[int]:
+    """Layers of the stages at a step: rising, and within the model."""
+    assert module.plan is not None and module.parts is not None
+    depth = len(module.parts.layers)
+    found = [phase.schedule.layer(stage.layer, depth, progress) for stage in module.plan.stages]
+    for number in range(len(found) - 2, -1, -1):
+        found[number] = min(found[number], found[number + 1] - 1)
+    return found
+
+
+@contextmanager
+def pruning(module: PruningModule, phase: Phase, progress: float) -> Iterator[None]:
+    """Run a block as the step is run: pruners told how far they are, mode and layers set."""
+    if module.plan is None:
+        yield
+        return
+    assert module.model is not None
+    for pruner in controller_of(module.model).pruners:
+        # One that has learnt chooses as in the export; one that follows a schedule goes along with what trains.
+        learning = phase.pruner or not pruner.learned
+        pruner.set_progress(progress if learning else 1.0)  # type: ignore[operator]
+        pruner.train(learning)
+    with ExitStack() as stack:
+        stack.enter_context(mode(module.model, "mask" if phase.full(module.global_step) else "drop"))
+        if phase.schedule.moves:
+            stack.enter_context(layers(module.model, step_layers(module, phase, progress)))
+        yield
