@@ -168,6 +168,7 @@ def test_unchecked_images_show_on_use(llava_json, record, folder, cache):
 def test_errors_are_one_line(llava_json, record, folder, tmp_path, cache):
     good = llava_json([record()])
     (tmp_path / "broken.json").write_text('[{"id": 1, "conversations": [}]')
+    (tmp_path / "cut.json").write_text(json.dumps([record()])[:-1])
     (tmp_path / "empty.json").write_text("")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "other.json").write_text(json.dumps([{"text": "hello"}] * 300))
@@ -180,6 +181,7 @@ def test_errors_are_one_line(llava_json, record, folder, tmp_path, cache):
         (FileNotFoundError, "No file or folder", (tmp_path / "gone.json", folder)),
         (FileNotFoundError, "No image folder", (good, tmp_path / "gone")),
         (ValueError, "is not valid JSON near", (tmp_path / "broken.json", folder)),
+        (ValueError, "is not valid JSON near its end", (tmp_path / "cut.json", folder)),
         (ValueError, "is empty", (tmp_path / "empty.json", folder)),
         (ValueError, "no record has|holds no rows", (tmp_path / "list.json", folder)),
         (ValueError, "no record has 'conversations'", (tmp_path / "other.json", folder)),

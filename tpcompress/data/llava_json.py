@@ -95,7 +95,11 @@ def json_values(file: TextIO, path: str) -> Iterator[Any]:
             else:
                 yield value
                 continue
-        elif at < len(text) or done:
+        elif at < len(text):
+            return
+        elif done:
+            if in_list:
+                raise ValueError(f"{path} is not valid JSON near its end: the list is not closed, the file may be cut.")
             return
         more = file.read(READ_CHARS)
         text, at, done = text[at:] + more, 0, not more

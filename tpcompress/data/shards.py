@@ -1,7 +1,7 @@
 """Where a stream comes from: the shards of a source, and the records of each, neither held nor decoded.
 
     open_shards("data/part-*.jsonl")                              # LLaVA's records, one file a shard
-    open_shards("https://host/data/{00000..00127}.tar")           # pictures and a JSON of the same name, one after another
+    open_shards("https://host/data/{00000..00127}.tar")           # pictures and a JSON of the same name
     open_shards("data/*.parquet")                                 # columns images (or image) and messages
     open_shards("HuggingFaceH4/llava-instruct-mix-vsft")          # a name on the hub
 
@@ -180,7 +180,7 @@ def _parsed(text: bytes) -> Record | BadRow:
 def _read_tar(name: str) -> Iterator[Record | BadRow]:
     """Files that share their name up to its first dot are a record: a JSON, and pictures in the order of the names."""
     with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-        key, members = "", {}
+        key, members = "", dict[str, bytes]()
         for member in archive:
             if not member.isfile():
                 continue
@@ -212,9 +212,8 @@ def _record_of(key: str, members: dict[str, bytes]) -> Record | BadRow:
 
 
 def _read_parquet(name: str) -> Iterator[Record | BadRow]:
-    return _rows(
-        _undecoded(load_table(name, "train", path="parquet", data_files=[name], split="train", streaming=True))
-    )
+    file = {"path": "parquet", "data_files": [name], "split": "train"}
+    return _rows(_undecoded(load_table(name, "train", streaming=True, **file)))
 
 
 def _rows(table: datasets.IterableDataset) -> Iterator[Record | BadRow]:

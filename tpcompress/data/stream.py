@@ -119,13 +119,15 @@ class ChatStream(IterableDataset):
                     yield slot, place | {"used": used}, self.collator.pad(samples)
                     samples = []
 
-    def raw_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows in the order of the source, one pass, for whoever wants to look at some."""
-        for index, name in enumerate(self.shards.names):
-            for number, record in enumerate(self.shards.read(index)):
-                item = self._row(record, f"{Path(name).name}:{number}")
-                if isinstance(item, RawRow):
-                    yield self._opened(item)
+    def some_rows(self) -> Iterator[dict[str, Any]]:
+        """Usable rows of the first pass, the same on every rank, for whoever wants to look at a few."""
+        for _, item in self._pass(0, 0, 0, 0):
+            try:
+                row = self._opened(item) if isinstance(item, RawRow) else None
+            except BadRow:
+                continue
+            if row is not None:
+                yield row
 
     def _blocks(self, part: int, place: Place) -> Iterator[tuple[list[RawRow], list[tuple[str, BadRow]], Place]]:
         """Blocks from a place on, in the order of training, with the bad rows met while reading them."""
@@ -146,7 +148,8 @@ class ChatStream(IterableDataset):
                     block, bad = [], []
             if whole and empty:
                 raise ValueError(
-                    f"{self.shards.source} has no rows for part {part + 1} of {self._parts}; take fewer workers or ranks."
+                    f"{self.shards.source} has no rows for part {part + 1} of {self._parts}; "
+                    "take fewer workers or ranks."
                 )
             if block or bad:
                 yield self._ordered(block, part, place["block"]), bad, place
@@ -188,7 +191,7 @@ class ChatStream(IterableDataset):
         if isinstance(record, BadRow):
             return fallback, record
         row_id = fallback if record.get("id") is None else str(record["id"])
-        turns = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
+        turns: list = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
         images = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), None)
         conversations = conversations_of(turns)
         families = record.get("families") or ["chat"] * len(conversations)
