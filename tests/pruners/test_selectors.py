@@ -281,21 +281,18 @@ def test_straight_through_is_hard_forward_and_soft_backward(relaxation: str) -> 
 
 @pytest.mark.parametrize("name", ["soft_topk", "gumbel", "threshold"])
 def test_gates_sharpen_with_progress(name: str) -> None:
-    selector, means = made(name), []
+    selector, temperatures, undecided = made(name), [], []
     scores, valid = scored(4, 50)
     for progress in (0.0, 0.5, 1.0, 7.0):
         selector.set_progress(progress)
         gate = choose(selector, scores, valid, [10] * 4, True).gate_BV
         (grad,) = torch.autograd.grad((gate * draw(4, 50, seed=3)).sum(), scores.scores_BV)
-        means.append(
-            (selector.temperature, (grad != 0).float().mean().item(), (grad.abs() > 1e-2).float().mean().item())
-        )
-    temperatures = [m[0] for m in means]
-    assert temperatures == sorted(temperatures, reverse=True)
+        temperatures.append(selector.temperature)
+        undecided.append((grad.abs() > 1e-2).sum().item())
     assert temperatures[0] == selector.temperature_start
     assert temperatures[1] == pytest.approx((temperatures[0] * temperatures[2]) ** 0.5)
     assert temperatures[2] == temperatures[3] == pytest.approx(selector.temperature_end)
-    assert means[2][2] < means[0][2], "fewer tokens are undecided"
+    assert undecided[2] < undecided[1] < undecided[0], "fewer tokens are undecided"
 
 
 # ---------------------------------------------------------------------------------------------------------- Gumbel
