@@ -1,7 +1,7 @@
 """Teachers say what they promise, about the same answers, and leave the model as they found it."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import jsonargparse
@@ -73,48 +73,41 @@ EACH = pytest.mark.parametrize(("teacher", "plan", "lora"), [c[1:] for c in case
 # ------------------------------------------------------------------ what every teacher promises
 
 
-def state_of(model):
-    flags = [(part.training, [p.requires_grad for p in part.parameters(recurse=False)]) for part in model.modules()]
-    if not hasattr(model, "_tpcompress") and not hasattr(getattr(model, "base_model", None), "model"):
-        return flags
-    try:
-        controller = controller_of(model)
-    except ValueError:
-        return flags
-    return flags, controller.mode, list(controller.budgets), list(controller.layers), controller.included
+def state_of(model, plan):
+    parts = [(part.training, [p.requires_grad for p in part.parameters(recurse=False)]) for part in model.modules()]
+    adapters = [part.disable_adapters for part in model.modules() if hasattr(part, "disable_adapters")]
+    if plan is None:
+        return parts, adapters
+    controller = controller_of(model)
+    return parts, adapters, controller.mode, controller.budgets, controller.layers, controller.included
 
 
 @EACH
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was_found(teacher, plan, lora, fails):
     module, inputs = make_module(teacher, plan, lora), make_batch()
-    here = student(module, inputs)
+    here, model = student(module, inputs), module.model
     # A run freezes some parts, and some are in eval mode although the rest trains.
-    parameters = list(module.model.parameters())
-    for number, parameter in enumerate(parameters):
+    for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number % 3 == 0)
-    for number, part in enumerate(module.model.modules()):
+    for number, part in enumerate(model.modules()):
         part.training = number % 2 == 0
-    moved = [2, 3] if plan is None else [stage.layer + 1 for stage in plan.stages]
-    values = [Budget(keep_ratio=0.25), Budget(keep_ratio=0.25)]
-    with budgets(module.model, values) if plan else nullcontext():
-        with (
-            layers(module.model, moved) if plan else nullcontext(),
-            mode(module.model, "mask") if plan else nullcontext(),
-        ):
-            before = state_of(module.model)
-            if fails:
-                with pytest.raises(ValueError, match="without labels"):
-                    teacher(module, {k: v for k, v in inputs.items() if k != "labels"}, here, 0.5)
-            else:
-                taught = teacher(module, inputs, here, 0.5)
-                assert not taught.logits_AC.requires_grad
-                assert torch.equal(taught.targets_A, here.targets_A)
-                assert torch.equal(taught.sample_A, here.sample_A)
-            assert state_of(module.model) == before
-            assert torch.is_grad_enabled()
-    if plan is not None:
-        assert len(before) == 5
+    with ExitStack() as stack:
+        if plan is not None:
+            stack.enter_context(mode(model, "mask"))
+            stack.enter_context(budgets(model, [Budget(keep_ratio=0.25)] * 2))
+            stack.enter_context(layers(model, [3, 4]))
+        before = state_of(model, plan)
+        if fails:
+            with pytest.raises(ValueError, match="without labels"):
+                teacher(module, {k: v for k, v in inputs.items() if k != "labels"}, here, 0.5)
+        else:
+            taught = teacher(module, inputs, here, 0.5)
+            assert not taught.logits_AC.requires_grad
+            assert torch.equal(taught.targets_A, here.targets_A)
+            assert torch.equal(taught.sample_A, here.sample_A)
+        assert state_of(model, plan) == before
+        assert torch.is_grad_enabled()
 
 
 @EACH
