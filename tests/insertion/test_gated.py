@@ -10,6 +10,8 @@ import torch
 from gating import Gating, dense
 from support import answer_labels, batch, generate, gradients, tiny_model
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, mode, record
@@ -158,6 +160,20 @@ def test_checkpointing_changes_nothing(how: str, frozen: bool) -> None:
             model.gradient_checkpointing_disable()
 
 
+def test_a_checkpointing_function_that_nobody_knows() -> None:
+    """It may keep to one graph after all; leaves must be full before their gradients go on."""
+    model, inputs = tiny_model().train(), batch(SAMPLES)
+    attach(model, PruningPlan([Stage(Gating(), 0, keep_tokens=30), Stage(Gating(), 2, keep_tokens=9)]), mode="mask")
+    loss, plain = backward(model, inputs)
+    for layer in resolve(model).layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = lambda function, *args: checkpoint(function, *args, use_reentrant=False)
+    again, found = backward(model, inputs)
+    assert again == loss
+    for name, gradient in plain.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-7, name
+
+
 def test_gates_change_every_gradient() -> None:
     """The control of the test above: layers computed again without gates would give others."""
     model, inputs = tiny_model().train(), batch(SAMPLES)
@@ -230,6 +246,20 @@ def test_half_precision_and_autocast() -> None:
     scale = found["fp32"].abs().max()
     assert (found["bf16"] - found["fp32"]).abs().max() < 0.1 * scale
     assert (found["autocast"] - found["fp32"]).abs().max() < 0.1 * scale
+
+
+@pytest.mark.parametrize(("value", "bias"), [(True, False), (False, True), (True, True)])
+def test_the_fused_kernel_serves(value: bool, bias: bool) -> None:
+    """No dense mask: nothing but the flash kernel is allowed."""
+    model, inputs = tiny_model(), batch([(5, 2, 9)])
+    del inputs["attention_mask"]
+    attach(model, plan(Gating(value, bias), 0), mode="mask")
+    free = model(**inputs).logits
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = model(**inputs).logits
+        found.sum().backward()
+    assert (found - free).abs().max() < 1e-5
+    assert model.token_pruners[0].weight.grad.abs().max() > 0
 
 
 def test_attention_that_later_stages_see_is_biased() -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from gating import Gating
 from support import answer_labels, batch, every_placed, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompress.insertion import decode, prefill
+from tpcompress.insertion.answers import _Tap, answers
 from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.hooks import Controller
 from tpcompress.insertion.plan import PruningPlan, Stage
@@ -118,6 +120,35 @@ def test_layouts_and_axes_of_position_do_not_wait(guarded: NoSync, family: str) 
         assert guarded.masks_made == 0
         detach(model)
     assert guarded.seen > 100, "control: the hooks ran under the guard"
+
+
+@pytest.mark.parametrize("how", ["mask", "drop"])
+def test_gates_do_not_wait(model: Any, guarded: NoSync, how: str) -> None:
+    inputs = batch([(5, 2, 7)])
+    stages = [Stage(Gating(), 0, keep_tokens=40), Stage(Gating(), 2, keep_tokens=9)]
+    attach(model.train(), PruningPlan(stages), mode=how)
+    out = model(**inputs, labels=answer_labels(inputs))
+    out.loss.backward()
+    assert guarded.masks_made == 0, "a bias needs no mask"
+    assert guarded.seen > 100, "control: the hooks ran under the guard"
+
+
+def test_a_known_number_of_answers_does_not_wait(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    guard = NoSync()
+    inner = _Tap.select
+
+    def outer(self: _Tap, *args: Any) -> Any:
+        with guard:
+            return inner(self, *args)
+
+    monkeypatch.setattr(_Tap, "select", outer)
+    attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=9)]))
+    inputs = batch([(5, 2, 7), (3, 1, 8)])
+    with answers(model, num_answers=8):
+        model(**inputs, labels=answer_labels(inputs))
+    assert guard.seen > 5
+    with answers(model), pytest.raises(AssertionError, match="wait"):
+        model(**inputs, labels=answer_labels(inputs))
 
 
 @pytest.mark.gpu
