@@ -83,4 +83,5 @@ def _classes(key: str) -> list[str]:
 
 
 def _below(base: type) -> set[type]:
-    return {sub for cls in base.__subclasses__() for sub in ({cls} | _below(cls)) if not inspect.isabstract(sub)}
+    below: set[type] = set(base.__subclasses__())
+    return below.union(*(_below(cls) for cls in below))

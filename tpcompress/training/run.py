@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from tpcompress.bundled import find_config
 from tpcompress.training import datamodule, schedules  # noqa: F401  their classes become names in recipes
 from tpcompress.training.callbacks import Checkpoints, StepProgress
+from tpcompress.training.diagnose import Diagnostics
 from tpcompress.training.messages import readable
 from tpcompress.training.module import PruningModule
 from tpcompress.training.state import checkpoint_file, read_checkpoint
@@ -74,6 +75,7 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Diagnostics, "diagnostics")
         # One seed for everything that is drawn; recipes set `seed_everything` alone.
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)

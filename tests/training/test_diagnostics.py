@@ -1,0 +1,126 @@
+"""What is found out about a pruner while it trains, and what raises an alarm."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from training.helpers import found, weights
+
+from tpcompress.insertion.attach import controller_of
+from tpcompress.pruners import Pruner, Selection
+from tpcompress.pruners.topk import keep_topk
+from tpcompress.training.diagnostics import Findings, choosing_at_random, look
+
+GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
+FINE = Findings(
+    step=9, accuracy=0.8, loss=1.0, training_accuracy=0.8, training_kl=0.1, random_accuracy=0.5, random_loss=2.0,
+    behind_random=-1.0, behind_random_error=0.1, entropy=0.2, overlap_before=0.9, overlap_images=0.4, never_kept=0.3,
+)  # fmt: skip
+
+
+def looks(work, name="run"):
+    return json.loads((work.folder / name / "diagnostics.json").read_text())
+
+
+def probe(run):
+    batch = next(iter(run.datamodule.train_dataloader()))
+    return [batch]
+
+
+def test_every_run_with_a_plan_is_looked_at_when_a_phase_ends(work):
+    run = work.fit(trainer={"max_steps": 6}, model={"plan": GATE, "scorer": {"steps": 3}}, data={"batch_size": 4})
+    seen = looks(work)["looks"]
+    assert [one["step"] for one in seen] == [3, 6]
+    assert seen[0]["entropy"] > 0, "phase one gates"
+    assert seen[1]["entropy"] is None, "phase two does not"
+    assert seen[0]["overlap_before"] is None
+    assert 0 <= seen[1]["overlap_before"] <= 1
+    assert seen[1]["training_kl"] < 1e-6, "what is gathered in training is what is exported"
+    assert seen[0]["training_kl"] > 1e-4, "control: noise is not"
+    assert run.trainer.callback_metrics["diagnostics/loss"] == pytest.approx(seen[1]["loss"])
+
+
+def test_looking_changes_nothing(work):
+    how = {"plan": GATE, "scorer": {"steps": 3}}
+    seen = work.fit("seen", trainer={"max_steps": 6}, model=how, diagnostics={"every": 1})
+    blind = work.fit("blind", trainer={"max_steps": 6}, model=how, diagnostics={"every": 0})
+    assert len(looks(work, "seen")["looks"]) == 6
+    assert not (work.folder / "blind/diagnostics.json").exists()
+    assert all(torch.equal(value, weights(blind)[name]) for name, value in weights(seen).items())
+
+
+@pytest.mark.parametrize("how", [{"plan": None}, {}])
+def test_runs_without_anything_to_see(work, how):
+    work.fit(model=how, data={"train": str(work.chat / "text.json")})
+    found = looks(work)["looks"] if how == {} else []
+    assert all(one["never_kept"] is None for one in found)
+
+
+def test_random_choice_is_random_and_goes_away(work):
+    run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}})
+    own = list(controller_of(run.model.model).pruners)
+    with choosing_at_random(run.model.model):
+        inside = list(controller_of(run.model.model).pruners)
+        assert [p.name for p in inside] == ["random"]
+    assert all(a is b for a, b in zip(own, controller_of(run.model.model).pruners, strict=True))
+
+
+class Corner(Pruner):
+    """Keeps the first tokens whatever they show."""
+
+    name = "corner"
+
+    def forward(self, tokens, num_keep_B):
+        scores_BV = -torch.arange(tokens.valid_BV.shape[1]).expand(tokens.valid_BV.shape).float()
+        return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
+
+
+def test_a_pruner_that_looks_at_places_alone_is_noticed(work):
+    run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}}, data={"batch_size": 4})
+    module = run.model
+    seen = look(module, module.phases[-1], probe(run)).findings
+    controller_of(module.model).pruners[0] = Corner()
+    blind = look(module, module.phases[-1], probe(run)).findings
+    assert blind.overlap_images == 1.0
+    assert blind.never_kept == pytest.approx(1 - 16 / 144)
+    assert seen.overlap_images < 0.9
+    assert seen.never_kept < blind.never_kept
+    assert any("ignores the image" in alarm for alarm in blind.alarms(learned=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"behind_random": 0.3}, "falls under random"),
+        ({"overlap_images": 0.99}, "ignores the image"),
+        ({"training_accuracy": 0.95}, "drift apart"),
+        ({"accuracy": 0.4}, "drift apart"),
+    ],
+)
+def test_alarms(change, words):
+    (alarm,) = replace(FINE, **change).alarms(learned=True)
+    assert words in alarm
+    assert "\n" not in alarm
+
+
+def test_what_is_no_alarm():
+    assert FINE.alarms(learned=True) == []
+    assert replace(FINE, behind_random=0.15).alarms(learned=True) == [], "within two standard errors"
+    assert replace(FINE, overlap_images=1.0, behind_random=1.0).alarms(learned=False) == [], "uniform cannot help it"
+    assert replace(FINE, overlap_images=math.nan, behind_random=math.nan).alarms(learned=True) == []
+
+
+def test_alarms_are_said_at_the_end(work, capsys):
+    run = work.fit(model={"plan": GATE, "scorer": {"steps": 1}})
+    callback = found(run, type("Diagnostics", (), {}))
+    callback.alarms = ["the pruner falls under random"]
+    callback.on_train_end(run.trainer, run.model)
+    assert "ALARM the pruner falls under random" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"every": -1}, {"batches": 0}])
+def test_impossible_settings(work, settings):
+    with pytest.raises(ValueError, match=r"^diagnostics needs every >= 0 and batches >= 1[^\n]*$"):
+        work.fit(diagnostics=settings)

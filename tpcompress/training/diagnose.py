@@ -1,0 +1,100 @@
+"""The callback that looks at the pruner while it trains, logs what it finds, and says at the end what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from rich.console import Console
+
+from tpcompress.training.diagnostics import Look, look
+from tpcompress.training.module import PruningModule
+from tpcompress.training.phases import is_learned
+
+FILE = "diagnostics.json"
+
+
+class Diagnostics(L.Callback):
+    """Compares training with export and the pruner's choice with a random one, on the same batches over a run.
+
+    Findings go to the logger as `diagnostics/<name>`, and with their alarms to `diagnostics.json` in the run's folder.
+    The probe is the first validation batches, or, without validation data, the first training batches. With sharded
+    weights (FSDP, ZeRO-3) it does not look: ranks would have to look in step.
+
+    Args:
+        every: optimizer steps between two looks; there is one at the end of each phase in any case. 0 never looks.
+        batches: of the probe.
+
+    Raises:
+        ValueError: negative numbers, or a probe of nothing.
+    """
+
+    def __init__(self, every: int = 200, batches: int = 2) -> None:
+        if every < 0 or batches < 1:
+            raise ValueError(f"diagnostics needs every >= 0 and batches >= 1, got {every} and {batches}.")
+        self.every, self.batches = every, batches
+        self.console = Console(stderr=True)
+        self.probe: list[Any] = []
+        self.last: Look | None = None
+        self.history: list[dict[str, float | None]] = []
+        self.alarms: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.active = self.every > 0 and getattr(pl_module, "plan", None) is not None and not _sharded(trainer)
+        loaders: Any = trainer.datamodule.val_dataloader() if self.active and _has_val(trainer) else []  # type: ignore[attr-defined]
+        for batch in loaders or []:
+            self.probe.append(batch)
+            if len(self.probe) == self.batches:
+                break
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Complete, or closed by the first look: later looks compare with it.
+        if self.active and len(self.probe) < self.batches and self.last is None and not _has_val(trainer):
+            self.probe.append(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PruningModule)
+        step = trainer.global_step
+        if not self.active or not self.probe or (self.last is not None and self.last.findings.step == step):
+            return
+        # The end of a phase is looked at as that phase trains, so with its last step.
+        over = next((phase for phase in pl_module.phases if phase.end == step), None)
+        if over is None and (step == 0 or step % self.every):
+            return
+        batches = [pl_module.transfer_batch_to_device(one, pl_module.device, 0) for one in self.probe]
+        self.last = look(pl_module, over or pl_module.phase, batches, self.last)
+        found = self.last.findings.to_dict()
+        pl_module.log_dict({f"diagnostics/{k}": float(v) for k, v in found.items() if k != "step"}, batch_size=1)
+        self.alarms = self.last.findings.alarms(is_learned(pl_module.plan))
+        self.history.append({k: None if math.isnan(v) else v for k, v in found.items()})
+        if trainer.is_global_zero:
+            self._write(Path(trainer.default_root_dir))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for alarm in self.alarms:
+                self.console.print(f"[bold red]ALARM[/bold red] {alarm}", highlight=False)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps({"looks": self.history, "alarms": self.alarms}, indent=1) + "\n")
+
+
+def _has_val(trainer: L.Trainer) -> bool:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data, "val_rows", None) is not None
+
+
+def _sharded(trainer: L.Trainer) -> bool:
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) or (
+        isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    )
