@@ -15,6 +15,7 @@ from PIL import Image
 from training.helpers import Poison, Workplace, callback, save_base, save_chat
 
 from tpcompress.cli import main
+from tpcompress.pruners.parts import KINDS, list_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -67,8 +68,7 @@ def test_the_usage_names_every_command(args, capsys):
 def test_help_says_what_the_settings_of_a_run_mean(capsys):
     for option, words in {
         "optimizer": "linear warm-up",
-        "teacher": "AdapterOff",
-        "scorer": "full length",
+        "scorer": "learns on gathered tokens",
     }.items():
         with pytest.raises(SystemExit):
             main(["fit", f"--model.{option}.help"])
@@ -83,6 +83,11 @@ def test_pruners_and_families_are_listed(capsys):
     assert "llava" in table
     assert main(["pruners", "dart"]) == 0
     assert "2502.11494" in capsys.readouterr().out
+    for kind in KINDS:
+        for name in list_parts(kind):
+            assert name in table
+            assert main(["pruners", name]) == 0
+            assert all(argument in capsys.readouterr().out for argument in list_parts(kind)[name].argument_names()[:1])
 
 
 def test_names_that_are_nearly_right(fails):

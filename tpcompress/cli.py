@@ -128,17 +128,18 @@ def compare(config: str, out: str | None = None) -> int:
     return 0
 
 
-def study(config: str, out: str | None = None, tables: bool = False) -> int:
+def study(config: str, out: str | None = None, tables: bool = False, into: str | None = None) -> int:
     """Pruners x budgets x ways to train x seeds, in cells that survive interruption and that processes may share.
 
     Args:
         config: a study file, e.g. recipes/studies/training_aware.yaml.
         out: folder of the results; default: the file's own.
         tables: only make the tables of what is there.
+        into: a document whose tables, between its two markers, are made anew.
     """
     from tpcompress.evaluation.study import run_study
 
-    run_study(config, out, console, tables)
+    run_study(config, out, console, tables, into)
     return 0
 
 
@@ -212,22 +213,40 @@ def find_layer(
     return 0
 
 
-def pruners(name: str | None = None) -> int:
-    """The table of pruners, or one pruner's documentation and arguments.
+def estimators(config: str, out: str | None = None, marks: str | None = None) -> int:
+    """Which ways to train a scorer teach it: on a task of 24 tokens, and on a frozen base beside untrained rules.
 
     Args:
-        name: one pruner, or the dotted path of one elsewhere.
+        config: a file of estimators, e.g. recipes/tiny_llava/estimators.yaml.
+        out: folder of the results; default: the file's own.
+        marks: file to write what was found of each estimator to, for the warning of `fit`.
     """
-    from tpcompress.pruners import list_pruners, pruner_class
-    from tpcompress.pruners.catalogue import COLUMNS, about, arguments, facts, retains, unserved
+    from tpcompress.evaluation.estimators_run import run_estimators
 
+    run_estimators(config, out, marks, console)
+    return 0
+
+
+def pruners(name: str | None = None) -> int:
+    """The table of pruners and the parts of learned ones, or the documentation and arguments of one of them.
+
+    Args:
+        name: a pruner, scorer, selector or applier, or the dotted path of a pruner elsewhere.
+    """
+    from tpcompress.pruners import Pruner, list_pruners, pruner_class
+    from tpcompress.pruners.catalogue import COLUMNS, about, arguments, facts, retains, unserved
+    from tpcompress.pruners.parts import KINDS, list_parts
+
+    parts = {kind: list_parts(kind) for kind in KINDS}
     if name is not None:
-        cls = pruner_class(name)
+        known: dict[str, Any] = {key: cls for found in parts.values() for key, cls in found.items()}
+        cls = known[name] if name in known else pruner_class(name)
         console.print(f"[bold]{cls.name}[/bold]\n\n{escape(about(cls))}\n", highlight=False)
         grid = Table.grid(padding=(0, 2))
-        for what, words in facts(cls()).items():
-            grid.add_row(what, escape(words))
-        grid.add_row("", unserved(cls()) or "")
+        if issubclass(cls, Pruner):
+            for what, words in facts(cls()).items():
+                grid.add_row(what, escape(words))
+            grid.add_row("", unserved(cls()) or "")
         for argument, default in arguments(cls).items():
             grid.add_row(f"[bold]{argument}[/bold]", escape(default))
         console.print(grid)
@@ -240,6 +259,9 @@ def pruners(name: str | None = None) -> int:
     for key, cls in list_pruners().items():
         table.add_row(key, *facts(cls()).values(), *([escape(retains(cls))] if wide else []))
     console.print(table)
+    console.print("learned_gate is made of")
+    for kind, found in parts.items():
+        console.print(f"  a {kind}: {', '.join(found)}" if kind != "applier" else f"  an applier: {', '.join(found)}")
     console.print("tpcompress pruners NAME shows one in full, with its arguments.")
     return 0
 
@@ -284,7 +306,7 @@ def _commands() -> dict[str, Callable[..., int]]:
     return {
         "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare, "study": study,
         "quickstart": quickstart, "inspect": inspect_model, "find-layer": find_layer, "pruners": pruners,
-        "families": families,
+        "families": families, "estimators": estimators,
     }  # fmt: skip
 
 
@@ -340,7 +362,7 @@ def _quieten(name: str) -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
-    if name in ("fit", "validate", "compare", "study", "quickstart"):
+    if name in ("fit", "validate", "compare", "study", "quickstart", "estimators"):
         import datasets
         import lightning  # noqa: F401  it sets the levels of its loggers when it is imported
 

@@ -124,3 +124,16 @@ def test_alarms_are_said_at_the_end(work, capsys):
 def test_impossible_settings(work, settings):
     with pytest.raises(ValueError, match=r"^diagnostics needs every >= 0 and batches >= 1[^\n]*$"):
         work.fit(diagnostics=settings)
+
+
+COLD = {"type": "learned_gate", "scorer": "linear", "selector": "straight_through", "applier": "gather_value"}
+
+
+@pytest.mark.parametrize("reproduction", [False, True])
+def test_an_estimator_that_does_not_learn_is_warned_of(work, capsys, reproduction):
+    plan = {"pruner": COLD, "keep_tokens": 16}
+    work.fit(model={"plan": plan, "scorer": {"steps": 1}, "reproduction": reproduction}, trainer={"max_steps": 2})
+    said = capsys.readouterr().err
+    assert ("straight_through with gather_value, gathered, was found not to teach a scorer" in said) != reproduction
+    work.fit("fine", model={"plan": GATE, "scorer": {"steps": 1}}, trainer={"max_steps": 2})
+    assert "found not to teach" not in capsys.readouterr().err

@@ -6,6 +6,7 @@ import inspect
 import sys
 
 from tpcompress.pruners.base import LAYER_VIEWS, Pruner
+from tpcompress.pruners.configured import Configured
 
 COLUMNS = ("site", "reads", "asks", "grad", "merges", "exact", "serving", "paper")
 """The entries of `facts`."""
@@ -57,12 +58,12 @@ def retains(cls: type[Pruner]) -> str:
     return line.partition(" (")[0].rstrip(".")
 
 
-def about(cls: type[Pruner]) -> str:
-    """The documentation of a pruner: that of its file and of its class."""
+def about(cls: type[Configured]) -> str:
+    """The documentation of a pruner or part: that of its file and of its class."""
     return f"{_module_text(cls)}\n\n{inspect.getdoc(cls) or ''}"
 
 
-def arguments(cls: type[Pruner]) -> dict[str, str]:
+def arguments(cls: type[Configured]) -> dict[str, str]:
     """Arguments by name, with their defaults as YAML would have them."""
     parameters = inspect.signature(cls.__init__).parameters
     found = {}
@@ -72,5 +73,5 @@ def arguments(cls: type[Pruner]) -> dict[str, str]:
     return found
 
 
-def _module_text(cls: type[Pruner]) -> str:
+def _module_text(cls: type[Configured]) -> str:
     return inspect.getdoc(sys.modules[cls.__module__]) or ""

@@ -11,7 +11,9 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from rich.console import Console
 
+from tpcompress.pruners.learned_gate import LearnedGate
 from tpcompress.training.diagnostics import Look, look
+from tpcompress.training.marks import DOES_NOT_LEARN, mark_of, training_of
 from tpcompress.training.module import PruningModule
 from tpcompress.training.phases import is_learned
 
@@ -44,6 +46,9 @@ class Diagnostics(L.Callback):
         self.alarms: list[str] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, PruningModule)
+        for warning in known_not_to_learn(pl_module) if trainer.is_global_zero else []:
+            self.console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
         self.active = self.every > 0 and getattr(pl_module, "plan", None) is not None and not _sharded(trainer)
         loaders: Any = trainer.datamodule.val_dataloader() if self.active and _has_val(trainer) else []  # type: ignore[attr-defined]
         for batch in loaders or []:
@@ -81,11 +86,27 @@ class Diagnostics(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             for alarm in self.alarms:
-                self.console.print(f"[bold red]ALARM[/bold red] {alarm}", highlight=False)
+                self.console.print(f"[bold red]ALARM[/bold red] {alarm}", highlight=False, soft_wrap=True)
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(json.dumps({"looks": self.history, "alarms": self.alarms}, indent=1) + "\n")
+
+
+def known_not_to_learn(module: PruningModule) -> list[str]:
+    """What the table of estimators says against the way in which a recipe trains its pruners.
+
+    A recipe that repeats a published one, defects and all, is not warned of.
+    """
+    gates = [s.rule for s in module.plan.stages if isinstance(s.rule, LearnedGate)] if module.plan else []
+    found = [
+        f"{rule.selector.name} with {rule.applier.name}, {training_of(phase.full_every)}, was found not to teach a "
+        f"scorer (tpcompress estimators); take another selector or applier, or set model.reproduction: true."
+        for phase in module.phases
+        for rule in gates
+        if phase.pruner and mark_of(rule.selector.name, rule.applier.name, phase.full_every) == DOES_NOT_LEARN
+    ]
+    return [] if module.reproduction else found
 
 
 def _has_val(trainer: L.Trainer) -> bool:

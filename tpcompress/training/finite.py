@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+
+from tpcompress.training.sharding import gradient_norm
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -33,10 +36,9 @@ def check_gradients(trainer: L.Trainer, parameters: Sequence[nn.Parameter]) -> N
     Raises:
         NonFiniteLoss: with the norm of the gradient.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients and trainer.scaler is None:
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not torch.isfinite(torch.tensor(norm)):
+    if trainer.scaler is None and any(p.grad is not None for p in parameters):
+        norm = float(gradient_norm(parameters))
+        if not math.isfinite(norm):
             raise NonFiniteLoss(_message("gradient", trainer.global_step, f"norm {norm:g}"))
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
-    """Cut a model in place: each decoder layer for itself, the vision tower, and all that is left.
+    """Cut a model in place: each decoder layer for itself, and all that is left together.
 
     Args:
         model: with LoRA and plan attached, and with `requires_grad` as it trains.
@@ -44,7 +44,8 @@ def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
     for index, layer in enumerate(parts.layers):
         # A pruner asks the layer before its stage for keys, when that layer has run already.
         fully_shard(layer, mesh=mesh, reshard_after_forward=index not in watched, ignored_params=pruners)
-    fully_shard(parts.vision_tower, mesh=mesh, ignored_params=pruners)
+    # The rest is one group. Towers have none of their own: a call may run one once for images and once for videos, and
+    # transformers records hidden states by the class of a model, which sharding replaces.
     fully_shard(model, mesh=mesh, ignored_params=pruners)
 
 
