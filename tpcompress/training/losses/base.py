@@ -112,12 +112,12 @@ def needs_of(losses: Sequence[Loss], progress: float) -> frozenset[str]:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """One stage that asked its pruner; rows without a vision token, for which it saw a stand-in, count as padding.
+    """One stage that asked its pruner. For a row without a vision token it saw a stand-in, which counts nowhere.
 
     Attributes:
         trace: what the stage did.
         view, selection: what the pruner saw and said.
-        valid_RV: False on padding and on stand-ins.
+        valid_RV: False on padding.
         real_R: False on rows without a vision token.
         num_real: how many rows have one.
         counts: how many tokens the budget gives each row.
@@ -167,7 +167,7 @@ def chosen_stages(here: Pass) -> Iterator[Chosen]:
             trace=stage,
             view=stage.view,
             selection=stage.selection,
-            valid_RV=valid_RV & came_R[:, None],
+            valid_RV=valid_RV,
             real_R=came_R,
             num_real=sum(n > 0 for n in stage.vision_in),
             counts=counts,
