@@ -1,0 +1,134 @@
+"""Which step trains what, at which length, before which layer, and on how many budgets."""
+
+import pytest
+import torch
+from training.helpers import TOKENS, Watch, callback, found
+
+from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.module import PruningModule
+from tpcompress.training.phases import Scorer, phases_of
+from tpcompress.training.steps import step_layers
+
+SCORER = {"type": "local_global", "width": 8}
+GATE = {"pruner": {"type": "learned_gate", "scorer": SCORER}, "keep_tokens": 16}
+STRAIGHT = {"type": "learned_gate", "scorer": SCORER, "selector": "straight_through"}
+ALTERNATING = Scorer(steps=4, full_every=2)
+WATCH = {"callbacks": [callback(Watch)]}
+
+
+def shape(phases) -> list[tuple]:
+    return [(p.start, p.end, p.pruner, p.rest, p.full_every) for p in phases]
+
+
+@pytest.mark.parametrize(
+    ("gate", "train", "rest", "scorer", "full_every", "expected"),
+    [
+        (None, {"projector"}, True, Scorer(), 0, [(0, 10, False, True, 0)]),
+        ("noise", {"projector"}, True, Scorer(), 0, [(0, 5, True, False, 1), (5, 10, False, True, 0)]),
+        ("noise", {"projector"}, True, Scorer(steps=0.3), 0, [(0, 3, True, False, 1), (3, 10, False, True, 0)]),
+        ("noise", set(), False, Scorer(), 0, [(0, 10, True, False, 1)]),
+        ("noise", {"pruner", "projector"}, True, Scorer(), 4, [(0, 10, True, True, 4)]),
+        ("noise", {"pruner", "projector"}, True, Scorer(steps=2), 1, [(0, 2, True, False, 1), (2, 10, True, True, 1)]),
+        ("gather_value", {"projector"}, True, Scorer(steps=4), 0, [(0, 4, True, False, 0), (4, 10, False, True, 0)]),
+        ("gather_value", {"projector"}, True, ALTERNATING, 0, [(0, 4, True, False, 2), (4, 10, False, True, 0)]),
+    ],
+)  # fmt: skip
+def test_phases_of_a_run(gate, train, rest, scorer, full_every, expected):
+    pruner = "pool" if gate is None else STRAIGHT | {"applier": gate}
+    plan = PruningPlan.from_dict({"pruner": pruner, "keep_tokens": 4})
+    assert shape(phases_of(plan, 10, train, rest, scorer, (full_every, None, []))) == expected
+
+
+def test_a_gradient_must_be_able_to_reach_what_trains():
+    plan = PruningPlan.from_dict(GATE)
+    for scorer, main in ((Scorer(full_every=0), 0), (Scorer(steps=3), 0)):
+        train = {"projector"} if scorer.full_every == 0 else {"pruner", "projector"}
+        with pytest.raises(ValueError, match=r"^The pruner trains, but its gates carry a gradient[^\n]*$"):
+            phases_of(plan, 10, train, True, scorer, (main, None, []))
+
+
+def test_one_step_in_two_sees_the_full_length(work):
+    plan = {"pruner": STRAIGHT | {"applier": "gather_value"}, "keep_tokens": 16}
+    how = {"plan": plan, "train": ["pruner", "language_model"], "full_every": 2}
+    watch = found(work.fit(trainer=WATCH | {"max_steps": 5}, model=how, diagnostics={"every": 0}), Watch)
+    assert watch.modes == ["mask", "drop"] * 2 + ["mask"]
+    assert [width > TOKENS for width in watch.widths] == [True, False, True, False, True]
+    for names in watch.changed:
+        assert any("token_pruners" in name for name in names), "the pruner learns at both lengths"
+        assert any("language_model" in name for name in names)
+        assert not any("vision_tower" in name for name in names)
+
+
+def test_several_budgets_in_one_step_average_their_losses(work):
+    factors = [9.0, 1.0, 0.25]
+
+    def one_step(name, schedule, **more):
+        init = {"class_path": schedule, "init_args": more}
+        how = {"schedule": init, "optimizer": {"lr": 0.0}}
+        run = work.fit(name, trainer=WATCH | {"max_steps": 1}, model=how, diagnostics={"every": 0})
+        return found(run, Watch).widths, float(run.trainer.callback_metrics["loss/label"])
+
+    widths, loss = one_step("three", "Several", factors=factors)
+    singles = [one_step(f"one{factor}", "Several", factors=[factor]) for factor in factors]
+    assert widths == [width for single, _ in singles for width in single]
+    assert len(set(widths)) == 3
+    assert loss == pytest.approx(sum(value for _, value in singles) / 3, rel=1e-6)
+
+
+def test_a_layer_ramp_moves_the_stage_and_arrives(work):
+    how = {"plan": {"pruner": "pool", "keep_tokens": 16, "layer": 1}, "schedule": {"class_path": "LayerRamp"}}
+    run = work.fit(trainer={"max_steps": 4}, model=how)
+    module = run.model
+    assert [step_layers(module, module.phases[0], p) for p in (0.0, 1 / 3, 2 / 3, 1.0)] == [[3], [3], [2], [1]]
+    two = {
+        "stages": [
+            {
+                "pruner": "uniform",
+                "keep_tokens": 30,
+                "layer": n,
+            }
+            for n in (0, 1)
+        ]
+    }
+    module = PruningModule(str(work.base), plan=two, schedule=module.schedule)
+    module.configure_model()
+    module._phases = phases_of(module.plan, 4, {"projector"}, True, Scorer(), (0, module.schedule, []))
+    assert step_layers(module, module.phases[0], 0.0) == [2, 3], "stages keep their order"
+
+
+def test_what_a_gate_has_learnt_no_longer_wavers(work):
+    """In phase two the pruner stands as in the export, whatever its selector explores in training."""
+    plan = {
+        "pruner": {"type": "learned_gate", "scorer": SCORER, "selector": "gumbel_topk", "applier": "gather"},
+        "keep_tokens": 16,
+    }
+    run = work.fit(
+        trainer={"max_steps": 4}, model={"plan": plan, "scorer": {"steps": 2, "losses": ["Label", "ScoreFunction"]}}
+    )
+    assert not run.model.model.token_pruners[0].training
+    assert torch.isfinite(run.trainer.callback_metrics["loss/total"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 4, "use_dora": True},
+        {"peft_type": "IA3", "feedforward_modules": []},
+        {"peft_type": "oft", "oft_block_size": 4},
+    ],
+)
+def test_other_tuners(work, fields):
+    run = work.fit(trainer=WATCH, model={"lora": fields, "teacher": "AdapterOff", "losses": ["Label", "KL"]})
+    changed = set().union(*found(run, Watch).changed)
+    assert changed
+    assert not any("base_layer" in name for name in changed)
+    assert all("language_model" in name for name in changed)
+
+
+def test_learning_rates_of_the_parts(work):
+    optimizer = {"lr": 1e-3, "projector_lr": 2e-3, "vision_tower_lr": 3e-3, "warmup": 1}
+    run = work.fit(trainer=WATCH, model={"optimizer": optimizer})
+    rates = found(run, Watch).rates[0]
+    assert rates["language_model"] == pytest.approx(1e-3)
+    assert rates["projector"] == pytest.approx(2e-3)
+    assert rates["vision_tower"] == pytest.approx(3e-3)
