@@ -155,7 +155,9 @@ class Study:
             raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
 
 
-def run_study(config: str | Study, out: str | Path | None, console: Console, tables: bool = False) -> Path:
+def run_study(
+    config: str | Study, out: str | Path | None, console: Console, tables: bool = False, into: str | Path | None = None
+) -> Path:
     """Make every cell that the folder lacks, then the tables; other processes may work on the same folder.
 
     Args:
@@ -163,12 +165,13 @@ def run_study(config: str | Study, out: str | Path | None, console: Console, tab
         out: folder of the results; default: the study's.
         console: where progress goes.
         tables: only make the tables of what is there.
+        into: a document whose tables, between its two markers, are made anew.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder holds another study.
+        ValueError: the folder holds another study, or the document has no markers.
     """
     from tpcompress.evaluation.study_cells import cells_of
     from tpcompress.evaluation.study_tables import write_tables
@@ -181,7 +184,7 @@ def run_study(config: str | Study, out: str | Path | None, console: Console, tab
         start = time.perf_counter()
         made = Workshop.open(study, folder, console).work(cells)
         console.print(f"{made} cells in {(time.perf_counter() - start) / 60:.0f} min", highlight=False)
-    write_tables(study, cells, folder)
+    write_tables(study, cells, folder, into)
     console.print(f"[bold]{folder}[/bold]: tables.md, tables.csv, tables.json", soft_wrap=True)
     return folder
 

@@ -35,6 +35,12 @@ class Training:
     plan: PruningPlan | None
     seed: int
 
+    @property
+    def made_of(self) -> str:
+        """Recipe and plan as text, to be told from another run of the same name."""
+        plan = None if self.plan is None else self.plan.to_dict()
+        return json.dumps({"recipe": self.recipe, "plan": plan}, sort_keys=True)
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -101,6 +107,11 @@ def plan_for(contender: Contender, budget: int | None, seed: int) -> PruningPlan
     return PruningPlan([Stage(config, contender.layer, keep_tokens=budget)])
 
 
+def runs_of(cell: Cell) -> list[Training]:
+    """The runs that a cell needs, each once."""
+    return list({t.name: t for t in (cell.training, cell.gate) if t is not None}.values())
+
+
 def merged(below: Settings, above: Settings) -> Settings:
     """`above` over `below`, mapping by mapping; whatever names its class replaces what was there."""
     result = dict(below)
@@ -117,8 +128,8 @@ def slug(text: str) -> str:
 
 
 def fingerprint(study: Study) -> str:
-    """What must not change while a folder fills: the data of the tests and what all runs share."""
-    same = {name: getattr(study, name) for name in ("base", "num_images", "seed", "recipe")}
+    """What must not change while a folder fills, besides the runs themselves: the base and the data of the tests."""
+    same = {name: getattr(study, name) for name in ("base", "num_images", "seed")}
     return json.dumps(same, sort_keys=True)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,17 +12,8 @@ from tpcompress.evaluation.score import Scores, learnt_families
 from tpcompress.evaluation.study import Study
 from tpcompress.evaluation.study_cells import CONTROL, DENSE, FREE, Cell
 from tpcompress.evaluation.study_claims import write_whole
-from tpcompress.evaluation.study_stats import Estimate, gain_of, pooled, score_of
-
-UNKNOWN = "–"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-HOW = (
-    "Percent of questions answered exactly, mean over the families the base has learnt (its accuracy is at least 10 "
-    "points above that on blanked images); families marked * it has not, they stand beside the mean and not in it. "
-    "± is half a 95 % interval over seeds and images at once: variance over seeds / seeds + bootstrap variance over "
-    "images of the seed-averaged answers, Welch-Satterthwaite t. Gains are paired, seed by seed and image by image; "
-    "bold where the interval excludes zero. (n) counts seeds where fewer than all are there."
-)
+from tpcompress.evaluation.study_stats import gain_of, pooled, score_of
+from tpcompress.evaluation.study_text import UNKNOWN, Gain, Table, fill, to_csv, to_json, to_markdown
 
 
 @dataclass(frozen=True)
@@ -89,44 +77,28 @@ class Results:
         return Scores.load(path) if path.with_suffix(".json").is_file() else None
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; a cell is a text or an estimate. `gain` tells estimates that are differences."""
-
-    name: str
-    title: str
-    header: list[str]
-    rows: list[list[Any]]
-    note: str = ""
-
-
-def write_tables(study: Study, cells: Sequence[Cell], folder: Path) -> None:
+def write_tables(study: Study, cells: Sequence[Cell], folder: Path, into: str | Path | None = None) -> None:
     """Write tables.md, tables.csv and tables.json of what is there.
 
     Args:
         study: what was asked.
         cells: all of it.
         folder: where the results are, and where the tables go.
+        into: a document whose tables are made anew.
+
+    Raises:
+        ValueError: the document has no markers.
     """
     results = Results(study, cells, folder)
     tables = [table for make in MAKERS for table in make(results)]
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "tables.md", to_markdown(results, tables))
+    done = sum((folder / "cells" / f"{cell.name}.json").is_file() for cell in cells)
+    text = to_markdown(study, tables, done, len(cells))
+    write_whole(folder / "tables.md", text)
     write_whole(folder / "tables.csv", to_csv(tables))
     write_whole(folder / "tables.json", to_json(tables))
-
-
-def fill(text: str, tables: str) -> str:
-    """A document with the tables between its markers.
-
-    Raises:
-        ValueError: it has no markers.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"The document has no place for the tables; write {BEGIN} and {END} where they belong.")
-    return f"{head}{begin}\n\n{tables.strip()}\n\n{end}{tail}"
+    if into is not None:
+        write_whole(Path(into), fill(Path(into).read_text(encoding="utf-8"), text))
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -235,57 +207,6 @@ MAKERS: tuple[Callable[[Results], list[Table]], ...] = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- text
-
-
-def to_markdown(results: Results, tables: Sequence[Table]) -> str:
-    """All tables, and how to read them."""
-    done = sum((results.folder / "cells" / f"{cell.name}.json").is_file() for cell in results.cells)
-    study = results.study
-    how = f"{done} of {len(results.cells)} cells, {study.num_images} held-out images, seeds "
-    lines = [f"{how}{', '.join(map(str, study.seeds))}. {HOW}", ""]
-    for table in tables:
-        lines += [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
-        lines.append("|" + " --- |" * len(table.header))
-        lines += ["| " + " | ".join(_text(cell, study) for cell in row) + " |" for row in table.rows]
-        lines += ["", *([table.note, ""] if table.note else [])]
-    return "\n".join(lines)
-
-
-def to_csv(tables: Sequence[Table]) -> str:
-    """One line per number: table, row, column, mean, half width, seeds."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "row", "column", "mean", "half", "seeds"])
-    for table, row, column, cell in _numbers(tables):
-        writer.writerow([table, row, column, cell.mean, cell.half, cell.seeds])
-    return text.getvalue()
-
-
-def to_json(tables: Sequence[Table]) -> str:
-    """The same numbers."""
-    rows = [
-        {"table": table, "row": row, "column": column, "mean": cell.mean, "half": cell.half, "seeds": cell.seeds}
-        for table, row, column, cell in _numbers(tables)
-    ]
-    return json.dumps(rows, indent=1, allow_nan=False)
-
-
-def _numbers(tables: Sequence[Table]) -> list[tuple[str, str, str, Estimate]]:
-    found = []
-    for table in tables:
-        for row in table.rows:
-            name = " / ".join(cell for cell in row if isinstance(cell, str) and cell != UNKNOWN)
-            pairs = zip(table.header, row, strict=True)
-            found += [(table.name, name, column, cell) for column, cell in pairs if isinstance(cell, Estimate)]
-    return found
-
-
-@dataclass(frozen=True)
-class _Gain(Estimate):
-    """A difference, which has a sign and may be none."""
-
-
 def _score(runs: dict[int, Scores]) -> Any:
     return score_of(list(runs.values())) if runs else UNKNOWN
 
@@ -296,19 +217,10 @@ def _gain(runs: dict[int, Scores], others: dict[int, Scores]) -> Any:
     if not both:
         return UNKNOWN
     gain = gain_of([runs[seed] for seed in both], [others[seed] for seed in both])
-    return _Gain(gain.mean, gain.half, gain.seeds)
+    return Gain(gain.mean, gain.half, gain.seeds)
 
 
 def _families(runs: dict[int, Scores], results: Results) -> list[str]:
     if not runs:
         return [UNKNOWN] * len(results.families)
     return [f"{100 * value:.0f}" for value in pooled(list(runs.values())).families.values()]
-
-
-def _text(cell: Any, study: Study) -> str:
-    if not isinstance(cell, Estimate):
-        return str(cell)
-    sign = "+" if isinstance(cell, _Gain) else ""
-    text = f"{100 * cell.mean:{sign}.1f} ± {100 * cell.half:.1f}"
-    text = f"**{text}**" if isinstance(cell, _Gain) and cell.clear else text
-    return text if cell.seeds == len(study.seeds) else f"{text} ({cell.seeds})"

@@ -16,14 +16,15 @@ from rich.console import Console
 from tpcompress.data.benchmark import load_benchmark
 from tpcompress.evaluation.score import Prepared, Scores, evaluate, prepare
 from tpcompress.evaluation.study import Study
-from tpcompress.evaluation.study_cells import Cell, Training, fingerprint
+from tpcompress.evaluation.study_cells import Cell, Training, fingerprint, runs_of
 from tpcompress.evaluation.study_claims import claim, write_whole
 from tpcompress.evaluation.study_train import Kept, train
 from tpcompress.insertion.attach import attach, controller_of, detach, is_attached
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Pruner
+from tpcompress.training.base import load_base, load_processor
 from tpcompress.training.checkpoint import load_trained
-from tpcompress.training.module import load_base, load_processor
+from tpcompress.training.finite import NonFiniteLoss
 
 PAUSE = 5.0
 """Seconds until a process that has nothing left looks whether others have let something go."""
@@ -52,6 +53,7 @@ class Workshop:
         tests: the same rows collated, packed or not.
         kept: training pictures, encoded.
         loaded: the trained model that was last needed.
+        failed: cells that this process cannot make, and why.
     """
 
     study: Study
@@ -63,6 +65,7 @@ class Workshop:
     tests: dict[bool, Prepared] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
     loaded: Loaded | None = None
+    failed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, study: Study, folder: Path, console: Console) -> Workshop:
@@ -85,14 +88,26 @@ class Workshop:
 
         Returns:
             How many cells this process made.
+
+        Raises:
+            ValueError: a run in the folder was made otherwise than the study says, or one met a loss that is no number.
+            KeyboardInterrupt: interrupted; what is done is kept.
         """
+        self._check_runs(cells)
         made, left = 0, list(cells)
-        while left := [cell for cell in left if not self.path(cell).is_file()]:
-            before = made
-            for cell in left:
-                made += self._try(cell, cells)
-            if made == before:
-                time.sleep(PAUSE)
+        try:
+            while left := [c for c in left if not self.path(c).is_file() and c.name not in self.failed]:
+                before = made
+                for cell in left:
+                    made += self._try(cell, cells)
+                if made == before:
+                    time.sleep(PAUSE)
+        except KeyboardInterrupt as stop:
+            kept = f"{made} cells were made and are kept in {self.folder}"
+            raise KeyboardInterrupt(f"Interrupted; {kept}, the same command goes on.") from stop
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            raise ValueError(f"{len(self.failed)} cells could not be made, {name} first: {why} All others are there.")
         return made
 
     def path(self, cell: Cell) -> Path:
@@ -106,27 +121,40 @@ class Workshop:
         with claim(self._lock(f"cell-{cell.name}")) as mine:
             if not mine or self.path(cell).is_file():
                 return False
-            start = time.perf_counter()
-            for training in {id(t): t for t in (cell.training, cell.gate) if t is not None}.values():
-                if not self._trained(training):
+            start, new = time.perf_counter(), any(not self._done(training).is_file() for training in runs_of(cell))
+            try:
+                if not all(self._trained(training) for training in runs_of(cell)):
                     return False
+            except NonFiniteLoss as error:
+                self.failed[cell.name] = str(error)
+                return False
             trained = time.perf_counter()
             scores = self._test(cell)
-            self._write(cell, scores, trained - start, time.perf_counter() - trained)
+            self._write(cell, scores, new, trained - start, time.perf_counter() - trained)
             self._say(cell, scores, cells)
         return True
 
     def _trained(self, training: Training) -> bool:
         """See to it that a run is done; False if another process is at it."""
-        done = self._run_folder(training) / "done"
+        done = self._done(training)
         with claim(self._lock(f"train-{training.name}")) as mine:
             if done.is_file():
                 return True
             if not mine:
                 return False
             train(training, self.study.base, self._run_folder(training), self.kept)
-            done.touch()
+            write_whole(done, training.made_of)
         return True
+
+    def _check_runs(self, cells: Sequence[Cell]) -> None:
+        """See that the runs in the folder are those of the study: a changed recipe keeps its name."""
+        for training in {t.name: t for cell in cells for t in runs_of(cell)}.values():
+            done = self._done(training)
+            if done.is_file() and done.read_text() != training.made_of:
+                raise ValueError(
+                    f"{done.parent} was trained with another recipe or plan than the study says; give the changed arm "
+                    f"another name, or choose another --out."
+                )
 
     def _test(self, cell: Cell) -> Scores:
         model, plan = self.base, cell.plan
@@ -162,12 +190,15 @@ class Workshop:
     def _run_folder(self, training: Training) -> Path:
         return self.folder / "train" / training.name
 
+    def _done(self, training: Training) -> Path:
+        return self._run_folder(training) / "done"
+
     def _lock(self, name: str) -> Path:
         return self.folder / "locks" / f"{name}.lock"
 
     # ------------------------------------------------------------------ records
 
-    def _write(self, cell: Cell, scores: Scores, train_seconds: float, test_seconds: float) -> None:
+    def _write(self, cell: Cell, scores: Scores, trained: bool, train_seconds: float, test_seconds: float) -> None:
         """The answers of every image first, then the record that says the cell is done."""
         path = self.path(cell)
         part = path.with_suffix(".part.npz")
@@ -176,7 +207,7 @@ class Workshop:
         names = ("name", "table", "pruner", "way", "budget", "seed", "tested", "tested_budget")
         record = {name: getattr(cell, name) for name in names}
         record |= {"exact_match": scores.families, "images": scores.num_images, "answers": f"{cell.name}.npz"}
-        record |= {"train_seconds": round(train_seconds, 1), "test_seconds": round(test_seconds, 1)}
+        record |= {"trained": trained, "train_seconds": round(train_seconds, 1), "test_seconds": round(test_seconds, 1)}
         write_whole(path, json.dumps(record, indent=2))
 
     def _say(self, cell: Cell, scores: Scores, cells: Sequence[Cell]) -> None:
@@ -187,20 +218,17 @@ class Workshop:
 
     def _left(self, done: Sequence[Cell], left: Sequence[Cell]) -> float:
         """Seconds of the cells to come, from those of their kind that are there."""
-        known: dict[str, list[tuple[float, float]]] = {}
+        known: dict[str, list[float]] = {}
         for cell in done:
             record = json.loads(self.path(cell).read_text())
-            times = (record["train_seconds"], record["test_seconds"])
-            for kind in ("", f"trained {cell.pruner}", f"tested {cell.tested}"):
-                known.setdefault(kind, []).append(times)
-
-        def mean(kind: str, which: int) -> float:
-            values = [t[which] for t in known.get(kind, known[""]) if t[which] > 1 or which]
-            return sum(values) / len(values) if values else 0.0
-
+            for kind in (f"tested {cell.tested}", "tested "):
+                known.setdefault(kind, []).append(record["test_seconds"])
+            for kind in (f"trained {cell.pruner}", "trained ") if record["trained"] else ():
+                known.setdefault(kind, []).append(record["train_seconds"])
         runs = {c.training.name: c for c in left if c.training is not None}
-        new = [c for name, c in runs.items() if not (self.folder / "train" / name / "done").is_file()]
-        return sum(mean(f"trained {c.pruner}", 0) for c in new) + sum(mean(f"tested {c.tested}", 1) for c in left)
+        new = [c for c in runs.values() if c.training is not None and not self._done(c.training).is_file()]
+        training = sum(_mean(known, f"trained {cell.pruner}", "trained ") for cell in new)
+        return training + sum(_mean(known, f"tested {cell.tested}", "tested ") for cell in left)
 
 
 def _with_weights(plan: PruningPlan, pruner: Pruner | None) -> PruningPlan:
@@ -209,3 +237,9 @@ def _with_weights(plan: PruningPlan, pruner: Pruner | None) -> PruningPlan:
     stage = plan.stages[-1]
     trained = Stage(pruner, stage.layer, stage.keep_ratio, stage.keep_tokens)
     return PruningPlan([*plan.stages[:-1], trained], plan.positions, plan.scope)
+
+
+def _mean(known: dict[str, list[float]], kind: str, any_kind: str) -> float:
+    """Seconds of a kind of work, of any kind where that one is new, nothing where all is."""
+    values = known.get(kind) or known.get(any_kind) or [0.0]
+    return sum(values) / len(values)
