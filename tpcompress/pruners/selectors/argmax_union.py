@@ -48,7 +48,9 @@ class ArgmaxUnion(Selector):
 
     def forward(self, scores: Scores, valid_BV: Tensor, num_keep_B: Tensor, explore: bool) -> Choice:
         if scores.votes_BVV is None:
-            raise ValueError("argmax_union counts votes, this scorer gives none; take cross_attention with union: true.")
+            raise ValueError(
+                "argmax_union counts votes, this scorer gives none; take cross_attention with union: true."
+            )
         votes_BVV = scores.votes_BVV
         if explore:
             draw_BVV = gumbel_noise(votes_BVV) if self.noise == "gumbel" else torch.rand_like(votes_BVV)
