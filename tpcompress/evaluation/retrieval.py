@@ -259,6 +259,7 @@ def load_model(path: Path = WEIGHTS) -> RetrievalModel:
         raise FileNotFoundError(f"No weights at {path}; scripts/build_retrieval.py makes them.")
     with np.load(path) as stored:
         state: dict[str, Any] = {name: torch.from_numpy(stored[name]).float() for name in stored.files}
-    model = RetrievalModel()
-    model.load_state_dict(state)
+    with torch.device("meta"):  # without drawing weights that are thrown away
+        model = RetrievalModel()
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
