@@ -63,6 +63,7 @@ class Measuring:
         steps: of the retrieval task: when to look; the last is where training ends.
         seeds: of the retrieval task.
         scorers: of the second yardstick, by the name of their column.
+        base_estimators: names of those that run on it; empty takes all of `estimators`.
         base_seeds: one run per seed, estimator and scorer.
         trained_at: tokens per image in training.
         budgets: tokens per image in tests.
@@ -78,6 +79,7 @@ class Measuring:
     steps: tuple[int, ...] = (60, 240)
     seeds: tuple[int, ...] = (0, 1)
     scorers: dict[str, Any] = field(default_factory=dict)
+    base_estimators: tuple[str, ...] = ()
     base_seeds: tuple[int, ...] = (0,)
     trained_at: int = 16
     budgets: tuple[int, ...] = (16,)
@@ -106,7 +108,7 @@ class Measuring:
         except TypeError as error:
             known = ", ".join(f.name for f in fields(cls))
             raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
-        made.chosen()
+        made.chosen(), made.on_base()
         if not made.steps or list(made.steps) != sorted(set(made.steps)) or made.steps[0] < 1:
             raise ValueError(f"{path}: steps are rising counts such as [60, 240], got {list(made.steps)}.")
         return made
@@ -118,6 +120,14 @@ class Measuring:
             ValueError: one is unknown.
         """
         return [find_estimator(name) for name in self.estimators or ESTIMATORS]
+
+    def on_base(self) -> list[Estimator]:
+        """Those to measure on the base.
+
+        Raises:
+            ValueError: one is unknown.
+        """
+        return [find_estimator(name) for name in self.base_estimators] or self.chosen()
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +185,7 @@ def _free(measuring: Measuring) -> Iterator[Cell]:
 def _base(measuring: Measuring) -> Iterator[Cell]:
     for seed in measuring.base_seeds:
         for column in measuring.scorers:
-            for estimator in measuring.chosen():
+            for estimator in measuring.on_base():
                 run = training_of(measuring, estimator, column, seed)
                 for keep in measuring.budgets:
                     yield Cell("base", estimator.name, column, seed, keep, estimator, training=run)
