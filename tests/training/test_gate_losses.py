@@ -3,10 +3,12 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import answer_labels, batch, tiny_model
 from training.gate_passes import (
     LABELS,
     OWNER,
@@ -27,6 +29,7 @@ from training.gate_passes import (
 )
 
 from tpcompress.evaluation.cost import decoder_flops
+from tpcompress.families import resolve
 from tpcompress.insertion.plan import Budget
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Selection, create
@@ -36,11 +39,12 @@ from tpcompress.training.losses.budget import OnBudget, budget_loss
 from tpcompress.training.losses.entropy import Entropy
 from tpcompress.training.losses.flops import Flops
 from tpcompress.training.losses.imitate import Imitate
-from tpcompress.training.losses.label import sample_losses
+from tpcompress.training.losses.label import Label, sample_losses
 from tpcompress.training.losses.reconstruct import Reconstruct, reconstruction_error
 from tpcompress.training.losses.score_function import ScoreFunction, drawn_log_prob, score_function
 from tpcompress.training.losses.sparsity import Sparsity
 from tpcompress.training.losses.twig import Twig
+from tpcompress.training.passes import run_pass
 
 GATE_LOSSES = [pair for pair in variants() if "gate" in list_losses()[pair[0]](**pair[1]).needs and pair[0] != "twig"]
 SUMS = [pair for pair in GATE_LOSSES if pair[0] not in ("flops", "score_function")]
@@ -408,3 +412,30 @@ def test_a_gate_that_a_pruner_gave_in_mode_drop_counts_as_well():
     here.budgets = [Budget(keep_ratio=0.5)]
     means = [0.5 * k / n for k, n in zip(COUNTS, TOKENS, strict=True)]
     assert Sparsity()(here, None).item() == pytest.approx(sum(means) / R)
+
+
+# ------------------------------------------------------------------ on a model
+
+
+def test_losses_read_what_they_need_of_a_real_model():
+    model = tiny_model()
+    module = SimpleNamespace(model=model, parts=resolve(model))
+    text = model.config.get_text_config()
+    flops = Flops()
+    flops.prepare(module)
+    a, b = flops.cost
+    assert flops.num_layers == text.num_hidden_layers
+    assert 2 * (a * 50 + b * 50**2) * flops.num_layers == decoder_flops(text, [50] * flops.num_layers)
+    inputs = batch([(3, 1, 6), (9, 0, 5)])
+    here = run_pass(model, inputs | {"labels": answer_labels(inputs)})
+    # A scorer that carries the states which reach the last norm answers as the model does.
+    before = []
+    handle = module.parts.final_norm.register_forward_pre_hook(lambda norm, args: before.append(args[0]))
+    model(**inputs)
+    handle.remove()
+    selection = Selection(valid_rows([4]), torch.zeros(1, V), text_BSD=before[0])
+    here.trace = Trace([stage_of(view_of([4]), selection, [4], [0])])
+    here.budgets = [Budget(keep_tokens=2)]
+    twig = Twig()
+    twig.prepare(module)
+    torch.testing.assert_close(twig(here, None), Label()(here, None))
