@@ -12,7 +12,7 @@ from training.test_resume import GATE, LORA, flat
 STEPS = 8
 RUNS = {
     "full": {},
-    "LoRA": {"model": LORA | {"distill": {}}},
+    "LoRA": {"model": LORA | {"teacher": "AdapterOff", "losses": ["Label", "KL"]}},
     "gate": {"model": {"plan": GATE, "scorer": {"steps": 4}}},
     "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, controller_of
 from tpcompress.training.base import load_base, load_processor
+from tpcompress.training.dummy import with_picture
 from tpcompress.training.finite import NonFiniteLoss, check_gradients, check_loss
 from tpcompress.training.losses import Loss
 from tpcompress.training.losses.label import Label
@@ -24,6 +25,7 @@ from tpcompress.training.parts import add_lora, check_packing, check_train, read
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import Phase, Scorer, check_full_every, is_learned, phases_of
 from tpcompress.training.schedules import Schedule, draw_for
+from tpcompress.training.sharding import average_whole, clip_norm, cuts_weights, shard
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.steps import student_passes
 from tpcompress.training.teachers import Teacher
@@ -141,6 +143,9 @@ class PruningModule(L.LightningModule):
                 parameter.data = parameter.data.float()
         for loss in [*self.losses, *(self.scorer.losses or [])]:
             loss.prepare(self)
+        if self.device_mesh is not None:
+            shard(model, self.parts, self.device_mesh["data_parallel"])
+            self.trainable = [p for p in model.parameters() if p.requires_grad]  # sharding makes new ones
 
     @property
     def total_steps(self) -> int:
@@ -187,10 +192,11 @@ class PruningModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The losses of one batch, pruned as the step's phase, mode and budgets say; a mean over passes."""
         phase = self.phase
+        batch, added = self._with_picture(batch)
         # Shared by the ranks: the budget decides how long the sequences are.
         draw = draw_for(self.seed, self.global_step, batch_idx).random()
         terms: dict[str, Tensor] = {}
-        passes = student_passes(self, phase, batch, draw)
+        passes = student_passes(self, phase, batch, draw, blind=added)
         for _, losses in passes:
             for name, value in losses.items():
                 share = value.float() / len(passes)
@@ -205,9 +211,17 @@ class PruningModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Label loss with the plan's own budget and truly shorter sequences, as after export."""
         assert self.model is not None
-        batch = {k: v for k, v in batch.items() if k != "meta"}
+        size = len(batch["input_ids"])
+        batch = {k: v for k, v in self._with_picture(batch)[0].items() if k != "meta"}
         loss = self.model(**batch, use_cache=False).loss
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
+
+    def _with_picture(self, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Where weights are cut, every process calls the vision tower in every step."""
+        collator = getattr(self.trainer.datamodule, "collator", None)  # type: ignore[attr-defined]
+        if collator is None or not cuts_weights(self.trainer):
+            return batch, False
+        return with_picture(batch, collator)
 
     def _log_step(self, terms: dict[str, Tensor], loss: Tensor, here: Pass, phase: Phase, size: int) -> None:
         self.log_dict({f"loss/{name}": value.detach() for name, value in terms.items()}, batch_size=size)
@@ -218,8 +232,22 @@ class PruningModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a step that would spread a NaN. From here until the scheduler has followed, nothing is saved."""
+        if self.device_mesh is not None:
+            average_whole(self.trainable)
         check_gradients(self.trainer, self.trainable)
         self.in_step = True
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's, which cannot clip weights of which some are cut over the processes and some are not."""
+        if self.device_mesh is None or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_norm(self.trainable, gradient_clip_val)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """As Lightning's; the step is complete."""

@@ -44,6 +44,7 @@ def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
     for index, layer in enumerate(parts.layers):
         # A pruner asks the layer before its stage for keys, when that layer has run already.
         fully_shard(layer, mesh=mesh, reshard_after_forward=index not in watched, ignored_params=pruners)
+        type(layer).__copy__ = _shallow  # type: ignore[attr-defined]  # a pruner looks through a shallow copy of a layer
     # The rest is one group. Towers have none of their own: a call may run one once for images and once for videos, and
     # transformers records hidden states by the class of a model, which sharding replaces.
     fully_shard(model, mesh=mesh, ignored_params=pruners)
@@ -87,3 +88,10 @@ def clip_norm(parameters: Sequence[nn.Parameter], limit: float) -> None:
         gradient = parameter.grad
         if gradient is not None:
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+
+
+def _shallow(layer: nn.Module) -> nn.Module:
+    """`copy.copy` of a cut layer, whose class would make a new layer instead; it shares weights and hooks."""
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    return twin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def student_passes(
-    module: PruningModule, phase: Phase, batch: Mapping[str, Any], draw: float
+    module: PruningModule, phase: Phase, batch: Mapping[str, Any], draw: float, blind: bool = False
 ) -> list[tuple[Pass, dict[str, Tensor]]]:
     """The forward calls of a step, one for each budget of its schedule, each with its weighted losses.
 
@@ -28,6 +29,7 @@ def student_passes(
         phase: of the step.
         batch: what the collator made.
         draw: random number of the step, the same on all ranks.
+        blind: the batch's only picture is a dummy, whose choice is nobody's business.
     """
     assert module.model is not None
     progress = phase.progress(module.global_step)
@@ -35,6 +37,8 @@ def student_passes(
     for values in step_budgets(module, phase, progress, draw):
         with pruning(module, phase, progress):
             here = run_pass(module.model, batch, values, own="own" in needs)
+        if blind:
+            here = replace(here, trace=None)
         taught = None
         if "teacher" in needs and module.teacher is not None:
             taught = module.teacher(module, batch, here, progress)

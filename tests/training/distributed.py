@@ -1,0 +1,94 @@
+"""Runs on two processes of one machine, without an accelerator; forks of the server of `killing`."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from training.killing import fit, server
+
+from tpcompress.training import module
+
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp_find_unused_parameters_true",
+    "fsdp2": {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {
+            "data_parallel_size": 2,
+            "tensor_parallel_size": 1,
+            "save_distributed_checkpoint": False,
+            "process_group_backend": "gloo",
+        },
+    },
+}
+
+
+class Note(Callback):
+    """Writes each rank's losses, the sequences and pictures of its batches, and its calls of the vision tower."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.rows: list[dict[str, Any]] = []
+        self.calls = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.parts.vision_tower.register_forward_pre_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pixels = batch.get("pixel_values")
+        row = {"loss": float(outputs["loss"].detach()), "pictures": 0 if pixels is None else len(pixels)}
+        row |= {"answers": batch["meta"].num_answers, "calls": self.calls, "rows": batch["meta"].rows}
+        self.rows.append(row)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in pl_module.model.named_parameters()}
+        whole = {name: value.detach().clone() for name, value in whole.items()}
+        torch.save({"steps": self.rows, "weights": whole}, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+class AsTwo(Callback):
+    """Lets one process that accumulates two batches draw what two ranks draw, each for its batch."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        draw = module.draw_for
+
+        def drawn(seed: int, step: int, batch: int, *rank: int) -> random.Random:
+            return draw(seed, step, batch // 2, *(batch % 2 for _ in rank))
+
+        module.draw_for = drawn
+
+
+def note(folder: Path) -> dict[str, Any]:
+    return {"class_path": "training.distributed.Note", "init_args": {"folder": str(folder)}}
+
+
+def rank(number: int, world: int, port: int, args: list[str], said: Path) -> None:
+    """One process of a run; Lightning finds its place in the environment, as under a launcher."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": number, "WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    fit(args, said.with_suffix(f".{number}.txt"))
+
+
+def on_ranks(args: list[str], said: Path, seconds: int, target: Any = rank, world: int = 2) -> tuple[list[int], str]:
+    """Exit codes and words of the processes of a run; -9 for those that had to be ended because they hung."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [server().Process(target=target, args=(n, world, port, args, said)) for n in range(world)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    words = [said.with_suffix(f".{n}.txt") for n in range(world)]
+    return [p.exitcode for p in processes], "\n".join(path.read_text() for path in words if path.exists())
