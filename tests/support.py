@@ -73,7 +73,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "holov": [{"attention": "received", "crops": 5, "beta": 3.0}],
     "hiprune": [{"alpha": 1.0}, {"alpha": 0.7, "compat": True}, {"object_layer": 0}],
-    "learned_gate": [QUESTION, {"reserve": 3}, {"scorer": {**QUESTION["scorer"], "width": 8}, "reserve": 4}],
+    "learned_gate": [
+        QUESTION,
+        {"reserve": 3},
+        {"scorer": {**QUESTION["scorer"], "width": 8}, "reserve": 4},
+        {"scorer": "cross_attention", "selector": "straight_through", "applier": "value"},
+        {"selector": "straight_through", "applier": "log_bias"},
+        {"scorer": "mean_key", "selector": {"type": "soft_topk", "relaxation": "laplace"}, "applier": "merge"},
+        {"scorer": "mlp", "selector": "soft_topk", "applier": "scale"},
+        {"scorer": "linear", "selector": "straight_through", "applier": "rest"},
+    ],
     "random": [{"seed": 7}, {"resample": True}],
     "tome": [{"metric": "keys"}, {"proportional": False, "rounds": 1}],
     "tofu": [{"mode": "prune"}, {"metric": "keys", "proportional": False, "rounds": 3}],
@@ -93,6 +102,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 INEXACT: dict[str, list[dict[str, Any]]] = {
     "divprune": [{"compat": True}],
+    "learned_gate": [
+        {"selector": "threshold", "applier": "value"},
+        {"selector": "learned_budget", "applier": "gather_value"},
+        {"scorer": {"type": "cross_attention", "union": True}, "selector": "argmax_union", "applier": "gather_value"},
+    ],
     "visionzip": [{"compat": True}],
     "prumerge": [{"adaptive": True}, {"adaptive": True, "plus": True}, {"plus": True, "compat": True}],
     "holov": [{"compat": True}],
@@ -269,7 +283,7 @@ def pad_view(view: TokenView, padding: int, canvas: tuple[int, int]) -> TokenVie
         if name.endswith(("VD", "VC")):
             shape = (*value.shape[:-2], padding, value.shape[-1])
             fields[name] = torch.cat([value, value.new_full(shape, 1e3)], -2)
-        elif name in ("valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV"):
+        elif name in ("valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV", "column_BV"):
             fields[name] = torch.cat([value, value.new_zeros(len(value), padding)], 1)
         elif name.endswith("V") and isinstance(value, Tensor):
             fields[name] = torch.cat([value, value.new_full((*value.shape[:-1], padding), 1e3)], -1)

@@ -51,6 +51,8 @@ class LearnedGate(Pruner):
         self.selector: Selector = create_part("selector", selector, allow_outside=False)
         self.applier: Applier = create_part("applier", applier, allow_outside=False)
         self.reserve = reserve
+        if reserve and self.selector.votes:
+            raise ValueError(f"Selector '{self.selector.name}' counts votes and knows no reserve; set reserve: 0.")
         if self.applier.merges and not self.selector.exact:
             raise ValueError(
                 f"Applier '{self.applier.name}' merges, so every row needs its exact count; selector "
