@@ -234,6 +234,14 @@ def test_config_round_trip(config: dict[str, Any]) -> None:
             assert (whole["type"] == value) if isinstance(value, str) else (value.items() <= whole.items())
         else:
             assert whole == value
+    assert json.loads(json.dumps(said)) == said, "plain values, as a checkpoint holds them"
+    again.build(D)
+    again.load_state_dict(pruner.state_dict())
+    view = make_view(pruner, features(2, 12), GRIDS[12])
+    with torch.no_grad():
+        assert torch.equal(pruner(view, torch.tensor([3, 5])).keep_BV, again.eval()(view, torch.tensor([3, 5])).keep_BV)
+        copied = copy.deepcopy(pruner)
+        assert torch.equal(pruner(view, torch.tensor([3, 5])).keep_BV, copied(view, torch.tensor([3, 5])).keep_BV)
 
 
 def awkward(name: str) -> Tensor:
