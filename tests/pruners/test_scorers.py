@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import TokenView, create
-from tpcompress.pruners.base import INSTRUCTION, SYSTEM
+from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
 from tpcompress.pruners.parts import Scores, create_part, list_parts
 from tpcompress.pruners.scorers.mean_key import mean_key_score
 from tpcompress.pruners.scorers.weighted import TIE, spread
 from tpcompress.pruners.topk import keep_topk, standardise
 from tpcompress.training.losses.imitate import choice_loss, scores_loss
 
-D, WORDS = 16, 11
+D = 16
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "local_global": [{"question": True}, {"width": 8}],
     "mlp": [{"width": 12}],
@@ -57,7 +57,27 @@ def features(B: int, V: int, seed: int = 0) -> Tensor:
 
 
 def view_of(scorer: Any, B: int = 3, V: int = 12) -> TokenView:
-    return make_view(scorer, features(B, V), GRIDS[V])
+    return view_over(scorer, features(B, V))
+
+
+def view_over(scorer: Any, vision_BVD: Tensor) -> TokenView:
+    view = make_view(scorer, vision_BVD, GRIDS[vision_BVD.shape[1]])
+    return view if view.text_BSD is None else in_sequence(view)
+
+
+def in_sequence(view: TokenView, before: int = 3) -> TokenView:
+    """The same view with its vision tokens behind the first words of the sequence, as a model shows them."""
+    B, V, _ = view.vision_BVD.shape
+
+    def spliced(words: Tensor, vision: Tensor) -> Tensor:
+        return torch.cat([words[:, :before], vision, words[:, before:]], 1)
+
+    assert view.text_BSD is not None
+    fields = {name: getattr(view, name) for name in ("text_role_BS", "text_valid_BS")}
+    nothing = {name: value.new_zeros(B, V) for name, value in fields.items()}
+    more = {name: spliced(value, nothing[name]) for name, value in fields.items()}
+    more["text_BSD"] = spliced(view.text_BSD, view.vision_BVD)
+    return replace(view, column_BV=(before + torch.arange(V)).expand(B, V), **more)
 
 
 def pad_words(view: TokenView, left: int, right: int) -> TokenView:
@@ -66,7 +86,7 @@ def pad_words(view: TokenView, left: int, right: int) -> TokenView:
         name: F.pad(getattr(view, name), (0, 0, left, right) if name.endswith("D") else (left, right), value=value)
         for name, value in {"text_BSD": 1e3, "text_role_BS": 0, "text_valid_BS": False}.items()
     }
-    return replace(view, **fields)
+    return replace(view, column_BV=view.column_BV + left, **fields)
 
 
 def wordless(view: TokenView) -> TokenView:
@@ -359,7 +379,7 @@ def test_it_learns_to_imitate_a_linear_rule(config: dict[str, Any], kind: str) -
 
     def rows(seed: int) -> tuple[TokenView, Tensor]:
         x_BVD = features(16, 12, seed) + common_D
-        return make_view(scorer, x_BVD, GRIDS[12]), x_BVD @ rule_D
+        return view_over(scorer, x_BVD), x_BVD @ rule_D
 
     held_out, truth = rows(7000)
     optimizer = torch.optim.Adam(scorer.parameters(), 2e-2)
@@ -425,7 +445,7 @@ def answered(view: TokenView, answers: int) -> TokenView:
     """The same prompt with answers behind it."""
     B = len(view.valid_BV)
     more = replace(pad_words(view, 0, answers), text_BSD=torch.cat([view.text_BSD, features(B, answers, 77)], 1))
-    assert (more.text_role_BS[:, WORDS:] == 0).all()
+    assert (more.text_role_BS[:, -answers:] == 0).all()
     return more
 
 
@@ -433,17 +453,17 @@ def answered(view: TokenView, answers: int) -> TokenView:
 def test_twig_sees_nothing_that_comes_later(config: dict[str, Any]) -> None:
     twig = make(config).train()
     view = view_of(twig)
-    long = answered(view, 5)
+    long, prompt = answered(view, 5), view.text_BSD.shape[1]
     text = long.text_BSD.clone()
-    text[:, WORDS + 2] += 1.0
+    text[:, prompt + 2] += 1.0
     changed = replace(long, text_BSD=text)
     with torch.no_grad():
         short, plain, other = twig(view), twig(long), twig(changed)
     assert torch.allclose(plain.scores_BV, short.scores_BV, atol=1e-5), "an answer changes no score"
     assert torch.equal(other.scores_BV, plain.scores_BV)
     difference_S = (other.text_BSD - plain.text_BSD).abs().amax((0, 2))
-    assert (difference_S[: WORDS + 2] == 0).all()
-    assert (difference_S[WORDS + 2 :] > 1e-5).all(), "control: later answers see an earlier one"
+    assert (difference_S[: prompt + 2] == 0).all()
+    assert (difference_S[prompt + 2 :] > 1e-5).all(), "control: later answers see an earlier one"
     assert twig.eval()(view).text_BSD is None, "nobody wants it in inference"
 
 
@@ -477,9 +497,52 @@ def test_twig_scores_are_attention() -> None:
 def test_twig_asks_the_last_image_token_if_no_word_follows() -> None:
     twig = make({"type": "twig"})
     view = view_of(twig)
-    before = replace(view, text_role_BS=torch.where(view.text_role_BS > 0, SYSTEM, 0).to(torch.int8))
+    before = replace(view, text_role_BS=view.text_role_BS.masked_fill(view.text_role_BS != SYSTEM, 0))
     with torch.no_grad():
         assert twig(before).scores_BV.std(1).min() > 1e-2, "words before an image do not see it"
+
+
+def test_twig_takes_the_sequence_as_it_stands() -> None:
+    """A word between two halves of the tokens sees the first half alone; what stands in their columns is not read."""
+    twig = make({"type": "twig"}).train()
+    view = view_of(twig)
+    order_S = torch.tensor([*range(9), 17, *range(9, 17), *range(18, 23)])  # a word between
+    column_V = torch.tensor([*range(3, 9), *range(10, 16)])
+    fields = {name: getattr(view, name)[:, order_S] for name in ("text_BSD", "text_role_BS", "text_valid_BS")}
+    fields["text_role_BS"] = fields["text_role_BS"].index_fill(1, torch.tensor(9), BETWEEN)
+    view = replace(view, column_BV=column_V.expand(3, 12), **fields)
+    loud = replace(view, text_BSD=view.text_BSD.index_fill(1, column_V, 1e3))
+    first, second = (view.vision_BVD.index_add(1, torch.tensor([v]), torch.ones(3, 1, D)) for v in (2, 9))
+    with torch.no_grad():
+        plain, same = twig(view), twig(loud)
+        moved_S = [
+            (twig(replace(view, vision_BVD=x)).text_BSD - plain.text_BSD).abs().amax((0, 2)) for x in (first, second)
+        ]
+    assert torch.equal(same.scores_BV, plain.scores_BV)
+    assert torch.equal(same.text_BSD, plain.text_BSD)
+    assert [bool(moved[9] > 1e-6) for moved in moved_S] == [True, False]
+    assert all(moved[18:].min() > 1e-6 for moved in moved_S), "control: words behind both halves see both"
+    deaf = replace(view, text_role_BS=view.text_role_BS.index_fill(1, torch.tensor(9), 0))
+    with torch.no_grad():
+        assert not torch.allclose(twig(deaf).scores_BV, plain.scores_BV, atol=1e-4), "control: that word counts"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_columns_are_those_of_the_vision_tokens(side: str) -> None:
+    """At each of two stages, with padding and two images in one prompt."""
+    model = tiny_model()
+    inputs = batch([(4, 2, 6), (2, 1, 3)], side=side)
+    twigs = [{"type": "learned_gate", "scorer": {"type": "twig", "layers": 1, "heads": 2, "expand": 1}} for _ in "12"]
+    attach(model, PruningPlan([Stage(twigs[0], 1, keep_tokens=20), Stage(twigs[1], 2, keep_tokens=9)]))
+    with record(model) as trace, torch.no_grad():
+        model(**inputs)
+    for stage, width in zip(trace.stages, (64, 20), strict=True):
+        view = stage.view
+        there_RVD = view.text_BSD.gather(1, view.column_BV[..., None].expand_as(view.vision_BVD))
+        assert view.valid_BV.sum(1).tolist() == [width] * 3
+        assert torch.equal(there_RVD, view.vision_BVD)
+        assert (view.text_role_BS.gather(1, view.column_BV) == 0).all()
+    assert not torch.equal(view.column_BV[0], view.column_BV[1]), "control: each row has its own"
 
 
 @pytest.mark.parametrize("name", ["novelty", "fastv", "divprune", "cdpruner", "fastervlm"])

@@ -20,7 +20,7 @@ HELD = 2 * 2**30
 """Bytes of drawn tensors that are kept for the next pruner; beyond them, unused ones are drawn again when needed."""
 
 FIELDS = {
-    "text": ("text_BSD", "text_role_BS", "text_valid_BS"),
+    "text": ("text_BSD", "column_BV", "text_role_BS", "text_valid_BS"),
     "keys": ("keys_BVD", "text_keys_BSD"),
     "values": ("values_BVD", "text_values_BSD"),
     "normed": ("normed_BVD", "text_normed_BSD"),
@@ -158,6 +158,7 @@ class Views:
         )
         special = {
             "text_role_BS": role_S.to(torch.int8), "text_valid_BS": role_S == INSTRUCTION, "prompt_column_BQ": word_Q,
+            "column_BV": column_S[before : before + V],
             "prompt_role_BQ": role_S[word_Q].to(torch.int8), "input_valid_BU": column_S[:V] >= 0,
         }  # fmt: skip
         if name in special:

@@ -67,6 +67,7 @@ def build_view(
         role_RN = _roles(rows, column_RV, text_BN)
         if "text" in needs:
             optional["text_BSD"], optional["text_role_BS"] = hidden_BND[rows.owner_R], role_RN
+            optional["column_BV"] = column_RV
             instruction_RN = role_RN == INSTRUCTION
             optional["text_valid_BS"] = torch.where(instruction_RN.any(1, keepdim=True), instruction_RN, role_RN > 0)
         if needs & {"attention_prompt", "input"}:

@@ -64,6 +64,7 @@ class TokenView:
         video_BV: True on tokens of a video, whose rectangles are its frames; None where nobody can tell.
         soft: the caller keeps the full length, so a pruner in training may answer with gates.
         text_BSD: hidden states of the whole sequence (B, S, D) (needs "text").
+        column_BV: int64, column of each vision token in `text_BSD` (needs "text").
         text_role_BS: int8, SYSTEM, BETWEEN, INSTRUCTION, or 0 where nothing may be read (needs "text").
         text_valid_BS: the instruction; all words of a prompt that has none (needs "text").
         keys_BVD: keys of the layer before, after rotary embedding, heads side by side (needs "keys").
@@ -111,6 +112,7 @@ class TokenView:
     soft: bool = False
     video_BV: Tensor | None = None
     text_BSD: Tensor | None = None
+    column_BV: Tensor | None = None
     text_role_BS: Tensor | None = None
     text_valid_BS: Tensor | None = None
     keys_BVD: Tensor | None = None

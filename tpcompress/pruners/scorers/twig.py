@@ -1,6 +1,6 @@
 """Twig: a few decoder blocks of its own read the sequence; what their last prompt word attends to is retained.
 
-B rows, V vision tokens, S sequence length, N = V + S, D hidden size, H heads, d head size.
+B rows, V vision tokens, S sequence length, D hidden size, H heads, d head size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpcompress.pruners.base import BETWEEN, SYSTEM, TokenView
+from tpcompress.pruners.base import TokenView
 from tpcompress.pruners.parts import Scores
 from tpcompress.pruners.scorers.weighted import WeightedScorer, spread
 
@@ -24,14 +24,14 @@ class Twig(WeightedScorer):
     and head (fp32; its columns of vision tokens and padding mean nothing). Without that loss the gradient of the
     scores reaches all weights but the values and what follows them in the last block.
 
-    A row's sequence is: words before its vision tokens, its vision tokens, all later words, answers. Neither
-    separators nor tokens of other images are in it. No answer changes a score: what comes later is not seen. The query
-    is the last valid vision token if no word follows one. The logarithm keeps the order of the attention, whose
-    numbers are too small and too uneven for scores that are standardised.
+    A row's sequence is that of the model, with its own vision tokens, all words and the answers; neither separators nor
+    tokens of other images are in it. No answer changes a score: what comes later is not seen. The query is the last
+    vision token if no word follows it. The logarithm keeps the order of the attention, whose numbers are too small and
+    too uneven for scores that are standardised.
 
     needs  text.     Source: TwigVLM (arXiv 2503.14075), section 3: 3 layers behind layer 2.
-    Cost: O(layers (N D^2 (4 + 3 expand) + N^2 D)); vision tokens are in N twice, since no view says which columns of
-    the sequence are theirs.     Starts: random blocks whose outputs are small; equal tokens are ranked by `spread`.
+    Cost: O(layers (S D^2 (4 + 3 expand) + S^2 D)).     Starts: random blocks whose outputs are small; equal tokens are
+    ranked by `spread`.
     Unlike the official code: blocks do not start as later layers of the model and have no rotary embedding (what
     comes out of a decoder layer has places in it); the twig is a scorer only, no draft model for decoding.
 
@@ -61,18 +61,17 @@ class Twig(WeightedScorer):
         self.below = nn.ModuleList(below)
 
     def rate(self, tokens: TokenView) -> Scores:
-        assert tokens.text_BSD is not None
-        V = tokens.valid_BV.shape[1]
-        real_BN, order_BN, query_B = sequence(tokens)
-        itself_NN = torch.eye(real_BN.shape[1], dtype=torch.bool, device=real_BN.device)
-        seen_BNN = (real_BN[:, None] & (order_BN[:, None] <= order_BN[:, :, None])) | itself_NN
-        x_BND = torch.cat([tokens.vision_BVD.to(self.dtype), tokens.text_BSD.to(self.dtype)], 1)
-        x_BND = x_BND.masked_fill(~real_BN[..., None], 0.0)
+        assert tokens.text_BSD is not None and tokens.column_BV is not None
+        x_BSD = tokens.text_BSD.to(self.dtype)
+        real_BS, query_B = sequence(tokens)
+        column_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        seen_BSS = real_BS[:, None] & (column_S <= column_S[:, None]) | (column_S == column_S[:, None])
+        x_BSD = put(tokens.vision_BVD.to(self.dtype), x_BSD, tokens).masked_fill(~real_BS[..., None], 0.0)
         for block in self.below:
-            x_BND = block(x_BND, seen_BNN)
-        scores_BV = self.last.log_attention(x_BND, seen_BNN, query_B)[:, :V]
+            x_BSD = block(x_BSD, seen_BSS)
+        scores_BV = self.last.log_attention(x_BSD, seen_BSS, query_B).gather(1, tokens.column_BV)
         scores_BV = scores_BV.masked_fill(~tokens.valid_BV, 0.0) + spread(tokens.valid_BV)
-        return Scores(scores_BV, text_BSD=self.last(x_BND, seen_BNN)[:, V:] if self.training else None)
+        return Scores(scores_BV, text_BSD=self.last(x_BSD, seen_BSS) if self.training else None)
 
 
 class Block(nn.Module):
@@ -91,45 +90,47 @@ class Block(nn.Module):
             for weight in (self.output.weight, self.down.weight):
                 weight.mul_(0.1)
 
-    def forward(self, x_BND: Tensor, seen_BNN: Tensor) -> Tensor:
-        """Hidden states behind the block; `seen_BNN` says which columns (last) each column sees."""
-        h_BND = self.norm(x_BND)
-        query_BHNd, key_BHNd, value_BHNd = (self._split(layer(h_BND)) for layer in (self.query, self.key, self.value))
-        read_BHNd = F.scaled_dot_product_attention(query_BHNd, key_BHNd, value_BHNd, seen_BNN[:, None])
-        x_BND = x_BND + self.output(read_BHNd.transpose(1, 2).flatten(2))
-        h_BND = self.norm_mlp(x_BND)
-        return x_BND + self.down(F.silu(self.gate(h_BND)) * self.up(h_BND))
+    def forward(self, x_BSD: Tensor, seen_BSS: Tensor) -> Tensor:
+        """Hidden states behind the block; `seen_BSS` says which columns (last) each column sees."""
+        h_BSD = self.norm(x_BSD)
+        query_BHSd, key_BHSd, value_BHSd = (self._split(layer(h_BSD)) for layer in (self.query, self.key, self.value))
+        read_BHSd = F.scaled_dot_product_attention(query_BHSd, key_BHSd, value_BHSd, seen_BSS[:, None])
+        x_BSD = x_BSD + self.output(read_BHSd.transpose(1, 2).flatten(2))
+        h_BSD = self.norm_mlp(x_BSD)
+        return x_BSD + self.down(F.silu(self.gate(h_BSD)) * self.up(h_BSD))
 
-    def log_attention(self, x_BND: Tensor, seen_BNN: Tensor, query_B: Tensor) -> Tensor:
-        """Logarithm (B, N) of the attention, mean over heads, that column `query_B` of each row pays to each other."""
-        B, _, D = x_BND.shape
-        h_BND, index_B11 = self.norm(x_BND), query_B[:, None, None]
-        query_BH1d = self._split(self.query(h_BND.gather(1, index_B11.expand(B, 1, D))))
-        logits_BHN = (query_BH1d @ self._split(self.key(h_BND)).mT)[:, :, 0] * query_BH1d.shape[-1] ** -0.5
-        seen_BN = seen_BNN.gather(1, index_B11.expand(B, 1, seen_BNN.shape[-1]))[:, 0]
-        log_BHN = logits_BHN.masked_fill(~seen_BN[:, None], -1e4).log_softmax(-1)
-        return log_BHN.logsumexp(1) - log(self.heads)
+    def log_attention(self, x_BSD: Tensor, seen_BSS: Tensor, query_B: Tensor) -> Tensor:
+        """Logarithm (B, S) of the attention, mean over heads, that column `query_B` of each row pays to each other."""
+        B, _, D = x_BSD.shape
+        h_BSD, index_B11 = self.norm(x_BSD), query_B[:, None, None]
+        query_BH1d = self._split(self.query(h_BSD.gather(1, index_B11.expand(B, 1, D))))
+        logits_BHS = (query_BH1d @ self._split(self.key(h_BSD)).mT)[:, :, 0] * query_BH1d.shape[-1] ** -0.5
+        seen_BS = seen_BSS.gather(1, index_B11.expand(B, 1, seen_BSS.shape[-1]))[:, 0]
+        log_BHS = logits_BHS.masked_fill(~seen_BS[:, None], -1e4).log_softmax(-1)
+        return log_BHS.logsumexp(1) - log(self.heads)
 
-    def _split(self, x_BND: Tensor) -> Tensor:
-        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _split(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def sequence(tokens: TokenView) -> tuple[Tensor, Tensor, Tensor]:
-    """The row's sequence over the columns [vision tokens, whole sequence].
-
-    Returns:
-        bool (B, N), which columns belong to it; int64 (B, N), their order; int64 (B,), the column of the query.
-    """
+def sequence(tokens: TokenView) -> tuple[Tensor, Tensor]:
+    """The columns that belong to a row's sequence, bool (B, S), and the column of its query, int64 (B,)."""
     role_BS, valid_BV = tokens.text_role_BS, tokens.valid_BV
-    assert role_BS is not None
-    (_, S), V = role_BS.shape, valid_BV.shape[1]
-    column_S, number_V = torch.arange(S, device=role_BS.device), torch.arange(V, device=role_BS.device)
-    word_BS = role_BS > 0
-    last_B1 = torch.where(word_BS, column_S, -1).amax(1, keepdim=True)
+    assert role_BS is not None and tokens.column_BV is not None
+    word_BS, column_S = role_BS > 0, torch.arange(role_BS.shape[1], device=role_BS.device)
+    last_word_B = torch.where(word_BS, column_S, -1).amax(1)
+    last_vision_B = tokens.column_BV.masked_fill(~valid_BV, -1).amax(1)
     # Behind the prompt come answers, and padding that only later padding sees.
-    text_BS = word_BS | ((column_S > last_B1) & (last_B1 >= 0))
-    order_BS = column_S + torch.where(role_BS == SYSTEM, 0, S + V)
-    order_BN = torch.cat([(S + number_V).expand_as(valid_BV), order_BS], 1)
-    later_B = torch.where(role_BS >= BETWEEN, column_S, -1).amax(1)
-    query_B = torch.where(later_B >= 0, V + later_B, torch.where(valid_BV, number_V, 0).amax(1))
-    return torch.cat([valid_BV, text_BS], 1), order_BN, query_B
+    text_BS = word_BS | ((column_S > last_word_B[:, None]) & (last_word_B[:, None] >= 0))
+    vision_BS = put(valid_BV, torch.zeros_like(text_BS), tokens)
+    return text_BS | vision_BS, last_word_B.maximum(last_vision_B).clamp(min=0)
+
+
+def put(value_BVx: Tensor, onto_BSx: Tensor, tokens: TokenView) -> Tensor:
+    """The sequence with new values (B, S, ..) in the columns of the row's vision tokens."""
+    S = onto_BSx.shape[1]
+    # Padding holds the column of another token: it is written into one that is cut off.
+    column_BV = tokens.column_BV.masked_fill(~tokens.valid_BV, S)  # type: ignore[union-attr]
+    column_BVx = column_BV[(..., *[None] * (value_BVx.ndim - 2))].expand_as(value_BVx)
+    longer_BSx = torch.cat([onto_BSx, onto_BSx[:, :1]], 1)
+    return longer_BSx.scatter(1, column_BVx, value_BVx)[:, :S]
