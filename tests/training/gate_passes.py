@@ -82,6 +82,8 @@ def everything(dtype: torch.dtype = torch.float32, ratio: float = 0.5) -> tuple[
 class Told:
     """What losses ask of a LightningModule when they prepare: a decoder of four layers and a head."""
 
+    plan = None
+
     class parts:
         class text_config:
             hidden_size, intermediate_size, num_attention_heads, num_key_value_heads = D, 6, 2, 1

@@ -30,9 +30,10 @@ from training.gate_passes import (
 
 from tpcompress.evaluation.cost import decoder_flops
 from tpcompress.families import resolve
-from tpcompress.insertion.plan import Budget
+from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Selection, create
+from tpcompress.pruners.base import INSTRUCTION
 from tpcompress.training.losses import list_losses
 from tpcompress.training.losses.bce import BCE
 from tpcompress.training.losses.budget import OnBudget, budget_loss
@@ -250,6 +251,33 @@ def test_imitation_of_scores_is_over_when_the_order_and_shape_agree():
     same = (3 * target + 5).detach().requires_grad_()
     here.trace = Trace([replace(stage, selection=replace(stage.selection, scores_BV=same))])
     assert loss(here, None).abs() < 1e-5
+
+
+def test_a_guide_may_read_what_the_gate_reads():
+    """And no more: nobody would show it."""
+
+    def plan(**scorer):
+        gate = {"type": "learned_gate", "scorer": {"type": "local_global", **scorer}}
+        return SimpleNamespace(plan=PruningPlan([Stage(gate, 2, keep_tokens=3), Stage("fastv", 3, keep_tokens=2)]))
+
+    Imitate("cdpruner").prepare(plan(question=True))
+    with pytest.raises(
+        ValueError, match=r"^Loss 'imitate': pruner 'cdpruner' needs text, which 'learned_gate' at [^\n]*$"
+    ):
+        Imitate("cdpruner").prepare(plan())
+    with pytest.raises(ValueError, match="needs attention, which 'learned_gate' at layer 2 does not read"):
+        Imitate("fastv").prepare(plan(question=True))
+    here, _ = everything()
+    stage = here.trace.stages[0]
+    words = torch.ones(R, S, dtype=torch.bool)
+    text = torch.randn(R, S, D, generator=torch.Generator().manual_seed(4))
+    view = replace(stage.view, text_BSD=text, text_role_BS=words.to(torch.int8) * INSTRUCTION, text_valid_BS=words)
+    here.trace = Trace([replace(stage, view=view)])
+    keep = create("cdpruner")(view, torch.tensor(COUNTS)).keep_BV
+    terms = [
+        -scores.log_softmax(0)[keep[r, : len(scores)]].sum() / COUNTS[r] for r, (_, scores) in enumerate(rows(here))
+    ]
+    torch.testing.assert_close(Imitate("cdpruner")(here, None), torch.stack(terms).mean())
 
 
 def test_scores_that_nothing_learns_are_not_imitated():

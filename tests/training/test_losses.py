@@ -119,7 +119,7 @@ def test_a_weight_below_nothing_is_refused(weight):
         ("kl", "KL", {"temperature": 0.0}), ("jsd", "JSD", {"beta": 1.0}), ("hidden", "Hidden", {"metric": "l1"}),
         ("budget", "OnBudget", {"below": "cubic"}), ("budget", "OnBudget", {"floor": 1.0}),
         ("flops", "Flops", {"target": 0.0}), ("entropy", "Entropy", {"of": "tokens"}),
-        ("imitate", "Imitate", {"of": "gate"}), ("imitate", "Imitate", {"pruner": "fastv"}),
+        ("imitate", "Imitate", {"of": "gate"}),
         ("imitate", "Imitate", {"pruner": "learned_gate"}), ("imitate", "Imitate", {"pruner": "vtw"}),
         ("reconstruct", "Reconstruct", {"through": "air"}), ("score_function", "ScoreFunction", {"baseline": "zero"}),
     ],

@@ -5,10 +5,13 @@ R rows, V vision tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tpcompress.pruners import Pruner, create
+from tpcompress.pruners.base import TOWER_FIELDS
 from tpcompress.pruners.topk import standardise
 from tpcompress.training.losses.base import Loss, Ramp, chosen_stages, stage_sum
 from tpcompress.training.losses.kl import checked_temperature
@@ -39,13 +42,15 @@ class Imitate(Loss):
     Let the weight fall to 0 early: imitation is where training starts, not where it should end.
 
     Args:
-        pruner: name, or `{"type": name, **arguments}`, of a pruner without weights that reads the vision tokens only.
+        pruner: name, or `{"type": name, **arguments}`, of a pruner without weights that reads the vision tokens, and no
+            view that the plan's learned pruners do not read themselves.
         of: `choice`, the tokens it retains, or `scores`, what it thinks of every token.
         temperature: of both softmaxes of `scores`.
         weight: of the term.
 
     Raises:
-        ValueError: a pruner with weights, or one that needs more than the vision tokens; unknown `of`.
+        ValueError: a pruner with weights, or one that retains nothing; unknown `of`; with a plan, one that needs views
+            which a learned pruner of it lacks.
     """
 
     name = "imitate"
@@ -61,16 +66,25 @@ class Imitate(Loss):
         if of not in OF:
             raise ValueError(f"Loss 'imitate' is of {' or '.join(OF)}, got {of!r}.")
         self.guide: Pruner = create(pruner)
-        if self.guide.learned or self.guide.needs or self.guide.withdraws:
-            raise ValueError(
-                f"Loss 'imitate': pruner '{self.guide.name}' must have no weights, retain something, and read vision "
-                f"tokens only."
-            )
+        if self.guide.learned or self.guide.withdraws:
+            raise ValueError(f"Loss 'imitate': pruner '{self.guide.name}' must have no weights, and retain something.")
         self.pruner, self.of, self.temperature = pruner, of, checked_temperature(temperature, self.name)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"gate"})
+
+    def prepare(self, module: Any) -> None:
+        """See that the learned pruners show the guide what it needs."""
+        for stage in module.plan.stages if module.plan is not None else []:
+            lacking = sorted(self.guide.needs - stage.rule.needs)
+            if self.guide.needs & TOWER_FIELDS.keys() and self.guide.tower_layers != stage.rule.tower_layers:
+                lacking.append(f"layers {self.guide.tower_layers} of the tower")
+            if stage.rule.learned and lacking:
+                raise ValueError(
+                    f"Loss 'imitate': pruner '{self.guide.name}' needs {', '.join(lacking)}, which '{stage.rule.name}' "
+                    f"at layer {stage.layer} does not read; take a guide of its views, e.g. novelty."
+                )
 
     def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
         terms = []
