@@ -24,9 +24,9 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def kind(path: Path) -> str:
-    """comparison, overlay, plan or run, by what the file says."""
+    """comparison, overlay, plan, run or study, by what the file says."""
     values = yaml.safe_load(path.read_text())
-    named = {"model": "run", "trainer": "overlay", "stages": "plan"}
+    named = {"model": "run", "trainer": "overlay", "stages": "plan", "contenders": "study"}
     return next((name for key, name in named.items() if key in values), "comparison")
 
 
@@ -56,6 +56,7 @@ def stand_in(work, tmp_path) -> list[str]:
 def test_there_are_recipes_of_every_kind():
     assert len(of("run", "tiny_llava")) >= 4
     assert len(of("run", "llava15_7b")) >= 4
+    assert len(of("run", "presets")) >= 13  # tests/test_presets.py says what is in them
     assert len(of("overlay")) >= 2
     assert len(of("comparison")) >= 2
 
@@ -77,7 +78,7 @@ def test_the_header_says_what_and_how(path):
 
 @pytest.mark.parametrize("path", of("run"))
 def test_a_recipe_is_what_its_classes_take(path, work, tmp_path):
-    big = ["--model.base", str(work.base)] if "llava15_7b" in str(path) else []
+    big = ["--model.base", str(work.base)] if path.parent.name in ("llava15_7b", "presets") else []
     cpu = [
         "--trainer.accelerator",
         "cpu",
