@@ -191,7 +191,8 @@ def answer(
         gate_BV = None if gate_BV is None else gate_BV.gather(1, index_BK)
         bias_BV = torch.zeros_like(chosen_BK, dtype=torch.float32) if bias_BV is None else bias_BV.gather(1, index_BK)
         bias_BV = bias_BV.masked_fill(~chosen_BK, -1e4)
-    return Answered(*model(vision_BVD, samples.query_B, gate_BV, bias_BV), view, selection)
+    logits_BC, hidden_BD = model(vision_BVD, samples.query_B, gate_BV, bias_BV)
+    return Answered(logits_BC, hidden_BD, view, selection)
 
 
 @torch.no_grad()
