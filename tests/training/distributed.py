@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import time
 from pathlib import Path
@@ -17,15 +18,7 @@ from tpcompress.training import module
 
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp_find_unused_parameters_true",
-    "fsdp2": {
-        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-        "init_args": {
-            "data_parallel_size": 2,
-            "tensor_parallel_size": 1,
-            "save_distributed_checkpoint": False,
-            "process_group_backend": "gloo",
-        },
-    },
+    "fsdp2": {"class_path": "tpcompress.training.sharding.FSDP2"},
 }
 
 
@@ -50,6 +43,17 @@ class Note(Callback):
         whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in pl_module.model.named_parameters()}
         whole = {name: value.detach().clone() for name, value in whole.items()}
         torch.save({"steps": self.rows, "weights": whole}, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+class StopOne(Callback):
+    """Sends SIGTERM to one rank, within the backward pass of a step."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class AsTwo(Callback):

@@ -5,6 +5,8 @@ import torch
 from training.distributed import STRATEGIES, note, on_ranks
 from training.killing import fit, in_process
 
+from tpcompress.training.checkpoint import load_trained
+
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4}, "train": ["projector"]}
 REST = {"train": ["projector", "language_model"]}
@@ -15,32 +17,36 @@ CASES = {
     "fastv": {"model": REST | {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"}},
 }
 STEPS = 4
+SECONDS = 180
+STOP = {"class_path": "training.distributed.StopOne", "init_args": {"step": 1, "rank": 1}}
 
 
 @pytest.fixture
 def train(work):
-    def run(name: str, case: str, strategy: str | None, *args: str, seconds: int = 120, data=None, **trainer):
+    def run(name: str, case: str, strategy: str | None, *args: str, codes=(0, 0), more=(), **trainer):
         folder = work.folder / f"{name}_notes"
         folder.mkdir(exist_ok=True)
         sections = {key: dict(value) for key, value in CASES[case].items()}
-        own = {"max_steps": STEPS, "callbacks": [note(folder)]} | trainer
+        own = {"max_steps": STEPS, "callbacks": [note(folder), *more]} | trainer
         own |= {"devices": 2, "strategy": STRATEGIES[strategy]} if strategy else {"accumulate_grad_batches": 2}
         if strategy is None:
             own["callbacks"] = [*own["callbacks"], {"class_path": "training.distributed.AsTwo"}]
         sections["trainer"] = own
         recipe = [
             "--config",
-            str(work.recipe(name, data={"batch_size": 1} | (data or {}), **sections)),
+            str(work.recipe(name, data={"batch_size": 1}, **sections)),
             "--traceback",
             *args,
         ]
         said = work.folder / f"{name}.txt"
         if strategy is None:
-            codes, words = [in_process(fit, recipe, said, seconds=seconds)], said.read_text()
+            ended, words = [in_process(fit, recipe, said)], said.read_text()
         else:
-            codes, words = on_ranks(recipe, said, seconds)
-        assert set(codes) == {0}, f"{codes}: {words}"
-        return [torch.load(folder / f"rank{n}.pt", weights_only=False) for n in range(len(codes))]
+            ended, words = on_ranks(recipe, said, SECONDS)
+        assert ended == list(codes)[: len(ended)], f"{ended}: {words}"
+        if any(codes):
+            return None
+        return [torch.load(folder / f"rank{n}.pt", weights_only=False) for n in range(len(ended))]
 
     return run
 
@@ -66,6 +72,8 @@ def check(train, case: str, strategy: str) -> None:
     assert [step["rows"] for step in both] == [step["rows"] for step in alone["steps"]]
     assert {step["pictures"] for step in both} == {0, 1}
     assert len({step["answers"] for step in both}) > 1
+    calls = [[step["calls"] for step in steps["steps"]] for steps in (first, second)]
+    assert (calls[0] == calls[1]) == (strategy == "fsdp2")  # where weights are cut the tower runs on all or none
     assert_close(first["weights"], alone["weights"])
 
 
@@ -73,3 +81,37 @@ def check(train, case: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_equal_one(train, case, strategy):
     check(train, case, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["full", "LoRA, teacher", "gate"])
+def test_a_run_on_cut_weights_goes_on_and_is_exported(train, work, case):
+    """Its checkpoint is one file, as that of any run; it goes on in the next phase, and becomes a model."""
+    whole, _ = train("whole", case, "fsdp2")
+    train("part", case, "fsdp2", codes=[143, 0], more=[STOP])
+    assert work.saved("part")["tpcompress"]["step"] == 2
+    again, _ = train("part", case, "fsdp2", "--ckpt_path", str(work.last("part")))
+    assert_close(again["weights"], whole["weights"], 1e-6)
+    trained = load_trained(work.folder / "part")
+    names = {name for name, _ in trained.model.named_parameters()}
+    assert names == set(whole["weights"])
+    assert_close({n: p.detach() for n, p in trained.model.named_parameters()}, whole["weights"], 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("fsdp2", "ddp"), ("ddp", "fsdp2")])
+def test_a_checkpoint_is_the_same_under_every_strategy(train, work, before, after):
+    whole, _ = train("whole", "gate", before)
+    train("part", "gate", before, codes=[143, 0], more=[STOP])
+    again, _ = train("part", "gate", after, "--ckpt_path", str(work.last("part")))
+    assert_close(again["weights"], whole["weights"])
+
+
+@pytest.mark.slow
+def test_one_rank_told_to_stop_stops_both(train, work):
+    """Wherever it stands. Both are saved at the same step, and go on as if nothing had happened."""
+    whole, _ = train("whole", "full", "ddp")
+    train("stopped", "full", "ddp", codes=[143, 0], more=[STOP])
+    assert work.saved("stopped")["tpcompress"]["step"] == 2
+    again, _ = train("stopped", "full", "ddp", "--ckpt_path", str(work.last("stopped")))
+    assert all(torch.equal(value, whole["weights"][name]) for name, value in again["weights"].items())

@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "moment"), [(kind, moment) for kind in RUNS for moment in moments(kind, 6)])
+@pytest.mark.parametrize(("kind", "moment"), [(kind, moment) for kind in RUNS for moment in moments(kind, 4)])
 def test_a_run_is_killed_at_any_moment(run, kind, moment):
     check_kill(run, kind, moment)
 

@@ -8,14 +8,18 @@ averaged before the optimizer's step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from tpcompress.insertion.attach import controller_of, is_attached
 
@@ -24,6 +28,60 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from tpcompress.families import Parts
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, over all processes of the run and with checkpoints of one file.
+
+    The file holds what trains, gathered on the first process: it is read, resumed and exported like any other, also on
+    another number of processes.
+
+    Args:
+        process_group_backend: of torch.distributed; null takes that of the device.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
+        )
+
+    def setup_environment(self) -> None:
+        """As Lightning's, which asks for the number of processes a second time."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Yes: `load_optimizer_state_dict` does it."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file on every process; nothing is loaded into the model yet."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each process takes its cut of the weights."""
+        assert self.model is not None
+        set_model_state_dict(
+            self.model, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True, strict=strict)
+        )
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state as one process has it. Lightning's gives a state to weights that have not trained yet."""
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        whole = {number: {name: _whole(x) for name, x in values.items()} for number, values in state["state"].items()}
+        return state | {"state": whole} if self.is_global_zero else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each process takes its cut of the optimizers' states."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            mine = dict(zip(numbers, [p for group in optimizer.param_groups for p in group["params"]], strict=True))
+            cut = {
+                number: {name: _cut_like(mine[number], value) for name, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": cut})
 
 
 def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
@@ -95,3 +153,18 @@ def _shallow(layer: nn.Module) -> nn.Module:
     twin = object.__new__(type(layer))
     twin.__dict__.update(layer.__dict__)
     return twin
+
+
+def _whole(value: Any) -> Any:
+    """A tensor of a state on the host, gathered if it is cut."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _cut_like(parameter: nn.Parameter, value: Any) -> Any:
+    """A whole tensor of a state, cut as its parameter is. Every process has it whole, so nothing is sent."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
