@@ -13,6 +13,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import tpcompress as tp
 from tpcompress.export import load, verify
+from tpcompress.families import resolve
+from tpcompress.training.parts import add_lora
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj|down_proj)"
 
@@ -60,6 +62,41 @@ def test_merged(options: dict[str, Any], base: Any, processor: Any, tmp_path: Pa
     conversion = json.loads((out / "manifest.json").read_text())["conversion"]
     assert conversion["positions"] == [{"agree": 32, "retained": 32}, {"agree": 8, "retained": 8}]
     assert verify(out).ok
+
+
+TUNERS = {
+    "LORA": {"r": 4},
+    "DORA": {"peft_type": "LORA", "r": 4, "use_dora": True},
+    "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "OFT": {"oft_block_size": 8},
+    "LOHA": {"r": 4},
+    "LOKR": {"r": 4},
+    "VERA": {"r": 8},
+    "LN_TUNING": {"target_modules": ".*language_model.*layernorm"},
+}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_other_tuners_are_merged(name: str, base: Any, processor: Any, tmp_path: Path) -> None:
+    tp.attach(base, two_stages())
+    before = answer(base, make_inputs())[0]
+    model = add_lora(base, {"peft_type": name} | TUNERS[name], resolve(base), set())
+    generator = torch.Generator().manual_seed(2)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    logits, tokens = answer(model.eval().get_base_model(), make_inputs())
+    assert (logits - before).abs().max() > 1e-2
+    loaded = load(tp.export(model, processor, tmp_path / "out"))
+    merged_logits, merged_tokens = answer(loaded, make_inputs())
+    assert (merged_logits - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert torch.equal(merged_tokens, tokens)
+
+
+def test_a_tuner_that_cannot_merge_is_refused(base: Any, processor: Any, tmp_path: Path) -> None:
+    model = add_lora(tp.attach(base, two_stages()), {"peft_type": "LILY"}, resolve(base), set())
+    with pytest.raises(ValueError, match="^LILY adapters cannot be merged .*; train with LoRA to export.$"):
+        tp.export(model, processor, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_attach_after_lora(base: Any, processor: Any, tmp_path: Path) -> None:

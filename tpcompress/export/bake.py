@@ -7,10 +7,8 @@ one, to merge into the copies.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ import yaml
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tpcompress.export.budgets import CurvePoint, Range, own_budgets, probed_budgets, with_budgets
+from tpcompress.export.card import CARD, card
 from tpcompress.export.compare import Comparison
 from tpcompress.export.exact import as_loaded, is_rounded
-from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
+from tpcompress.export.folder import MANIFEST, check_free, file_records, first_line, new_folder, write_json
 from tpcompress.export.manifest import describe
 from tpcompress.export.probe import Probe, default_inputs, record_probe
 from tpcompress.export.registry import config_class, register_model, stock_class
@@ -30,6 +30,9 @@ from tpcompress.insertion.attach import base_of, plan_of
 from tpcompress.insertion.plan import Budget, PruningPlan
 
 logger = logging.getLogger(__name__)
+
+Measure = Callable[[Path, dict[str, Any]], Sequence[CurvePoint]]
+"""Gets the folder, which can be loaded, and its manifest so far; says what the export is worth at which budget."""
 
 
 def export(
@@ -41,6 +44,8 @@ def export(
     recipe: str | Path | Mapping[str, Any] | None = None,
     trained_with: Mapping[str, Any] | None = None,
     budgets: Sequence[Budget] | None = None,
+    trained_budgets: Sequence[Range] | None = None,
+    measure: Measure | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a folder that loads with its plan on, and only so.
@@ -57,6 +62,9 @@ def export(
         recipe: YAML file or mapping that the model was trained by, kept as recipe.yaml.
         trained_with: facts for the manifest, e.g. {"arm": "training_aware", "steps": 800}.
         budgets: final budgets, one per stage; without it the plan's own.
+        trained_budgets: lowest and highest budget of each stage that training ended with. Where they differ the probe
+            holds both ends beside the plan's own.
+        measure: called before the folder appears, for the table of accuracy over budgets in its card.
         overwrite: replace an earlier export at `out`.
 
     Returns:
@@ -72,18 +80,20 @@ def export(
     out = Path(out)
     check_free(out, overwrite)
     base = base_of(model)
-    plan = final_plan(plan_of(model), budgets)
+    plan = with_budgets(plan_of(model), budgets)
     _refuse(base, processor)
     recipe_text = _recipe(recipe)
     inputs = default_inputs(processor) if probe_inputs is None else probe_inputs
-    values = [stage.budget for stage in plan.stages]
+    values = own_budgets(plan)
     probe = record_probe(model, inputs, values)
     merged = base if model is base else merged_copy(model)
     conversion = None
-    if merged is not base or is_rounded(base):
-        with as_loaded(merged):
+    with as_loaded(merged):
+        if merged is not base or is_rounded(base):
             trained, probe = probe, record_probe(merged, inputs, values)
-        conversion = _conversion(trained, probe, merged is not base)
+            conversion = _conversion(trained, probe, merged is not base)
+        ends = probed_budgets(plan, trained_budgets, probe.about["stages"][0]["vision_tokens"][0])
+        probe = probe.beside([record_probe(merged, inputs, end) for end in ends])
     baked = bake(merged, plan)
     with new_folder(out, overwrite) as folder:
         baked.save_pretrained(folder)
@@ -91,30 +101,13 @@ def export(
         probe.save(folder)
         if recipe_text is not None:
             (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        manifest = describe(base, plan, probe) | {"conversion": conversion, "trained_with": dict(trained_with or {})}
+        manifest = describe(base, plan, probe, trained_budgets)
+        manifest |= {"conversion": conversion, "trained_with": dict(trained_with or {})}
+        points = [] if measure is None else measure(folder, manifest)
+        manifest["budget_curve"] = [point.to_dict() for point in points]
+        (folder / CARD).write_text(card(manifest, out.name), encoding="utf-8")
         write_json(folder / MANIFEST, manifest | {"files": file_records(folder)})
     return out
-
-
-def final_plan(plan: PruningPlan, budgets: Sequence[Budget] | None) -> PruningPlan:
-    """The plan with other budgets.
-
-    Raises:
-        ValueError: not one budget per stage, budgets that grow, or arguments of a pruner that JSON cannot hold.
-    """
-    if budgets is not None:
-        if len(budgets) != len(plan.stages):
-            raise ValueError(f"The plan has {len(plan.stages)} stages, got {len(budgets)} budgets; give one each.")
-        stages = [
-            replace(stage, keep_ratio=b.keep_ratio, keep_tokens=b.keep_tokens)
-            for stage, b in zip(plan.stages, budgets, strict=True)
-        ]
-        plan = replace(plan, stages=stages)
-    try:
-        json.dumps(plan.to_dict())
-    except TypeError as error:
-        raise ValueError(f"The plan cannot be written ({error}); pruners take plain values only.") from error
-    return plan
 
 
 def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -154,7 +147,7 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
     """A PEFT model's base with the adapters merged; every tensor that merging leaves alone is shared with the model.
 
     Raises:
-        ValueError: its method has nothing to merge (prompt tuning and the like).
+        ValueError: its method has nothing to merge (prompt tuning and the like), or cannot merge what it has.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -168,7 +161,13 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
     changed = {id(t) for module in adapted for t in (*module.parameters(), *module.buffers())}
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in changed}
     clone: Any = copy.deepcopy(model, shared)
-    return clone.merge_and_unload()
+    try:
+        return clone.merge_and_unload()
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        kind = model.peft_config[model.active_adapter].peft_type.value  # type: ignore[union-attr,index]
+        raise ValueError(
+            f"{kind} adapters cannot be merged ({first_line(error)}); train with LoRA to export."
+        ) from error
 
 
 def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]:

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
+from tpcompress.export.budgets import asked_budgets, own_budgets, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, first_line, read_manifest, unusable_files
 from tpcompress.export.registry import PREFIX, register_model
 from tpcompress.export.verify import check
+from tpcompress.insertion.attach import budgets
+from tpcompress.insertion.plan import Budget, PruningPlan
+
+logger = logging.getLogger(__name__)
 
 
 def load(
-    folder: str | Path, *, verify: bool = False, allow_outside: bool = False, **from_pretrained: Any
+    folder: str | Path,
+    *,
+    keep_tokens: int | Sequence[int] | None = None,
+    keep_ratio: float | Sequence[float] | None = None,
+    verify: bool = False,
+    allow_outside: bool = False,
+    **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Load an export.
 
     Args:
         folder: local folder or hub id.
+        keep_tokens: another budget than the exported one, one count or one per stage; the loaded model's plan has it.
+        keep_ratio: the same as shares of the vision tokens; give one of the two.
         verify: replay the stored probe on the loaded model before it is returned (local folders only).
         allow_outside: import pruners that are not part of tpcompress; they are code, so only if you trust the folder.
         **from_pretrained: as in transformers: dtype, device_map, attn_implementation, revision ...
@@ -28,8 +44,10 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not an export, damaged, a pruner from outside, or (with `verify`) other behaviour than in training.
+        ValueError: not an export, damaged, a pruner from outside, an impossible budget, or (with `verify`) other
+            behaviour than in training.
     """
+    asked = asked_budgets(keep_tokens, keep_ratio)
     local = Path(folder).is_dir()
     if local:
         _check_local(Path(folder))
@@ -45,11 +63,18 @@ def load(
             f"{folder} holds a '{config.model_type}' model, not an export of tpcompress; load it with transformers "
             f"and put a plan on it with tpcompress.attach."
         )
+    if asked is not None and config.token_pruning:
+        own = PruningPlan.from_dict(config.token_pruning, allow_outside)
+        config.token_pruning = with_budgets(own, asked).to_dict()
+        from_pretrained["config"] = config
+        if local and (Path(folder) / MANIFEST).is_file():
+            _warn_untrained(read_manifest(folder), asked)
     model = register_model(config.base_model_type).from_pretrained(
         folder, allow_outside=allow_outside, **from_pretrained
     )
     if verify:
-        report = check(model, Path(folder))
+        with nullcontext() if asked is None else budgets(model, own_budgets(own)):
+            report = check(model, Path(folder))
         if not report.ok:
             raise ValueError(str(report))
     return model
@@ -67,6 +92,15 @@ def load_processor(folder: str | Path) -> Any:
         return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"No processor in {folder} ({first_line(error)}); copy or export the folder again.") from error
+
+
+def _warn_untrained(manifest: dict[str, Any], asked: Sequence[Budget]) -> None:
+    """Say so if the model was trained, and not at such a budget."""
+    ranges = ranges_of(manifest)
+    if ranges is None or was_trained(asked, ranges, manifest["vision_tokens"]):
+        return
+    spans = ", then ".join(f"{low} to {high}" if low != high else str(low) for low, high in ranges)
+    logger.warning("Loaded with %s; it was trained at %s.", words(asked), spans)
 
 
 def _check_local(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tpcompress.export.budgets import Range, as_dict, describe_ranges
 from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
 from tpcompress.export.probe import Probe
 from tpcompress.export.registry import stock_class
@@ -18,7 +20,9 @@ from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners.catalogue import unserved
 
 
-def describe(base: PreTrainedModel, plan: PruningPlan, probe: Probe) -> dict[str, Any]:
+def describe(
+    base: PreTrainedModel, plan: PruningPlan, probe: Probe, trained_budgets: Sequence[Range] | None = None
+) -> dict[str, Any]:
     """The manifest without what only the export knows: merging, training, files.
 
     Counts hold for the first image of the probe, which for families with one grid is every image.
@@ -44,6 +48,7 @@ def describe(base: PreTrainedModel, plan: PruningPlan, probe: Probe) -> dict[str
         "prompt_dependent": plan.prompt_dependent,
         "merges": any(stage.rule.merges for stage in plan.stages),
         "serving": {"class_a": served, "reason": reason},
+        "trained_budgets": describe_ranges(trained_budgets, total),
         "plan": plan.to_dict(),
     }
 
@@ -55,7 +60,7 @@ def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:
             "stage": number,
             "layer": stage.layer,
             "pruner": stage.rule.name,
-            "budget": {k: v for k, v in vars(stage.budget).items() if v is not None},
+            "budget": as_dict(stage.budget),
             "retained": kept,
             "merges": stage.rule.merges,
             "learned": stage.rule.learned,

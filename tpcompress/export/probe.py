@@ -1,17 +1,19 @@
 """The probe: one stored input and what the trained model did with it, stage by stage; and its replay.
 
+A model that was trained at many budgets has a replay at several: `other.K.` and the same names.
+
 probe.safetensors   input.NAME        tensors of the call (ids, mask, pixels)
                     stage.N.retained  uint8 (rows, vision tokens of the longest row): 1 where a token is left
                     logits            fp32 (samples, vocabulary) of the first new token
                     tokens            int64 (samples, new tokens), greedy
-probe.json          stages, dtype, attention implementation, device, versions, tolerance
+probe.json          budgets, stages, dtype, attention implementation, device, versions, tolerance
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tpcompress.export.budgets import as_dict
 from tpcompress.export.folder import first_line, read_json, write_json
 from tpcompress.insertion.attach import base_of, budgets, controller_of, mode, record
 from tpcompress.insertion.plan import Budget
@@ -42,6 +45,7 @@ class Probe:
         logits: of the first new token, fp32.
         tokens: greedy continuation.
         about: the contents of probe.json.
+        others: the same input at other budgets; `about` of each names them under `budgets`.
     """
 
     inputs: dict[str, Tensor]
@@ -49,14 +53,25 @@ class Probe:
     logits: Tensor
     tokens: Tensor
     about: dict[str, Any]
+    others: tuple[Probe, ...] = ()
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Those of the run, one per stage."""
+        return [Budget(**fields) for fields in self.about["budgets"]]
+
+    def beside(self, others: Sequence[Probe]) -> Probe:
+        """This one, holding others of the same input as well."""
+        return replace(self, others=tuple(others))
 
     def save(self, folder: Path) -> None:
         """Write probe.safetensors and probe.json."""
-        tensors = {f"input.{name}": value for name, value in self.inputs.items()}
-        tensors |= {f"stage.{n}.retained": value.to(torch.uint8) for n, value in enumerate(self.retained)}
-        tensors |= {"logits": self.logits, "tokens": self.tokens}
+        tensors = {f"input.{name}": value for name, value in self.inputs.items()} | self._outcome("")
+        for number, other in enumerate(self.others):
+            tensors |= other._outcome(f"other.{number}.")
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "probe.safetensors")
-        write_json(folder / "probe.json", self.about)
+        others = [{name: other.about[name] for name in ("budgets", "stages")} for other in self.others]
+        write_json(folder / "probe.json", self.about | {"others": others})
 
     @classmethod
     def read(cls, folder: Path) -> Probe:
@@ -70,11 +85,23 @@ class Probe:
             raise FileNotFoundError(f"{path} is missing; copy or export the folder again.")
         try:
             tensors = load_file(path)
-            retained = [tensors[f"stage.{n}.retained"].bool() for n in range(len(about["stages"]))]
             inputs = {name.removeprefix("input."): t for name, t in tensors.items() if name.startswith("input.")}
-            return cls(inputs, retained, tensors["logits"], tensors["tokens"], about)
+            listed = about.pop("others", [])
+            others = [cls._of(tensors, f"other.{n}.", inputs, about | each) for n, each in enumerate(listed)]
+            return cls._of(tensors, "", inputs, about).beside(others)
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy or export the folder again.") from None
+
+    def _outcome(self, prefix: str) -> dict[str, Tensor]:
+        """What came of the input, under the names of the file."""
+        retained = {f"{prefix}stage.{n}.retained": value.to(torch.uint8) for n, value in enumerate(self.retained)}
+        return retained | {f"{prefix}logits": self.logits, f"{prefix}tokens": self.tokens}
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], prefix: str, inputs: dict[str, Tensor], about: dict[str, Any]) -> Probe:
+        """The inverse of `_outcome`."""
+        retained = [tensors[f"{prefix}stage.{n}.retained"].bool() for n in range(len(about["stages"]))]
+        return cls(inputs, retained, tensors[f"{prefix}logits"], tensors[f"{prefix}tokens"], about)
 
 
 def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget] | None = None) -> Probe:
@@ -96,13 +123,19 @@ def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget]
     base: Any = base_of(model)
     chosen: AbstractContextManager[None] = nullcontext() if values is None else budgets(model, values)
     with _inference(base), mode(model, "drop"), chosen, record(model) as trace:
+        used = [as_dict(budget) for budget in controller_of(base).budgets]
         logits, tokens = _answer(base, inputs)
     if not trace.stages:
         raise ValueError("probe_inputs hold no image, so no stage would be checked; give a prompt with one.")
     stages = [
         {"layer": s.layer, "vision_tokens": s.total, "retained": s.vision_out, "owner": s.owner} for s in trace.stages
     ]
-    about = {"stages": stages, **environment(base), "tolerance": LOGIT_TOLERANCE.get(_dtype(base), 1e-4)}
+    about = {
+        "budgets": used,
+        "stages": stages,
+        **environment(base),
+        "tolerance": LOGIT_TOLERANCE.get(_dtype(base), 1e-4),
+    }
     stored = {name: value.detach().cpu() for name, value in inputs.items()}
     return Probe(stored, [s.retained_RV.cpu() for s in trace.stages], logits.cpu(), tokens.cpu(), about)
 

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tpcompress.export.budgets import words
 from tpcompress.export.compare import Comparison
 from tpcompress.export.folder import damaged_files, first_line, read_manifest, unusable_files
 from tpcompress.export.probe import Probe, environment, record_probe
@@ -30,6 +31,7 @@ class VerifyReport:
         damaged: what is wrong with which file.
         error: why the probe could not be replayed, if it could not.
         replay: the replay beside the trained model; None if there was none.
+        others: the same at the other budgets that the probe holds, by budget; none if the first replay differs.
         suspects: likely reasons of a difference.
     """
 
@@ -38,33 +40,45 @@ class VerifyReport:
     damaged: dict[str, str]
     error: str | None = None
     replay: Comparison | None = None
+    others: dict[str, Comparison] = field(default_factory=dict)
     suspects: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """The folder is whole and behaves as trained."""
-        return self.error is None and not self.damaged and self.replay is not None and self.replay.differs is None
+        replayed = self.error is None and self.replay is not None and self.replay.differs is None
+        return replayed and not self.damaged and self._other is None
+
+    @property
+    def _other(self) -> str | None:
+        """The first of the other budgets at which the two differ."""
+        return next((budget for budget, found in self.others.items() if found.differs is not None), None)
 
     def __str__(self) -> str:
         if self.error is not None or self.replay is None:
             return self.error or f"{self.folder} was not replayed."
+        likely = f" Likely: {'; '.join(self.suspects)}." if self.suspects else ""
         if self.replay.differs is not None:
-            likely = f" Likely: {'; '.join(self.suspects)}." if self.suspects else ""
             return f"Export differs from the trained model first {self.replay.differs}.{likely}"
+        if self._other is not None:
+            found = self.others[self._other].differs
+            return f"At {self._other} the export differs from the trained model first {found}.{likely}"
         if self.damaged:
             changes = "; ".join(f"{name} {what}" for name, what in self.damaged.items())
             return f"{self.folder} behaves as trained in its probe, but it was changed: {changes}."
         kept = ", ".join(str(stage.retained) for stage in self.replay.stages)
+        also = f", also at {' and '.join(self.others)}" if self.others else ""
         return (
             f"{self.folder} behaves as the trained model: its stages retain the same vision tokens ({kept} in the "
-            f"probe), max logit gap {self.replay.logit_gap:.2g}, all {self.files} files are whole."
+            f"probe{also}), max logit gap {self.replay.logit_gap:.2g}, all {self.files} files are whole."
         )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VerifyReport:
         """The inverse of `dataclasses.asdict`."""
         replay = None if values["replay"] is None else Comparison.from_dict(values["replay"])
-        return cls(**values | {"replay": replay, "suspects": tuple(values["suspects"])})
+        others = {budget: Comparison.from_dict(found) for budget, found in values["others"].items()}
+        return cls(**values | {"replay": replay, "others": others, "suspects": tuple(values["suspects"])})
 
 
 def verify(folder: str | Path, *, allow_outside: bool = False, device: str | None = None) -> VerifyReport:
@@ -113,8 +127,13 @@ def check(model: Any, folder: Path, damaged: dict[str, str] | None = None, probe
     """
     manifest, probe = read_manifest(folder), probe or Probe.read(folder)
     replay = Comparison.of(probe, record_probe(model, probe.inputs))
+    others = {}
+    if replay.differs is None:
+        for other in probe.others:
+            now = record_probe(model, probe.inputs, other.budgets)
+            others[words(other.budgets)] = Comparison.of(other, now)
     suspects = _suspects(probe, environment(model), damaged or {})
-    return VerifyReport(str(folder), len(manifest["files"]), dict(damaged or {}), replay=replay, suspects=suspects)
+    return VerifyReport(str(folder), len(manifest["files"]), dict(damaged or {}), None, replay, others, suspects)
 
 
 def verify_in_fresh_process(folder: str | Path, *, allow_outside: bool = False) -> VerifyReport:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tpcompress.export.budgets import Range
+from tpcompress.training.history import facts_of, final_ranges, read_recipe
 from tpcompress.training.module import PruningModule
 from tpcompress.training.state import KEY, check_weights, checkpoint_file, read_checkpoint
 
@@ -21,20 +23,23 @@ class TrainedModel:
         processor: of its base.
         recipe: path of the recipe beside the checkpoint, if it is there.
         trained_with: what the manifest of an export says of the training.
+        trained_budgets: lowest and highest budget of each stage that the run ended with; None without a recipe or plan.
     """
 
     model: nn.Module
     processor: Any
     recipe: Path | None
     trained_with: dict[str, Any]
+    trained_budgets: list[Range] | None = None
 
 
-def load_trained(checkpoint: str | Path, allow_unfinished: bool = False) -> TrainedModel:
+def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, whole: bool = False) -> TrainedModel:
     """Rebuild the model of a run from its checkpoint.
 
     Args:
         checkpoint: a .ckpt file, or the run's folder (its last checkpoint).
         allow_unfinished: accept a run that was stopped before its last step.
+        whole: load a base that was quantised in training in its own weights, into which adapters can be merged.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -47,12 +52,14 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False) -> Trai
             f"This run stopped at step {done} of {steps}; finish it with `tpcompress fit ... --ckpt_path {path}`, "
             f"or export it as it is with --allow_unfinished true."
         )
-    module = PruningModule(**settings)
+    quantised = settings.get("quantize")
+    module = PruningModule(**settings | ({"quantize": None} if whole else {}))
     module.configure_model()
     check_weights(module, module.trainable, saved["state_dict"])
     module.load_state_dict(saved["state_dict"], strict=False)
     assert module.model is not None
-    recipe = path.parent.parent / "recipe.yaml"
+    path_of_recipe = path.parent.parent / "recipe.yaml"
+    recipe = read_recipe(path_of_recipe)
     trained_with = {
         "arm": "training_aware" if module.plan is not None else "dense_ft",
         "steps": done,
@@ -60,4 +67,10 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False) -> Trai
         "lora": settings["lora"],
         "base": module.base,
     }
-    return TrainedModel(module.model.eval(), module.processor, recipe if recipe.is_file() else None, trained_with)
+    if quantised is not None:
+        trained_with["quantize"] = quantised
+    ranges = final_ranges(module, recipe, steps) if recipe is not None else None
+    trained_with |= facts_of(path.parent.parent, recipe)
+    return TrainedModel(
+        module.model.eval(), module.processor, None if recipe is None else path_of_recipe, trained_with, ranges
+    )
