@@ -14,7 +14,11 @@ from tpcompress.cli import _commands, main
 from tpcompress.data.collate import PromptCollator
 from tpcompress.evaluation.compare import Comparison
 from tpcompress.pruners import list_pruners
+from tpcompress.pruners.parts import KINDS, list_parts
+from tpcompress.training import schedules
+from tpcompress.training.losses import list_losses
 from tpcompress.training.module import load_base, load_processor
+from tpcompress.training.teachers import list_teachers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -115,3 +119,14 @@ def test_what_it_names_exists():
 def _braces(path: str) -> list[str]:
     match = re.search(r"\{(.*?)\}", path)
     return [path] if not match else [path.replace(match.group(0), one, 1) for one in match.group(1).split(",")]
+
+
+def test_the_notes_on_training_list_every_part():
+    text = (ROOT / "tpcompress/training/README.md").read_text()
+    rows = dict(re.findall(r"\| (\w+) \(`[\w/]+`\) \| (.*?) \|\n", text))
+    listed = {kind: set(re.findall(r"`(\w+)`", row)) for kind, row in rows.items()}
+    for kind in KINDS:
+        assert listed[f"{kind}s"] == set(list_parts(kind)), kind
+    assert listed["losses"] == {cls.__name__ for cls in list_losses().values()}
+    assert listed["teachers"] == set(list_teachers())
+    assert listed["schedules"] == {name for name in schedules.__all__ if name[0].isupper()} - {"Schedule"}

@@ -77,6 +77,7 @@ def export(
     plan: str | None = None,
     overwrite: bool = False,
     allow_unfinished: bool = False,
+    budgets: str | None = None,
 ) -> int:
     """Write a folder that loads with its pruner: from a trained run, or from a base and a plan that need no training.
 
@@ -87,18 +88,41 @@ def export(
         plan: ... and a plan or recipe file.
         overwrite: replace an earlier export at `out`.
         allow_unfinished: export a run that stopped before its last step.
+        budgets: measure accuracy at these, for the card: 9,16,36 or 0.1,0.25; 32/8,16/4 for a plan of two stages.
     """
     from tpcompress.training.produce import export_free, export_run
 
     if (ckpt is None) == (base is None or plan is None):
         raise ValueError("export needs either --ckpt, or --base and --plan.")
+    measure = None
+    if budgets is not None:
+        from tpcompress.evaluation.budget_curve import BudgetCurve
+
+        measure = BudgetCurve(budgets, console, ckpt)
     if ckpt is not None:
-        folder = export_run(ckpt, out, overwrite, allow_unfinished)
+        folder = export_run(ckpt, out, overwrite, allow_unfinished, measure)
     else:
         assert base is not None
         assert plan is not None
-        folder = export_free(base, plan, out, overwrite)
+        folder = export_free(base, plan, out, overwrite, measure)
     console.print(f"Exported to {folder}. Next: tpcompress verify {folder}")
+    return 0
+
+
+def cache_teacher(config: str, out: str, top: int = 64) -> int:
+    """Let the unpruned base answer a recipe's training data once, for teacher Cached; goes on where it was interrupted.
+
+    Args:
+        config: a recipe.
+        out: folder of the cache.
+        top: most likely tokens kept per answer position.
+    """
+    from tpcompress.training.cache_run import cache_of_recipe
+
+    written = cache_of_recipe(config, out, top, console)
+    console.print(
+        f"{written} sequences written to {out}. Next: model.teacher: Cached with folder: {out}.", soft_wrap=True
+    )
     return 0
 
 
@@ -306,7 +330,7 @@ def _commands() -> dict[str, Callable[..., int]]:
     return {
         "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare, "study": study,
         "quickstart": quickstart, "inspect": inspect_model, "find-layer": find_layer, "pruners": pruners,
-        "families": families, "estimators": estimators,
+        "families": families, "estimators": estimators, "cache-teacher": cache_teacher,
     }  # fmt: skip
 
 
@@ -362,7 +386,7 @@ def _quieten(name: str) -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
-    if name in ("fit", "validate", "compare", "study", "quickstart", "estimators"):
+    if name in ("fit", "validate", "compare", "study", "quickstart", "estimators", "cache-teacher"):
         import datasets
         import lightning  # noqa: F401  it sets the levels of its loggers when it is imported
 

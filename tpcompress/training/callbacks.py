@@ -55,6 +55,11 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if stage == "validate" and hasattr(trainer.strategy, "zero_stage_3"):
+            raise ValueError(
+                "Lightning takes all hooks off a model that DeepSpeed validates, and with them the plan; validate with "
+                "another strategy, or within fit."
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin that the user chose
             trainer.strategy.checkpoint_io = DurableFile()
 

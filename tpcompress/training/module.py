@@ -25,7 +25,7 @@ from tpcompress.training.parts import add_lora, check_packing, check_train, read
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import Phase, Scorer, check_full_every, is_learned, phases_of
 from tpcompress.training.schedules import Schedule, draw_for
-from tpcompress.training.sharding import average_whole, clip_norm, cuts_weights, shard
+from tpcompress.training.sharding import average_whole, clip_norm, cuts_weights, shard, whole_weights
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.steps import student_passes
 from tpcompress.training.teachers import Teacher
@@ -117,8 +117,11 @@ class PruningModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the base, then LoRA, then the plan; called by Lightning on every rank, and idempotent."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            with whole_weights(self._trainer):
+                self._make_model()
+
+    def _make_model(self) -> None:
         model: Any = load_base(self.base, self.dtype_name, self.attention, self.quantize)
         for parameter in model.parameters():
             parameter.requires_grad_(False)

@@ -8,7 +8,8 @@ averaged before the optimizer's step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,24 @@ def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
     # The rest is one group. Towers have none of their own: a call may run one once for images and once for videos, and
     # transformers records hidden states by the class of a model, which sharding replaces.
     fully_shard(model, mesh=mesh, ignored_params=pruners)
+
+
+@contextmanager
+def whole_weights(trainer: Trainer | None) -> Iterator[None]:
+    """Make new weights whole in a block, where Lightning has DeepSpeed cut each at once (stage 3).
+
+    A checkpoint of transformers cannot be loaded into cut weights. DeepSpeed cuts them when it takes over the model.
+    """
+    if trainer is None or not getattr(trainer.strategy, "zero_stage_3", False):
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
 
 
 def cuts_weights(trainer: Trainer) -> bool:

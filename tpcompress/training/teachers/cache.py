@@ -9,7 +9,7 @@ A answer tokens, T tokens kept of each, C vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def cache_teacher(
     device: str = "cpu",
     rank: int = 0,
     world_size: int = 1,
+    shown: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> int:
     """Run the unpruned base once over the training rows of a data module and keep what it answers.
 
@@ -59,6 +60,7 @@ def cache_teacher(
         device: where the model runs.
         rank: number of this process, from 0.
         world_size: how many share the rows.
+        shown: wraps the batches, to show progress.
 
     Returns:
         Sequences written by this call.
@@ -71,7 +73,7 @@ def cache_teacher(
     rows = GoodRows(data.load_rows()[0], collator.encode, data.on_bad_row)
     part = Subset(rows, range(rank, len(rows), world_size))
     batches = DataLoader(part, data.batch_size, collate_fn=collator.pad, num_workers=data.num_workers)
-    return write_answers(model, batches, folder, top, per_shard, rank)
+    return write_answers(model, shown(batches), folder, top, per_shard, rank)
 
 
 def write_answers(
