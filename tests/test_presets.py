@@ -24,6 +24,8 @@ from tpcompress.training.parts import TRAINABLE
 from tpcompress.training.phases import phases_of
 from tpcompress.training.run import RecipeCLI, run_recipe
 from tpcompress.training.steps import step_budgets
+from tpcompress.training.teachers.adapter_off import AdapterOff
+from tpcompress.training.teachers.milder import Milder
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "recipes/presets"
@@ -46,6 +48,7 @@ class Published:
         average: vision tokens in the average layer, rounded.
         batch: samples per optimizer step, and the cards that it takes.
         trains: as the README says it.
+        teacher: class of the teacher.
     """
 
     kept: tuple[tuple[int, int], ...]
@@ -55,6 +58,7 @@ class Published:
     losses: dict[str, tuple[float, ...]] = field(default_factory=lambda: {"label": (1.0, 1.0, 1.0)})
     average: int = 64
     batch: tuple[int, int] = (64, 1)
+    teacher: type | None = None
 
 
 LORA = {"language_model": 2e-4, "projector": 2e-5}
@@ -62,15 +66,21 @@ TAUGHT = {"label": (1.0, 1.0, 1.0), "kl": (0.5, 0.5, 0.5)}
 FULL = {"language_model": 2e-5, "projector": 2e-5, "vision_tower": 2e-6}
 
 PUBLISHED = {
-    "default": Published(((518, 518), (462, 291), (405, 64)), LORA, "projector, LoRA", losses=TAUGHT),
+    "default": Published(
+        ((518, 518), (462, 291), (405, 64)), LORA, "projector, LoRA", losses=TAUGHT, teacher=AdapterOff
+    ),
     "learned_two_stage": Published(
-        ((576, 576), (64, 64), (64, 64)), LORA | {"pruner": 2e-3}, "pruner; then projector, LoRA", losses=TAUGHT
+        ((576, 576), (64, 64), (64, 64)), LORA | {"pruner": 2e-3}, "pruner; then projector, LoRA", losses=TAUGHT,
+        teacher=AdapterOff,
     ),
     # 1 - (0.1 + 0.16 p) and 1 - (0.1 + 0.64 p) of 576
     "epic_tcd": Published(
-        ((518, 518), (472, 334), (426, 150)), FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS)
+        ((518, 518), (472, 334), (426, 150)), FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS),
+        teacher=Milder,
     ),
-    "epic_lcd": Published(((64, 64),) * 3, FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS)),
+    "epic_lcd": Published(
+        ((64, 64),) * 3, FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS), teacher=Milder
+    ),
     "pyramiddrop": Published(
         ((72, 72),) * 3, {"language_model": 2e-5, "projector": 2e-5}, "projector, language model", (8, 16, 24),
         average=270, batch=(128, GPUS),
@@ -185,6 +195,12 @@ def test_layers_and_positions(name, read):
 def test_losses_and_their_weights(name, read):
     losses = phases(read(name).model)[-1].losses
     assert {loss.name: tuple(at(loss.weight, p) for p in (0.0, 0.5, 1.0)) for loss in losses} == PUBLISHED[name].losses
+
+
+@presets
+def test_teachers(name, read):
+    teacher = read(name).model.teacher
+    assert (None if teacher is None else type(teacher)) is PUBLISHED[name].teacher
 
 
 @presets
@@ -312,7 +328,6 @@ def test_the_noise_gate_learns_alone_at_full_length(read):
     module = read("autoselect_noise").model
     (phase,) = phases(module)
     assert (phase.pruner, phase.rest, phase.full_every, phase.end) == (True, False, 1, STEPS)
-    assert module.teacher is None
 
 
 def test_matryoshkas_five_counts(read):
@@ -381,10 +396,18 @@ def switches(name: str) -> dict[str, object]:
     return {key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): ([^`]+)`", line)}
 
 
-def places(values, key: str) -> list[tuple[dict, str]]:
-    """Where a key stands in a recipe."""
+def switched(name: str) -> dict:
+    """A recipe with all of them."""
+    values = yaml.safe_load(FILES[name].read_text())
+    for key, value in switches(name).items():
+        places(values["model"], key)[0][0][key] = value
+    return values
+
+
+def places(values, key: str) -> list[tuple[dict, object]]:
+    """Where a key stands in a recipe, and its value."""
     if isinstance(values, dict):
-        here = [(values, key)] if key in values else []
+        here = [(values, values[key])] if key in values else []
         return here + [place for value in values.values() for place in places(value, key)]
     return [place for value in values for place in places(value, key)] if isinstance(values, list) else []
 
@@ -397,25 +420,18 @@ def test_a_header_names_keys_that_turn_the_fixes_off(name, read):
     """Each stands in the file once, with another value, and the recipe is read with all of them."""
     values = yaml.safe_load(FILES[name].read_text())
     for key, value in switches(name).items():
-        ((holder, _),) = places(values["model"], key)
-        assert holder[key] != value
-        holder[key] = value
-    read(name, values)
+        ((holder, before),) = places(values["model"], key)
+        assert before != value
+        assert key in holder
+    read(name, switched(name))
 
 
 def test_switches_reach_what_they_are_about(read):
     """As published, some of the numbers above are others."""
-
-    def switched(name: str):
-        values = yaml.safe_load(FILES[name].read_text())
-        for key, value in switches(name).items():
-            places(values["model"], key)[0][0][key] = value
-        return read(name, values).model
-
     assert len(SWITCHED) >= 8
-    assert switched("pyramiddrop").plan.positions == "compact"
-    assert temperatures(switched("visionselector")) == [1.0, 1.0, 1.0]
-    tcd = switched("epic_tcd")
+    assert read("pyramiddrop", switched("pyramiddrop")).model.plan.positions == "compact"
+    assert temperatures(read("visionselector", switched("visionselector")).model) == [1.0, 1.0, 1.0]
+    tcd = read("epic_tcd", switched("epic_tcd")).model
     assert (tcd.losses[1].shifted, tcd.teacher.nested) == (False, False)
     assert kept(tcd, phases(tcd)[0], 1.0, LAST) == [[64]]
 
@@ -464,15 +480,7 @@ QUICK = ("default", "epic_tcd", "learned_two_stage")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FILES])
 def test_two_steps_on_a_tiny_stand_in(name, work, tmp_path):
-    args = ["--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.limit_train_batches", "1.0"]
-    args += ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-    args += ["--trainer.precision", "32-true", "--model.dtype", "float32", "--trainer.accumulate_grad_batches", "1"]
-    args += ["--model.base", str(work.base), "--model.optimizer.warmup", "1", "--diagnostics.every", "0"]
-    args += ["--data.init_args.train", str(work.chat / "chat.json"), "--data.init_args.num_workers", "0"]
-    args += ["--data.init_args.image_folder", str(work.chat / "images"), "--data.init_args.batch_size", "2"]
-    args += ["--model.scorer.steps", "1"] if name == "learned_two_stage" else []
-    args += ["--trainer.callbacks+", yaml.safe_dump(callback(Watch), default_flow_style=True)]
-    run = run_recipe(["fit", "--config", str(FILES[name]), *args], progress=False)
+    run = two_steps(FILES[name], work, tmp_path)
     metrics, watch = run.trainer.callback_metrics, found(run, Watch)
     assert run.trainer.global_step == 2
     assert {key.removeprefix("loss/") for key in metrics if key.startswith("loss/")} - {"total"} == set(
@@ -489,3 +497,27 @@ def test_two_steps_on_a_tiny_stand_in(name, work, tmp_path):
 def part_of(name: str, parts) -> str:
     """The word of the README for what a weight belongs to."""
     return "LoRA" if "lora_" in name else group_of(name, parts).replace("_", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHED)
+def test_two_steps_as_published(name, work, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(switched(name)))
+    run = two_steps(path, work, tmp_path / "run")
+    assert run.trainer.global_step == 2
+    assert torch.isfinite(run.trainer.callback_metrics["loss/total"])
+
+
+def two_steps(path: Path, work: Workplace, folder: Path) -> RecipeCLI:
+    """Two steps of a recipe, in single precision; of two phases, one each."""
+    args = ["--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.limit_train_batches", "1.0"]
+    args += ["--trainer.default_root_dir", str(folder), "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    args += ["--trainer.precision", "32-true", "--model.dtype", "float32", "--trainer.accumulate_grad_batches", "1"]
+    args += ["--trainer.limit_val_batches", "0"]
+    args += ["--model.base", str(work.base), "--model.optimizer.warmup", "1", "--diagnostics.every", "0"]
+    args += ["--data.init_args.train", str(work.chat / "chat.json"), "--data.init_args.num_workers", "0"]
+    args += ["--data.init_args.image_folder", str(work.chat / "images"), "--data.init_args.batch_size", "2"]
+    args += ["--model.scorer.steps", "1"] if "steps: 1000" in path.read_text() else []
+    args += ["--trainer.callbacks+", yaml.safe_dump(callback(Watch), default_flow_style=True)]
+    return run_recipe(["fit", "--config", str(path), *args], progress=False)
