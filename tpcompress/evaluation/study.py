@@ -100,13 +100,14 @@ class Study:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for what, names in (
+        groups: tuple[tuple[str, list[Any]], ...] = (
             ("contenders", [c.name for c in self.contenders]),
             ("ways", [w.name for w in self.ways]),
             ("ablations", [(a.name, a.contender, a.way) for a in self.ablations]),
             ("budgets", list(self.budgets)),
             ("seeds", list(self.seeds)),
-        ):
+        )
+        for what, names in groups:
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise ValueError(f"The study's {what} have {twice} twice; cells are told apart by it.")
