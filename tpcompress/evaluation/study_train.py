@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
 
 from tpcompress.data.encode import EncodedSequence
 from tpcompress.evaluation.study_cells import Training
 from tpcompress.training.datamodule import BenchmarkData
-from tpcompress.training.messages import readable
 from tpcompress.training.run import RecipeCLI
 
 Kept = dict[tuple[Any, ...], list[EncodedSequence]]
@@ -89,7 +87,8 @@ def train(training: Training, base: str, folder: Path, kept: Kept) -> None:
         kept: encoded pictures of earlier runs.
 
     Raises:
-        ValueError: a key or value of the recipe is wrong.
+        NonFiniteLoss: training met a NaN.
+        KeyboardInterrupt: interrupted.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -100,7 +99,4 @@ def train(training: Training, base: str, folder: Path, kept: Kept) -> None:
     if training.plan is not None:
         args += ["--model.plan", json.dumps(training.plan.to_dict())]
         args += ["--data.init_args.pack", "false"] if training.plan.reads_prompt else []
-    try:
-        StudyRun(args, kept)
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(readable(error)) from error
+    StudyRun(args, kept)
