@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from training.killing import fit, server
 
 from tpcompress.training import module
@@ -19,7 +21,28 @@ from tpcompress.training import module
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp_find_unused_parameters_true",
     "fsdp2": {"class_path": "tpcompress.training.sharding.FSDP2"},
+    "zero2": {"class_path": "training.distributed.DeepSpeedOnCPU", "init_args": {"stage": 2}},
+    "zero3": {"class_path": "training.distributed.DeepSpeedOnCPU", "init_args": {"stage": 3}},
 }
+
+
+class DeepSpeedOnCPU(DeepSpeedStrategy):
+    """Lightning's DeepSpeed without its refusal of the CPU, and without DeepSpeed's compiled communication."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage, process_group_backend="gloo", exclude_frozen_parameters=True)
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed wants a number
+
+    def setup_distributed(self) -> None:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of a compiler, and its stale lock
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
 
 
 class Note(Callback):
@@ -31,7 +54,10 @@ class Note(Callback):
         self.calls = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.parts.vision_tower.register_forward_pre_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+        def count(*call: Any) -> None:
+            self.calls += torch.is_grad_enabled()  # neither the teacher's nor a diagnosis
+
+        pl_module.parts.vision_tower.register_forward_pre_hook(count)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         pixels = batch.get("pixel_values")
@@ -40,8 +66,9 @@ class Note(Callback):
         self.rows.append(row)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in pl_module.model.named_parameters()}
-        whole = {name: value.detach().clone() for name, value in whole.items()}
+        with deepspeed.zero.GatheredParameters(list(pl_module.model.parameters())):
+            whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in pl_module.model.named_parameters()}
+            whole = {name: value.detach().clone() for name, value in whole.items()}
         torch.save({"steps": self.rows, "weights": whole}, self.folder / f"rank{trainer.global_rank}.pt")
 
 

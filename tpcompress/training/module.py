@@ -25,7 +25,7 @@ from tpcompress.training.parts import add_lora, check_packing, check_train, read
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import Phase, Scorer, check_full_every, is_learned, phases_of
 from tpcompress.training.schedules import Schedule, draw_for
-from tpcompress.training.sharding import average_whole, clip_norm, cuts_weights, shard, whole_weights
+from tpcompress.training.sharding import average_whole, calls_alike, clip_norm, shard, whole_weights
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.steps import student_passes
 from tpcompress.training.teachers import Teacher
@@ -220,9 +220,9 @@ class PruningModule(L.LightningModule):
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
 
     def _with_picture(self, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Where weights are cut, every process calls the vision tower in every step."""
+        """Where every process must call the same modules, one that has no picture gets one."""
         collator = getattr(self.trainer.datamodule, "collator", None)  # type: ignore[attr-defined]
-        if collator is None or not cuts_weights(self.trainer):
+        if collator is None or not calls_alike(self.trainer):
             return batch, False
         return with_picture(batch, collator)
 

@@ -127,10 +127,13 @@ def whole_weights(trainer: Trainer | None) -> Iterator[None]:
         restore_init_context()
 
 
-def cuts_weights(trainer: Trainer) -> bool:
-    """Whether no process holds whole weights: FSDP2, or stage 3 of DeepSpeed."""
-    strategy = trainer.strategy
-    return trainer.lightning_module.device_mesh is not None or bool(getattr(strategy, "zero_stage_3", False))
+def calls_alike(trainer: Trainer) -> bool:
+    """Whether all processes must call the same modules: FSDP2 and DeepSpeed.
+
+    Also at stage 2, where weights are whole: a process without a gradient for some weight sums other buckets than the
+    rest, which hang, or sum what does not belong together.
+    """
+    return trainer.lightning_module.device_mesh is not None or hasattr(trainer.strategy, "zero_stage_3")
 
 
 def average_whole(parameters: Sequence[nn.Parameter]) -> None:
