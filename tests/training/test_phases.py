@@ -5,6 +5,8 @@ import torch
 from training.helpers import TOKENS, Watch, callback, found
 
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.losses.imitate import Imitate
+from tpcompress.training.losses.label import Label
 from tpcompress.training.module import PruningModule
 from tpcompress.training.phases import Scorer, phases_of
 from tpcompress.training.steps import step_layers
@@ -45,6 +47,24 @@ def test_a_gradient_must_be_able_to_reach_what_trains():
         train = {"projector"} if scorer.full_every == 0 else {"pruner", "projector"}
         with pytest.raises(ValueError, match=r"^The pruner trains, but its gates carry a gradient[^\n]*$"):
             phases_of(plan, 10, train, True, scorer, (main, None, []))
+
+
+def test_losses_on_choices_count_only_where_a_pruner_trains():
+    plan, gates = PruningPlan.from_dict(GATE), [Label(), Imitate(of="scores")]
+    first, second = phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, gates))
+    assert (first.losses, second.losses) == (gates, gates[:1]), "the projector must not be moved to please a guide"
+    (joint,) = phases_of(plan, 10, {"projector", "pruner"}, True, Scorer(), (1, None, gates))
+    assert joint.losses == gates
+    with pytest.raises(ValueError, match=r"^Loss 'imitate' needs a pruner that trains, and from step 5 on[^\n]*$"):
+        phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, gates[1:]))
+    assert phases_of(plan, 10, set(), False, Scorer(), (0, None, gates[1:]))[0].losses == gates[1:]
+
+
+def test_a_phase_without_losses_is_refused(work):
+    with pytest.raises(ValueError, match=r"^scorer.losses is empty[^\n]*$"):
+        Scorer(losses=[])
+    with pytest.raises(ValueError, match=r"^Loss 'sparsity' is on the choice of a learned pruner[^\n]*$"):
+        work.fit(model={"losses": ["Label", "Sparsity"]})
 
 
 def test_one_step_in_two_sees_the_full_length(work):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, controller_of
+from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.base import load_base, load_processor
 from tpcompress.training.dummy import with_picture
 from tpcompress.training.finite import NonFiniteLoss, check_gradients, check_loss
@@ -89,7 +90,7 @@ class PruningModule(L.LightningModule):
         self.reproduction = reproduction
         self.optimizer_settings = optimizer or Optimizer()
         self.dtype_name, self.attention, self.gradient_checkpointing = dtype, attention, gradient_checkpointing
-        check_losses([*self.losses, *(self.scorer.losses or [])], teacher)
+        check_losses([*self.losses, *(self.scorer.losses or [])], teacher, self.plan)
         self.settings = {
             "base": base,
             "plan": self.plan.to_dict() if self.plan else None,
@@ -274,8 +275,8 @@ class PruningModule(L.LightningModule):
             check_settings(self.settings, checkpoint[KEY]["settings"])
 
 
-def check_losses(losses: list[Loss], teacher: Teacher | None) -> None:
-    """See that there is a loss, and a teacher for those that imitate one.
+def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan | None) -> None:
+    """See that there is a loss, a teacher for those that imitate one, and a learned pruner for those on its choice.
 
     Raises:
         ValueError: there is not.
@@ -285,6 +286,12 @@ def check_losses(losses: list[Loss], teacher: Teacher | None) -> None:
     lonely = [loss.name for loss in losses if "teacher" in loss.needs]
     if lonely and teacher is None:
         raise ValueError(f"Loss '{lonely[0]}' imitates a teacher; set model.teacher, e.g. AdapterOff or Copy.")
+    idle = [loss.name for loss in losses if "gate" in loss.needs]
+    if idle and not is_learned(plan):
+        raise ValueError(
+            f"Loss '{idle[0]}' is on the choice of a learned pruner, and the plan has none; drop the loss, or plan "
+            f"learned_gate."
+        )
 
 
 __all__ = ["NonFiniteLoss", "PruningModule", "load_base", "load_processor"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
@@ -19,6 +19,9 @@ class Scorer:
         schedule: budgets of the phase; null keeps the plan's. Random budgets help a question-conditioned scorer.
         losses: of the phase; null takes the model's.
         full_every: as the model's; null takes 1, or 0 for a pruner that learns on gathered tokens.
+
+    Raises:
+        ValueError: steps that are no count and no share, an empty list of losses, or an impossible `full_every`.
     """
 
     steps: int | float | None = None
@@ -29,6 +32,8 @@ class Scorer:
     def __post_init__(self) -> None:
         if self.steps is not None and (self.steps < 0 or (self.steps > 1 and self.steps != int(self.steps))):
             raise ValueError(f"scorer.steps is a whole number of steps or a share below 1, got {self.steps}.")
+        if self.losses is not None and not self.losses:
+            raise ValueError("scorer.losses is empty; leave it out for those of the model, or name one, e.g. [Label].")
         if self.full_every is not None:
             check_full_every(self.full_every)
 
@@ -70,7 +75,7 @@ class Phase:
         full_every: 0 gathers the retained tokens in every step, 1 trains at full length through gates, m does so in
             every m-th step.
         schedule: of the budgets.
-        losses: what is minimised.
+        losses: what is minimised; none that needs a pruner which trains, where none does.
     """
 
     start: int
@@ -109,7 +114,8 @@ def phases_of(
         main: full_every, schedule and losses of phase two.
 
     Raises:
-        ValueError: impossible numbers of steps, or a phase in which nothing would reach the pruner that trains.
+        ValueError: impossible numbers of steps, a phase in which nothing would reach the pruner that trains, or one
+            without a loss.
     """
     first, (full_every, schedule, losses) = scorer.count(plan, total, train, rest), main
     alone = int(wants_full_length(plan)) if scorer.full_every is None else scorer.full_every
@@ -118,6 +124,7 @@ def phases_of(
         Phase(0, first, True, False, alone, scorer.schedule or Constant(), own),
         Phase(first, total, "pruner" in train, rest, full_every, schedule or Constant(), losses),
     ]
+    found = [phase if phase.pruner else _without_gates(phase) for phase in found]
     found = [phase for phase in found if phase.end > phase.start]
     for phase in found:
         if phase.pruner and wants_full_length(plan) and phase.full_every == 0:
@@ -126,6 +133,17 @@ def phases_of(
                 "full_every to 1, or to 4 for one step in four, or take applier gather_value."
             )
     return found
+
+
+def _without_gates(phase: Phase) -> Phase:
+    """A phase without the losses on choices: of a pruner that does not train they would move what it reads instead."""
+    left = [loss for loss in phase.losses if "gate" not in loss.needs]
+    if phase.losses and not left and phase.end > phase.start:
+        raise ValueError(
+            f"Loss '{phase.losses[0].name}' needs a pruner that trains, and from step {phase.start} on none does; add "
+            f"Label to model.losses, or move it to model.scorer.losses."
+        )
+    return replace(phase, losses=left)
 
 
 def is_learned(plan: PruningPlan | None) -> bool:
