@@ -121,6 +121,12 @@ def test_epics_window_is_that_of_its_script():
         reaching.budget(COUNT, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("schedule", [EpicWindow(), EpicWindow(reach=True), Linear(), RandomBudget(), Several([2.0])])
+def test_a_stage_that_retains_nothing_goes_on_to_do_so(schedule):
+    nothing = Budget(keep_tokens=0)
+    assert schedule.budgets(nothing, 0.5, 0.5) == [nothing]
+
+
 def test_a_layer_ramp_ends_at_the_plans_layer():
     layers = [LayerRamp().layer(2, 32, progress_at(i, 31)) for i in range(31)]
     assert layers[0] == 31

@@ -39,6 +39,8 @@ class EpicWindow(Schedule):
         self.first, self.span, self.low, self.high, self.reach = first, span, low, high, reach
 
     def budget(self, final: Budget, progress: float, draw: float) -> Budget:
+        if final.keep_tokens == 0:  # nothing, which a plan may ask of its last stage, stays nothing
+            return final
         span = self.span
         if self.reach:
             if final.keep_ratio is None:
