@@ -280,6 +280,17 @@ def test_a_guide_may_read_what_the_gate_reads():
     torch.testing.assert_close(Imitate("cdpruner")(here, None), torch.stack(terms).mean())
 
 
+def test_mixed_precision_does_not_change_what_is_imitated():
+    here, _ = everything()
+    stage = here.trace.stages[0]
+    scores = create("novelty")(stage.view, torch.tensor(COUNTS)).scores_BV
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = create("novelty")(stage.view, torch.tensor(COUNTS)).scores_BV
+        term = Imitate("novelty", of="scores")(here, None)
+    assert not torch.equal(scores, rounded), "control: half precision does change the guide"
+    assert torch.equal(term, Imitate("novelty", of="scores")(here, None))
+
+
 def test_scores_that_nothing_learns_are_not_imitated():
     here, _ = everything()
     stage = here.trace.stages[0]

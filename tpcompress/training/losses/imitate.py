@@ -92,7 +92,8 @@ class Imitate(Loss):
             scores_RV, valid_RV = stage.selection.scores_BV, stage.valid_RV
             if not scores_RV.requires_grad:
                 continue
-            with torch.no_grad():
+            # Out of mixed precision, as stages ask: the guide's choice is the one it makes as a pruner.
+            with torch.no_grad(), torch.autocast(valid_RV.device.type, enabled=False):
                 # A stand-in is a token like any other to the guide, which must keep one.
                 target = self.guide(stage.view, torch.tensor(stage.counts).clamp(min=1))
             if self.of == "choice":
