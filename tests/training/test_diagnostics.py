@@ -12,6 +12,7 @@ from tpcompress.insertion.attach import controller_of
 from tpcompress.pruners import Pruner, Selection
 from tpcompress.pruners.topk import keep_topk
 from tpcompress.training.diagnostics import Findings, choosing_at_random, look
+from tpcompress.training.passes import run_pass
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 FINE = Findings(
@@ -90,6 +91,54 @@ def test_a_pruner_that_looks_at_places_alone_is_noticed(work):
     assert any("ignores the image" in alarm for alarm in blind.alarms(learned=True))
 
 
+def test_rows_of_one_picture_say_nothing_about_the_image(work):
+    run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}}, data={"batch_size": 4})
+    (batch,), module = probe(run), run.model
+    assert not math.isnan(look(module, module.phases[-1], [batch]).findings.overlap_images), "control"
+    batch = {k: v[:1].expand(4, *v.shape[1:]) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    batch.pop("meta")  # it counts the answers of four others
+    assert math.isnan(look(module, module.phases[-1], [batch]).findings.overlap_images)
+
+
+def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
+    gate = GATE["pruner"] | {"selector": "threshold", "applier": "value"}
+    run = work.fit(model={"plan": GATE | {"pruner": gate}, "scorer": {"steps": 1}}, data={"batch_size": 4})
+    model, (batch,) = run.model.model.eval(), probe(run)
+    with torch.no_grad():
+        controller_of(model).pruners[0].selector.level.sub_(0.5)
+    own = run_pass(model, batch)
+    with choosing_at_random(model, own.trace):
+        random = run_pass(model, batch)
+    with choosing_at_random(model):
+        budget = run_pass(model, batch)
+    assert own.trace.stages[0].vision_out == random.trace.stages[0].vision_out != budget.trace.stages[0].vision_out
+    assert not torch.equal(own.trace.stages[0].retained_RV, random.trace.stages[0].retained_RV)
+
+
+def test_hard_gates_have_no_entropy(work):
+    gate = GATE["pruner"] | {"selector": "straight_through", "applier": "value"}
+    work.fit(model={"plan": GATE | {"pruner": gate}, "scorer": {"steps": 1}})
+    assert looks(work)["looks"][0]["entropy"] is None
+
+
+def test_a_mixed_phase_is_always_looked_at_in_full(work):
+    how = {"plan": GATE, "scorer": {"steps": 6, "full_every": 2}}
+    work.fit(trainer={"max_steps": 6}, model=how, diagnostics={"every": 1})
+    assert all(one["entropy"] > 0 for one in looks(work)["looks"])
+
+
+def test_what_follows_a_schedule_is_measured_at_its_end(work):
+    rules = {"type": "mix", "importance": "novelty", "uniqueness": "last_vision"}
+    how = {"mode": "scheduled", "alpha": 0.0, "alpha_end": 1.0}
+    for name, more in (("moving", how), ("end", {"alpha": 1.0}), ("start", {"alpha": 0.0})):
+        model = {"plan": {"pruner": rules | more, "keep_tokens": 16}, "optimizer": {"lr": 0.0}}
+        data = {"val_fraction": 0.2}
+        work.fit(name, trainer={"val_check_interval": 1}, model=model, data=data, diagnostics={"every": 1})
+    moving, end, start = ([one["loss"] for one in looks(work, name)["looks"]] for name in ("moving", "end", "start"))
+    assert moving == end
+    assert end[0] != start[0], "control"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -118,6 +167,16 @@ def test_alarms_are_said_at_the_end(work, capsys):
     callback.alarms = ["the pruner falls under random"]
     callback.on_train_end(run.trainer, run.model)
     assert "ALARM the pruner falls under random" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_looks_before(work):
+    how = {"model": {"plan": GATE, "scorer": {"steps": 1}}, "diagnostics": {"every": 1}}
+    work.fit(trainer={"max_steps": 2}, **how)
+    before = looks(work)["looks"]
+    work.fit("run", "--ckpt_path", "last", trainer={"max_steps": 4}, **how)
+    after = looks(work)["looks"]
+    assert [one["step"] for one in after] == [1, 2, 3, 4]
+    assert after[: len(before)] == before
 
 
 @pytest.mark.parametrize("settings", [{"every": -1}, {"batches": 0}])

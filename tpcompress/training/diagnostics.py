@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from tpcompress.insertion.attach import controller_of, mode
 from tpcompress.insertion.trace import Trace
-from tpcompress.pruners import create
+from tpcompress.pruners import Pruner, Selection, TokenView, create
 from tpcompress.training.losses.kl import kl_to_teacher
 from tpcompress.training.losses.label import sample_losses
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.steps import pruning
+from tpcompress.training.steps import finish, pruning
 from tpcompress.training.teachers.base import at_rest
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SAME_EVERYWHERE = 0.95
 """Overlap of the sets retained of different pictures from which a learned pruner is said to ignore them."""
+SAME_PICTURE = 0.01
+"""Relative distance of the vision tokens of two rows up to which they show the same picture."""
 DRIFT = 0.1
 """Difference of the shares of right answer tokens from which training and export are said to drift apart."""
 
@@ -41,12 +43,12 @@ class Findings:
         step: optimizer steps done.
         accuracy: share of answer tokens that are right as after export: hard choices, truly shorter sequences.
         loss: mean label loss of these, nats.
-        training_accuracy: the same in the mode that the step trains in.
+        training_accuracy: the same as the phase trains: at full length, if it has such steps.
         training_kl: KL from the exported answers to those of the training mode, nats per answer token.
         random_accuracy, random_loss: as `accuracy` and `loss`, with as many tokens chosen at random.
         behind_random: label loss above that of the random choice, mean over samples, nats; negative is good.
         behind_random_error: its standard error.
-        entropy: mean entropy of the gates, bits per token: 0 is decided, 1 is undecided.
+        entropy: mean entropy of soft gates, bits per token: 0 is decided, 1 is undecided.
         overlap_before: Jaccard overlap of the retained sets with those of the look before, mean over rows.
         overlap_images: the same between rows of different pictures in one look.
         never_kept: share of the places in a picture that no row retains.
@@ -125,10 +127,11 @@ def look(
         here, random, training = [], [], []
         for batch in batches:
             with mode(model, "drop"):
+                finish(model)
                 here.append(run_pass(model, batch))
-                with choosing_at_random(model):
+                with choosing_at_random(model, here[-1].trace):
                     random.append(run_pass(model, batch))
-            with pruning(module, phase, progress):
+            with pruning(module, phase, progress, full=phase.full_every > 0):
                 training.append(run_pass(model, batch))
     retained = [_retained(one.trace) for one in here]
     gap, error = _paired(here, random)
@@ -146,19 +149,46 @@ def look(
         overlap_before=math.nan if before is None else _mean(
             [float(_jaccard(a, b).mean()) for a, b in zip(retained, before.retained, strict=True) if len(a)]
         ),
-        overlap_images=_mean([_between(one) for one in retained if len(one) > 1]),
+        overlap_images=_mean([_between(_retained(one.trace), _other_pictures(one.trace)) for one in here]),
         never_kept=_mean([float((~one.any(0)).float().mean()) for one in retained if len(one)]),
     )  # fmt: skip
     return Look(findings, retained)
 
 
+class AsMany(Pruner):
+    """Random tokens, in each row as many as somebody retained; which ones does not depend on the row.
+
+    Args:
+        counts: of each row.
+        seed: of the choice.
+    """
+
+    name = "as_many"
+    exact = False
+
+    def __init__(self, counts: list[int], seed: int) -> None:
+        super().__init__()
+        self.counts, self.random = torch.tensor(counts), create({"type": "random", "seed": seed})
+
+    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        selection: Selection = self.random(tokens, self.counts)
+        return selection
+
+
 @contextmanager
-def choosing_at_random(model: nn.Module) -> Iterator[None]:
-    """Run a block in which every pruner that retains something gives way to a random choice of as many tokens."""
-    pruners = controller_of(model).pruners
+def choosing_at_random(model: nn.Module, trace: Trace | None = None) -> Iterator[None]:
+    """Run a block in which every pruner that retains something gives way to a random choice of as many tokens.
+
+    Args:
+        model: with a plan.
+        trace: of a call of the same batch, from which the counts of pruners are that count for themselves.
+    """
+    pruners, stages = controller_of(model).pruners, {} if trace is None else {one.stage: one for one in trace.stages}
     own = list(pruners)
     for number, pruner in enumerate(own):
-        if not pruner.withdraws:
+        if not pruner.exact and number in stages:
+            pruners[number] = AsMany(stages[number].vision_out, number).eval()
+        elif not pruner.withdraws:
             pruners[number] = create({"type": "random", "seed": number}).eval()
     try:
         yield
@@ -176,20 +206,36 @@ def _jaccard(a_RV: Tensor, b_RV: Tensor) -> Tensor:
     return (a_RV & b_RV).sum(-1) / (a_RV | b_RV).sum(-1).clamp(min=1)
 
 
-def _between(retained_RV: Tensor) -> float:
-    """Mean overlap of all pairs of rows."""
-    pairs_RR = _jaccard(retained_RV[:, None], retained_RV[None])
-    R = len(retained_RV)
-    return float((pairs_RR.sum() - R) / (R * (R - 1)))
+def _between(retained_RV: Tensor, other_RR: Tensor) -> float:
+    """Mean overlap of all pairs of rows that show different pictures; nan without such a pair."""
+    pairs = _jaccard(retained_RV[:, None], retained_RV[None])[other_RR]
+    return float(pairs.mean()) if len(pairs) else math.nan
+
+
+def _other_pictures(trace: Trace | None) -> Tensor:
+    """bool (R, R): which rows show different pictures, by the tokens that reach the first stage that looked at them.
+
+    Data of several questions to a picture often come in order: the same tokens are rightly retained then.
+    """
+    asked = [stage.view for stage in trace.stages if stage.view is not None] if trace is not None else []
+    if not asked:
+        rows = len(_retained(trace))
+        return ~torch.eye(rows, dtype=torch.bool)
+    x_RVD = asked[0].vision_BVD.float().masked_fill(~asked[0].valid_BV[..., None], 0.0)
+    x_RM = x_RVD.flatten(1)
+    return torch.stack([(x_RM - one_M).norm(dim=1) > SAME_PICTURE * one_M.norm() for one_M in x_RM])
 
 
 def _entropy(trace: Trace | None) -> float:
-    """Mean entropy of the gates, bits; nan without gates."""
+    """Mean entropy of the gates, bits; nan without gates that are soft: 0 and 1 do not say how sure they are."""
     found = []
     for stage in trace.stages if trace is not None else []:
         if stage.selection is None or stage.view is None or stage.selection.gate_BV is None:
             continue
-        gate = stage.selection.gate_BV.float().clamp(1e-6, 1 - 1e-6)
+        gate = stage.selection.gate_BV.float()
+        if ((gate == 0) | (gate == 1)).all():
+            continue
+        gate = gate.clamp(1e-6, 1 - 1e-6)
         bits = -(gate * gate.log2() + (1 - gate) * (1 - gate).log2())
         found.append(float(bits.masked_fill(~stage.view.valid_BV, 0.0).sum() / stage.view.valid_BV.sum().clamp(min=1)))
     return _mean(found)

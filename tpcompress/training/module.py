@@ -28,7 +28,7 @@ from tpcompress.training.phases import Phase, Scorer, check_full_every, is_learn
 from tpcompress.training.schedules import Schedule, draw_for
 from tpcompress.training.sharding import average_whole, calls_alike, clip_norm, shard, whole_weights
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
-from tpcompress.training.steps import student_passes
+from tpcompress.training.steps import finish, student_passes
 from tpcompress.training.teachers import Teacher
 
 
@@ -217,6 +217,7 @@ class PruningModule(L.LightningModule):
         assert self.model is not None
         size = len(batch["input_ids"])
         batch = {k: v for k, v in self._with_picture(batch)[0].items() if k != "meta"}
+        finish(self.model)
         loss = self.model(**batch, use_cache=False).loss
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
 

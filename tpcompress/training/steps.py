@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from tpcompress.insertion.attach import controller_of, layers, mode
+from tpcompress.insertion.attach import controller_of, is_attached, layers, mode
 from tpcompress.insertion.plan import Budget
 from tpcompress.training.losses import needs_of, weighed
 from tpcompress.training.passes import Pass, run_pass
@@ -64,9 +64,25 @@ def step_layers(module: PruningModule, phase: Phase, progress: float) -> list[in
     return found
 
 
+def finish(model: nn.Module) -> None:
+    """Tell the pruners that training is over, as it is in an export: one that follows a schedule is at its end.
+
+    The next step tells them again how far they are.
+    """
+    for pruner in controller_of(model).pruners if is_attached(model) else []:
+        pruner.set_progress(1.0)  # type: ignore[operator]
+
+
 @contextmanager
-def pruning(module: PruningModule, phase: Phase, progress: float) -> Iterator[None]:
-    """Run a block as the step is run: pruners told how far they are, mode and layers set."""
+def pruning(module: PruningModule, phase: Phase, progress: float, full: bool | None = None) -> Iterator[None]:
+    """Run a block as the step is run: pruners told how far they are, mode and layers set.
+
+    Args:
+        module: the LightningModule, its model standing.
+        phase: of the step.
+        progress: share of the phase that is done.
+        full: whether it sees the full length; None goes by the number of the step.
+    """
     if module.plan is None:
         yield
         return
@@ -77,7 +93,8 @@ def pruning(module: PruningModule, phase: Phase, progress: float) -> Iterator[No
         pruner.set_progress(progress if learning else 1.0)  # type: ignore[operator]
         pruner.train(learning)
     with ExitStack() as stack:
-        stack.enter_context(mode(module.model, "mask" if phase.full(module.global_step) else "drop"))
+        full = phase.full(module.global_step) if full is None else full
+        stack.enter_context(mode(module.model, "mask" if full else "drop"))
         if phase.schedule.moves:
             stack.enter_context(layers(module.model, step_layers(module, phase, progress)))
         yield
