@@ -79,6 +79,7 @@ class Diagnostics(L.Callback):
         found = self.last.findings.to_dict()
         pl_module.log_dict({f"diagnostics/{k}": float(v) for k, v in found.items() if k != "step"}, batch_size=1)
         self.alarms = self.last.findings.alarms(is_learned(pl_module.plan))
+        self.history = [one for one in self.history if one["step"] != step]  # a resumed run may look again
         self.history.append({k: None if math.isnan(v) else v for k, v in found.items()})
         if trainer.is_global_zero:
             self._write(Path(trainer.default_root_dir))
@@ -87,6 +88,14 @@ class Diagnostics(L.Callback):
         if trainer.is_global_zero:
             for alarm in self.alarms:
                 self.console.print(f"[bold red]ALARM[/bold red] {alarm}", highlight=False, soft_wrap=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"history": self.history, "alarms": self.alarms}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the looks of the run that was broken off."""
+        self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
