@@ -1,11 +1,19 @@
 """Two processes train as one does on the batches of both."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from training.distributed import STRATEGIES, note, on_ranks
 from training.killing import fit, in_process
 
 from tpcompress.training.checkpoint import load_trained
+from tpcompress.training.run import RecipeCLI
+from tpcompress.training.sharding import FSDP2
+from tpcompress.training.state import read_checkpoint
+
+RECIPES = Path(__file__).parents[2] / "recipes/llava15_7b"
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4}, "train": ["projector"]}
@@ -16,7 +24,7 @@ CASES = {
     "gate": {"model": REST | {"plan": GATE, "scorer": {"steps": 2}}},
     "fastv": {"model": REST | {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"}},
 }
-DEFAULT = [("ddp", "gate"), ("fsdp2", "gate")]
+DEFAULT = [("fsdp2", "gate")]  # DDP has one with the recipes
 STEPS = 4
 SECONDS = 180
 STOP = {"class_path": "training.distributed.StopOne", "init_args": {"step": 1, "rank": 1}}
@@ -95,16 +103,17 @@ def test_two_processes_equal_one(train, strategy, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["full", "LoRA, teacher", "gate"])
-def test_a_run_on_cut_weights_goes_on_and_is_exported(train, work, case):
-    """Its checkpoint is one file, as that of any run; it goes on in the next phase, and becomes a model."""
-    whole, _ = train("whole", case, "fsdp2")
-    train("part", case, "fsdp2", codes=[143, 0], more=[STOP])
-    assert work.saved("part")["tpcompress"]["step"] == 2
-    again, _ = train("part", case, "fsdp2", "--ckpt_path", str(work.last("part")))
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_a_run_on_cut_weights_goes_on_and_is_exported(train, work, strategy, case):
+    """It goes on in the next phase, and its checkpoint becomes a model."""
+    whole, _ = train("whole", case, strategy)
+    train("part", case, strategy, codes=[143, 0], more=[STOP])
+    assert [path.name for path in work.last("part").parent.iterdir()] == ["last.ckpt"]
+    assert work.last("part").is_dir() == (strategy != "fsdp2")
+    assert read_checkpoint(work.folder / "part")["tpcompress"]["step"] == 2
+    again, _ = train("part", case, strategy, "--ckpt_path", str(work.last("part")))
     assert_close(again["weights"], whole["weights"], 1e-6)
     trained = load_trained(work.folder / "part")
-    names = {name for name, _ in trained.model.named_parameters()}
-    assert names == set(whole["weights"])
     assert_close({n: p.detach() for n, p in trained.model.named_parameters()}, whole["weights"], 1e-6)
 
 
@@ -125,3 +134,14 @@ def test_one_rank_told_to_stop_stops_both(train, work):
     assert work.saved("stopped")["tpcompress"]["step"] == 2
     again, _ = train("stopped", "full", "ddp", "--ckpt_path", str(work.last("stopped")))
     assert all(torch.equal(value, whole["weights"][name]) for name, value in again["weights"].items())
+
+
+@pytest.mark.parametrize(
+    ("overlay", "kind"), [("fsdp2", FSDP2), ("zero2", DeepSpeedStrategy), ("zero3", DeepSpeedStrategy)]
+)
+def test_overlays_are_read_behind_a_recipe(work, overlay, kind):
+    args = ["--config", str(work.recipe()), "--config", str(RECIPES / f"{overlay}.yaml"), "--trainer.devices", "2"]
+    strategy = RecipeCLI(args, progress=False, run=False).trainer.strategy
+    assert type(strategy) is kind
+    if overlay != "fsdp2":
+        assert strategy.config["zero_optimization"]["stage"] == int(overlay[-1])
