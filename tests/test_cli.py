@@ -19,7 +19,8 @@ from tpcompress.pruners.parts import KINDS, list_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
-    "fit", "validate", "export", "verify", "compare", "quickstart", "inspect", "find-layer", "pruners", "families",
+    "fit", "validate", "export", "verify", "compare", "study", "estimators", "cache-teacher", "quickstart", "inspect",
+    "find-layer", "pruners", "families",
 )  # fmt: skip
 
 

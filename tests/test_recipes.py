@@ -24,9 +24,9 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def kind(path: Path) -> str:
-    """comparison, overlay, plan, run or study, by what the file says."""
+    """comparison, estimators, overlay, plan, run or study, by what the file says."""
     values = yaml.safe_load(path.read_text())
-    named = {"model": "run", "trainer": "overlay", "stages": "plan", "contenders": "study"}
+    named = {"model": "run", "trainer": "overlay", "stages": "plan", "contenders": "study", "estimators": "estimators"}
     return next((name for key, name in named.items() if key in values), "comparison")
 
 
