@@ -123,6 +123,15 @@ def test_a_finished_run_goes_on_to_more_steps(work):
     assert work.saved()["tpcompress"]["step"] == work.saved()["tpcompress"]["steps"] == 7
 
 
+def test_a_longer_run_does_not_go_back_to_the_pruners_phase(work):
+    work.fit(model={"plan": GATE}, trainer={"max_steps": 2})
+    with pytest.raises(ValueError, match=r"^The checkpoint is of a run whose pruner trained alone for 1 steps[^\n]*$"):
+        work.fit("run", "--ckpt_path", "last", model={"plan": GATE}, trainer={"max_steps": 6})
+    how = {"plan": GATE, "scorer": {"steps": 1}}
+    longer = work.fit("run", "--ckpt_path", "last", model=how, trainer={"max_steps": 6})
+    assert longer.trainer.global_step == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

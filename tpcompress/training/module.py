@@ -24,7 +24,7 @@ from tpcompress.training.losses.label import Label
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
 from tpcompress.training.parts import add_lora, check_packing, check_train, read_plan
 from tpcompress.training.passes import Pass
-from tpcompress.training.phases import Phase, Scorer, check_full_every, is_learned, phases_of
+from tpcompress.training.phases import Phase, Scorer, check_alone, check_full_every, is_learned, phases_of, steps_alone
 from tpcompress.training.schedules import Schedule, draw_for
 from tpcompress.training.sharding import average_whole, calls_alike, clip_norm, shard, whole_weights
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
@@ -108,6 +108,7 @@ class PruningModule(L.LightningModule):
         self.trainable: list[nn.Parameter] = []
         self.in_step = False  # weights, scheduler and step count do not belong together at the moment
         self._phases: list[Phase] | None = None
+        self._resumed: dict[str, Any] = {}  # what the checkpoint says of its run
 
     # ------------------------------------------------------------------ set-up
 
@@ -175,6 +176,7 @@ class PruningModule(L.LightningModule):
         assert self.model is not None
         assert self.parts is not None
         optimizer = build_optimizer(self.model, self.parts, self.optimizer_settings)
+        check_alone(self.phases, self._resumed)
         scheduler = warmup_cosine(optimizer, self.optimizer_settings, self.phases)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -267,6 +269,7 @@ class PruningModule(L.LightningModule):
             parameter.requires_grad_(True)
         checkpoint["state_dict"] = trained_state(self, self.trainable, checkpoint["state_dict"])
         checkpoint[KEY] = {"step": self.global_step, "steps": self.total_steps, "settings": self.settings}
+        checkpoint[KEY]["alone"] = steps_alone(self.phases)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another recipe: Lightning would load what fits and train on."""
@@ -274,6 +277,7 @@ class PruningModule(L.LightningModule):
             check_weights(self, self.trainable, checkpoint["state_dict"])
         if self.trainer.state.fn == "fit":
             check_settings(self.settings, checkpoint[KEY]["settings"])
+            self._resumed = checkpoint[KEY]
 
 
 def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan | None) -> None:

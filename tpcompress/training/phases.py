@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
@@ -133,6 +135,31 @@ def phases_of(
                 "full_every to 1, or to 4 for one step in four, or take applier gather_value."
             )
     return found
+
+
+def steps_alone(phases: list[Phase]) -> int:
+    """Steps of the phase in which the pruner trains alone."""
+    return sum(phase.end - phase.start for phase in phases if phase.pruner and not phase.rest)
+
+
+def check_alone(phases: list[Phase], resumed: Mapping[str, Any]) -> None:
+    """See that the steps a checkpoint has done belong to the phases in which they were done.
+
+    A share of the run, such as the half that is the default, is another number of steps in a longer run.
+
+    Args:
+        phases: of the run that goes on.
+        resumed: `step` done and `alone`, the pruner's steps, of the checkpoint's run; empty for a new run.
+
+    Raises:
+        ValueError: the pruner's phase ends elsewhere.
+    """
+    then, now, done = resumed.get("alone"), steps_alone(phases), resumed.get("step", 0)
+    if then is not None and min(then, done) != min(now, done):
+        raise ValueError(
+            f"The checkpoint is of a run whose pruner trained alone for {then} steps, this one has {now} of "
+            f"{phases[-1].end}; set model.scorer.steps: {then} to go on with it."
+        )
 
 
 def _without_gates(phase: Phase) -> Phase:
