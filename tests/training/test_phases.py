@@ -60,6 +60,13 @@ def test_losses_on_choices_count_only_where_a_pruner_trains():
     assert phases_of(plan, 10, set(), False, Scorer(), (0, None, gates[1:]))[0].losses == gates[1:]
 
 
+def test_a_pruner_that_no_loss_reaches_is_refused(work):
+    gate = GATE | {"pruner": STRAIGHT | {"applier": "gather"}}
+    with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its choice[^\n]*$"):
+        work.fit(model={"plan": gate})
+    work.fit(model={"plan": gate, "scorer": {"losses": ["Label", "Imitate"]}})
+
+
 def test_a_phase_without_losses_is_refused(work):
     with pytest.raises(ValueError, match=r"^scorer.losses is empty[^\n]*$"):
         Scorer(losses=[])

@@ -28,7 +28,7 @@ from tpcompress.training.phases import Phase, Scorer, check_alone, check_full_ev
 from tpcompress.training.schedules import Schedule, draw_for
 from tpcompress.training.sharding import average_whole, calls_alike, clip_norm, shard, whole_weights
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
-from tpcompress.training.steps import finish, student_passes
+from tpcompress.training.steps import check_reached, finish, student_passes
 from tpcompress.training.teachers import Teacher
 
 
@@ -211,6 +211,7 @@ class PruningModule(L.LightningModule):
         check_loss(self.trainer, loss, terms)
         self._log_step(terms, loss, passes[-1][0], phase, len(batch["input_ids"]))
         if not loss.requires_grad:  # a batch without images, and only what sees images trains
+            check_reached(self, phase, passes)
             loss = loss + sum((p.sum() * 0.0).float() for p in self.trainable if p.requires_grad)
         return loss
 

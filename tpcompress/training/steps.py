@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tpcompress.insertion.attach import controller_of, is_attached, layers, mode
 from tpcompress.insertion.plan import Budget
 from tpcompress.training.losses import needs_of, weighed
+from tpcompress.training.losses.base import at
 from tpcompress.training.passes import Pass, run_pass
 from tpcompress.training.phases import Phase
 
@@ -44,6 +45,27 @@ def student_passes(
             taught = module.teacher(module, batch, here, progress)
         done.append((here, weighed(phase.losses, here, taught, progress)))
     return done
+
+
+def check_reached(module: PruningModule, phase: Phase, passes: list[tuple[Pass, dict[str, Tensor]]]) -> None:
+    """See that a loss without a gradient is not that of a learned pruner which chose, and trains alone.
+
+    Raises:
+        ValueError: it is: nothing would ever be learnt.
+    """
+    waits = phase.full_every > 1 or not all(
+        at(loss.weight, phase.progress(module.global_step)) for loss in phase.losses
+    )
+    if not phase.pruner or phase.rest or waits or not any(losses for _, losses in passes):
+        return
+    assert module.model is not None
+    pruners = controller_of(module.model).pruners
+    stages = [stage for here, _ in passes if here.trace is not None for stage in here.trace.stages]
+    if any(stage.selection is not None and any(stage.vision_in) and pruners[stage.stage].learned for stage in stages):
+        raise ValueError(
+            "The pruner trains, but no loss depends on its choice: its selector and applier carry no gradient. Take "
+            "applier gather_value or noise, or a loss on choices such as Imitate, or ScoreFunction with gumbel_topk."
+        )
 
 
 def step_budgets(module: PruningModule, phase: Phase, progress: float, draw: float) -> list[list[Budget] | None]:
