@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,9 +22,6 @@ NOISE = (
     ".*_pytree.*",
     ".*across ranks is zero.*",
 )
-WIDE = 130
-"""Columns of a terminal that has room for a sentence beside a table."""
-
 console = Console()
 
 
@@ -257,36 +253,9 @@ def pruners(name: str | None = None) -> int:
     Args:
         name: a pruner, scorer, selector or applier, or the dotted path of a pruner elsewhere.
     """
-    from tpcompress.pruners import Pruner, list_pruners, pruner_class
-    from tpcompress.pruners.catalogue import COLUMNS, about, arguments, facts, retains, unserved
-    from tpcompress.pruners.parts import KINDS, list_parts
+    from tpcompress.evaluation.listing import one_pruner, pruner_table
 
-    parts = {kind: list_parts(kind) for kind in KINDS}
-    if name is not None:
-        known: dict[str, Any] = {key: cls for found in parts.values() for key, cls in found.items()}
-        cls = known[name] if name in known else pruner_class(name)
-        console.print(f"[bold]{cls.name}[/bold]\n\n{escape(about(cls))}\n", highlight=False)
-        grid = Table.grid(padding=(0, 2))
-        if issubclass(cls, Pruner):
-            for what, words in facts(cls()).items():
-                grid.add_row(what, escape(words))
-            grid.add_row("", unserved(cls()) or "")
-        for argument, default in arguments(cls).items():
-            grid.add_row(f"[bold]{argument}[/bold]", escape(default))
-        console.print(grid)
-        return 0
-    table = Table(title="Pruners", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    wide = console.width >= WIDE
-    table.add_column("pruner", no_wrap=True)
-    for column in (*COLUMNS, *(["retains"] if wide else [])):
-        table.add_column(column, no_wrap=column not in ("reads", "retains"), overflow="fold")
-    for key, cls in list_pruners().items():
-        table.add_row(key, *facts(cls()).values(), *([escape(retains(cls))] if wide else []))
-    console.print(table)
-    console.print("learned_gate is made of")
-    for kind, found in parts.items():
-        console.print(f"  a {kind}: {', '.join(found)}" if kind != "applier" else f"  an applier: {', '.join(found)}")
-    console.print("tpcompress pruners NAME shows one in full, with its arguments.")
+    pruner_table(console) if name is None else one_pruner(name, console)
     return 0
 
 
@@ -296,30 +265,9 @@ def families(name: str | None = None) -> int:
     Args:
         name: one family, or a model type.
     """
-    from tpcompress.families import list_families
-    from tpcompress.families.catalogue import COLUMNS, about, by_reason, facts, find, in_full
-    from tpcompress.families.refused import REFUSED
+    from tpcompress.evaluation.listing import family_table, one_family
 
-    if name is not None:
-        family = find(name)
-        console.print(f"[bold]{family.name}[/bold]\n\n{escape(about(family))}\n")
-        grid = Table.grid(padding=(0, 2))
-        for what, words in (in_full(family) | {"limits": "\n".join(family.limits) or "none known"}).items():
-            grid.add_row(what, escape(words))
-        console.print(grid)
-        return 0
-    known = list_families()
-    table = Table("family", "model types", *COLUMNS, title="Families", box=box.SIMPLE, pad_edge=False, padding=0)
-    for key, family in known.items():
-        table.add_row(key, "\n".join(family.model_types), *facts(family).values())
-    console.print(table)
-    limits = [(key, limit) for key, family in known.items() for limit in family.limits]
-    for title, pairs in (("Known not to work", limits), ("Refused", list(REFUSED.items()))):
-        console.print(f"[bold]{title}[/bold]")
-        for reason, names in by_reason(pairs).items():
-            console.print(f"- {', '.join(names)}: {escape(reason)}", highlight=False)
-        console.print()
-    console.print("tpcompress families NAME shows one in full.")
+    family_table(console) if name is None else one_family(name, console)
     return 0
 
 

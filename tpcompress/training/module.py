@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, controller_of
-from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.base import load_base, load_processor
 from tpcompress.training.dummy import with_picture
 from tpcompress.training.finite import NonFiniteLoss, check_gradients, check_loss
 from tpcompress.training.losses import Loss
 from tpcompress.training.losses.label import Label
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
-from tpcompress.training.parts import add_lora, check_packing, check_train, read_plan
+from tpcompress.training.parts import add_lora, check_losses, check_packing, check_train, read_plan
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import Phase, Scorer, check_alone, check_full_every, is_learned, phases_of, steps_alone
 from tpcompress.training.schedules import Schedule, draw_for
@@ -279,25 +278,6 @@ class PruningModule(L.LightningModule):
         if self.trainer.state.fn == "fit":
             check_settings(self.settings, checkpoint[KEY]["settings"])
             self._resumed = checkpoint[KEY]
-
-
-def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan | None) -> None:
-    """See that there is a loss, a teacher for those that imitate one, and a learned pruner for those on its choice.
-
-    Raises:
-        ValueError: there is not.
-    """
-    if not losses:
-        raise ValueError("losses is empty; leave it out for the label loss, or name one, e.g. [Label, KL].")
-    lonely = [loss.name for loss in losses if "teacher" in loss.needs]
-    if lonely and teacher is None:
-        raise ValueError(f"Loss '{lonely[0]}' imitates a teacher; set model.teacher, e.g. AdapterOff or Copy.")
-    idle = [loss.name for loss in losses if "gate" in loss.needs]
-    if idle and not is_learned(plan):
-        raise ValueError(
-            f"Loss '{idle[0]}' is on the choice of a learned pruner, and the plan has none; drop the loss, or plan "
-            f"learned_gate."
-        )
 
 
 __all__ = ["NonFiniteLoss", "PruningModule", "load_base", "load_processor"]

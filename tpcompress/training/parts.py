@@ -11,7 +11,9 @@ from torch import nn
 
 from tpcompress.families import Parts
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.losses import Loss
 from tpcompress.training.phases import is_learned
+from tpcompress.training.teachers import Teacher
 
 TRAINABLE = ("vision_tower", "projector", "language_model")
 """Parts of a model, in the order of the tensor."""
@@ -47,6 +49,25 @@ def check_train(train: list[str] | str, lora: dict[str, Any] | None, plan: Pruni
             f"Nothing trains: train is empty and there is no lora; choose of {', '.join(TRAINABLE)}, or full."
         )
     return parts
+
+
+def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan | None) -> None:
+    """See that there is a loss, a teacher for those that imitate one, and a learned pruner for those on its choice.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if not losses:
+        raise ValueError("losses is empty; leave it out for the label loss, or name one, e.g. [Label, KL].")
+    lonely = [loss.name for loss in losses if "teacher" in loss.needs]
+    if lonely and teacher is None:
+        raise ValueError(f"Loss '{lonely[0]}' imitates a teacher; set model.teacher, e.g. AdapterOff or Copy.")
+    idle = [loss.name for loss in losses if "gate" in loss.needs]
+    if idle and not is_learned(plan):
+        raise ValueError(
+            f"Loss '{idle[0]}' is on the choice of a learned pruner, and the plan has none; drop the loss, or plan "
+            f"learned_gate."
+        )
 
 
 def check_packing(plan: PruningPlan | None, attention: str | None) -> None:
