@@ -75,7 +75,8 @@ class Diagnostics(L.Callback):
         if over is None and (step == 0 or step % self.every):
             return
         batches = [pl_module.transfer_batch_to_device(one, pl_module.device, 0) for one in self.probe]
-        self.last = look(pl_module, over or pl_module.phase, batches, self.last)
+        with trainer.precision_plugin.forward_context():  # hooks run outside of mixed precision
+            self.last = look(pl_module, over or pl_module.phase, batches, self.last)
         found = self.last.findings.to_dict()
         pl_module.log_dict({f"diagnostics/{k}": float(v) for k, v in found.items() if k != "step"}, batch_size=1)
         self.alarms = self.last.findings.alarms(is_learned(pl_module.plan))

@@ -79,7 +79,8 @@ def _classes(key: str) -> list[str]:
     """Classes that a recipe may name at a key without a path."""
     open_sets: dict[str, type] = {"schedule": schedules.Schedule, "losses": losses.Loss, "teacher": teachers.Teacher}
     base = next((cls for word, cls in open_sets.items() if word in key), datamodule.RowsData)
-    return sorted(cls.__name__ for cls in _below(base))
+    # Classes of elsewhere go by their path.
+    return sorted(cls.__name__ for cls in _below(base) if cls.__module__.startswith(f"{__package__}."))
 
 
 def _below(base: type) -> set[type]:

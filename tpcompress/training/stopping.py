@@ -31,14 +31,15 @@ class Terminated(Stopped, SystemExit):
 
 
 class InterruptedTogether(Stopped, KeyboardInterrupt):
-    """Ctrl-C came, in a run of several processes."""
+    """Ctrl-C came, in a run of several processes, or was lost to a destructor."""
 
 
 class Stopping(L.Callback):
     """Ends training at the next optimizer step (or batch of validation) after SIGTERM.
 
     In a run of several processes it is enough that one got the signal, and Ctrl-C is treated alike; a second Ctrl-C
-    ends the process at once. In a run of one process Ctrl-C acts at once, as everywhere.
+    ends the process at once. In a run of one process Ctrl-C acts at once, as everywhere; and at the end of the batch if
+    Python lost it, as it does in destructors.
     """
 
     def __init__(self) -> None:
@@ -50,8 +51,7 @@ class Stopping(L.Callback):
         if threading.current_thread() is not threading.main_thread():  # Python takes no signals elsewhere
             return
         signal.signal(signal.SIGTERM, self._note)
-        if trainer.world_size > 1:
-            signal.signal(signal.SIGINT, self._note)
+        signal.signal(signal.SIGINT, self._note if trainer.world_size > 1 else self._note_and_raise)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,6 +70,10 @@ class Stopping(L.Callback):
         if number == self.came == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.came = max(self.came, number)
+
+    def _note_and_raise(self, number: int, frame: FrameType | None) -> None:
+        self.came = max(self.came, number)
+        signal.default_int_handler(number, frame)
 
     def _stop(self, trainer: L.Trainer) -> None:
         came = self.came
