@@ -87,9 +87,9 @@ def export(
     values = own_budgets(plan)
     probe = record_probe(model, inputs, values)
     merged = base if model is base else merged_copy(model)
-    conversion = None
+    conversion, changed = None, merged is not base or is_rounded(base)
     with as_loaded(merged):
-        if merged is not base or is_rounded(base):
+        if changed:
             trained, probe = probe, record_probe(merged, inputs, values)
             conversion = _conversion(trained, probe, merged is not base)
         ends = probed_budgets(plan, trained_budgets, probe.about["stages"][0]["vision_tokens"][0])
