@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
 
 import tpcompress as tp
+from tpcompress.data import load_chat
 from tpcompress.evaluation.score import evaluate, evaluate_by_generation, prepare
 
 PLANS = {
@@ -129,3 +132,18 @@ def test_progress_ends_full_and_leaves_nothing(vqa, processor, rows):
     with Progress(disable=True) as progress:
         evaluate(vqa, processor, rows, progress=progress)
         assert not progress.tasks
+
+
+def test_chat_data_is_scored_as_it_was_read(vqa, processor, rows, tmp_path):
+    """Its rows make their families as they are read; no column has them."""
+    records = []
+    for number in range(3):
+        rows[number]["images"][0].save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
+        records.append({"id": number, "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    data, _ = load_chat(tmp_path / "chat.json", cache_dir=str(tmp_path / "cache"))
+    assert "families" not in data.column_names
+    scores = evaluate(vqa, processor, data)
+    assert np.array_equal(scores.count_IF, evaluate(vqa, processor, list(data)).count_IF)
+    assert scores.count_IF.sum() == 3

@@ -160,7 +160,7 @@ def questions_of(folder: Path, base: str | None) -> Questions:
             "The run's data have no rows to validate on; set data val or val_fraction, or leave --budgets out."
         )
     # Listed, as chat data make their columns row by row; pictures in them are not decoded yet.
-    return Questions(list(held_out), "the run's validation rows", data.seed, data.batch_size)
+    return Questions(held_out, "the run's validation rows", data.seed, data.batch_size)
 
 
 def _point(

@@ -203,7 +203,7 @@ def _families(dataset: Rows) -> tuple[str, ...]:
 
 def _column(dataset: Any, name: str) -> list[list[str]]:
     """One column, without decoding the images beside it."""
-    if hasattr(dataset, "column_names"):
+    if name in getattr(dataset, "column_names", ()):  # chat rows make some of theirs as they are read
         return list(dataset[name])
     return [row[name] for row in dataset]
 
