@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from exact import tolerance
-from support import Case, Sample, batch, case_id, generate, logit_gap, tiny_model
+from support import Case, Sample, batch, case_id, generate, logit_gap, model_cases, tiny_model
 
 from tpcompress.families import Family, list_families, resolve
 from tpcompress.insertion.attach import CONTROLLER, detach
@@ -29,6 +29,14 @@ def plans(names: Iterable[str], *quick: str) -> pytest.MarkDecorator:
     """Plans by name; what is not among the `quick` ones is slow."""
     marked = [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("name", marked)
+
+
+def quick_cases(quick: Sequence[str]) -> list[Any]:
+    """Every family and variant; what is not among the `quick` ones is slow."""
+    return [
+        pytest.param(case, id=case_id(case), marks=() if case_id(case) in quick else pytest.mark.slow)
+        for case in model_cases()
+    ]
 
 
 @dataclass

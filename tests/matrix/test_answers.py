@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exact import tolerance
-from subjects import Subject, lent, ragged
+from subjects import Subject, lent, quick_cases, ragged
 from support import Case, answer_labels, case_id, gradients, model_cases
 from torch import Tensor
 
@@ -20,19 +20,11 @@ QUICK = ("llava-clip_vision_model", "qwen2_5_vl", "aya_vision", "gemma4-small", 
 """Plain, M-RoPE, logits with a scale, and two that cap them."""
 
 
-def cases() -> list[Any]:
-    """Every family and variant; what takes no way of its own is slow."""
-    return [
-        pytest.param(case, id=case_id(case), marks=() if case_id(case) in QUICK else pytest.mark.slow)
-        for case in model_cases()
-    ]
-
-
 def test_the_quick_ones_exist() -> None:
     assert set(QUICK) <= {case_id(case) for case in model_cases()}
 
 
-@pytest.fixture(params=cases())
+@pytest.fixture(params=quick_cases(QUICK))
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     """A family's tiny model."""
     case: Case = request.param

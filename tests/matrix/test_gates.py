@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from exact import tolerance
 from gating import Gating, dense
-from subjects import Subject, lent, ragged
+from subjects import Subject, lent, quick_cases, ragged
 from support import Case, answer_labels, case_id, gradients, model_cases
 
 from tpcompress.families import resolve
@@ -22,19 +21,11 @@ QUICK = ("llava-clip_vision_model", "qwen2_5_vl", "gemma3", "paligemma-gemma2", 
 """Plain, M-RoPE, windows and blocks, capped logits, shared keys."""
 
 
-def cases() -> list[Any]:
-    """Every family and variant; what takes no way of its own is slow."""
-    return [
-        pytest.param(case, id=case_id(case), marks=() if case_id(case) in QUICK else pytest.mark.slow)
-        for case in model_cases()
-    ]
-
-
 def test_the_quick_ones_exist() -> None:
     assert set(QUICK) <= {case_id(case) for case in model_cases()}
 
 
-@pytest.fixture(params=cases())
+@pytest.fixture(params=quick_cases(QUICK))
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     """A family's tiny model."""
     case: Case = request.param

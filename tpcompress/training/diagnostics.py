@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tpcompress.insertion.attach import controller_of, mode
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Pruner, Selection, TokenView, create
+from tpcompress.training.losses.entropy import gate_entropy
 from tpcompress.training.losses.kl import kl_to_teacher
 from tpcompress.training.losses.label import sample_losses
 from tpcompress.training.passes import Pass, run_pass
@@ -235,8 +236,7 @@ def _entropy(trace: Trace | None) -> float:
         gate = stage.selection.gate_BV.float()
         if ((gate == 0) | (gate == 1)).all():
             continue
-        gate = gate.clamp(1e-6, 1 - 1e-6)
-        bits = -(gate * gate.log2() + (1 - gate) * (1 - gate).log2())
+        bits = gate_entropy(gate)
         found.append(float(bits.masked_fill(~stage.view.valid_BV, 0.0).sum() / stage.view.valid_BV.sum().clamp(min=1)))
     return _mean(found)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from tpcompress.pruners.parts import Choice, Scores
-from tpcompress.pruners.selectors.annealed import Annealed
-from tpcompress.pruners.selectors.soft_topk import known_relaxation, soft_topk, straight_through
-from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.selectors.soft_topk import SoftTopK, straight_through
 
 
-class StraightThrough(Annealed):
+class StraightThrough(SoftTopK):
     """gate = hard + m - sg(m);     hard = top-k of s, m = soft_topk(s / T, k).
 
     Forward it is the choice of inference, bit for bit; every token, dropped ones too, has the gradient of its soft
@@ -24,15 +24,8 @@ class StraightThrough(Annealed):
 
     name = "straight_through"
 
-    def __init__(
-        self, relaxation: str = "sigmoid", temperature_start: float = 0.5, temperature_end: float = 0.1
-    ) -> None:
-        super().__init__(temperature_start, temperature_end)
-        self.relaxation = known_relaxation(self.name, relaxation)
-
     def forward(self, scores: Scores, valid_BV: Tensor, num_keep_B: Tensor, explore: bool) -> Choice:
-        keep_BV = keep_topk(scores.scores_BV, valid_BV, num_keep_B)
-        if not explore:
-            return Choice(keep_BV, scores.scores_BV)
-        soft_BV = soft_topk(scores.scores_BV / self.temperature, valid_BV, num_keep_B, self.relaxation)
-        return Choice(keep_BV, scores.scores_BV, straight_through(keep_BV, soft_BV))
+        choice = super().forward(scores, valid_BV, num_keep_B, explore)
+        if choice.gate_BV is None:
+            return choice
+        return replace(choice, gate_BV=straight_through(choice.keep_BV, choice.gate_BV))
