@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 import tpcompress as tp
-from tpcompress.cli import _commands, main
+from tpcompress import commands
+from tpcompress.cli import main
 from tpcompress.data.collate import PromptCollator
 from tpcompress.evaluation.compare import Comparison
 from tpcompress.pruners import list_pruners
@@ -113,7 +114,7 @@ def test_what_it_names_exists():
     tree = README.partition("## Files")[2].partition("```\n")[2].partition("```")[0]
     for name in re.findall(r"\b(\w+\.py)\b", tree):
         assert list(ROOT.glob(f"**/{name}")), name
-    assert "quickstart" in _commands()
+    assert "quickstart" in commands.COMMANDS
 
 
 def _braces(path: str) -> list[str]:

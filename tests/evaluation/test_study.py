@@ -84,11 +84,14 @@ def test_the_shipped_study_has_all_it_promises(shipped):
     assert len(runs) == pruners * budgets * ways * seeds + seeds + len(shipped.ablations) * seeds
 
 
-def test_seeds_of_the_grid_come_first_then_matrices_then_ablations(shipped):
+def test_the_grid_comes_first_then_seed_by_seed_the_matrices_and_the_ablations(shipped):
     order = [(cell.table, cell.seed) for cell in cells_of(shipped)]
-    ranks = [{"base": 0, "grid": 1 + s, "budgets": 4, "pruners": 4, "ablations": 5}[t] for t, s in order]
+    ranks = [
+        {"base": 0, "grid": 1 + s, "budgets": 4 + 2 * s, "pruners": 4 + 2 * s, "ablations": 5 + 2 * s}[t]
+        for t, s in order
+    ]
     assert ranks == sorted(ranks)
-    assert len(set(ranks)) == 6
+    assert len(set(ranks)) == 10
 
 
 def test_a_run_needs_nothing_that_comes_later(shipped):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from tpcompress import cli
+from tpcompress import cli, commands
 from tpcompress.families import list_families
 from tpcompress.families.catalogue import COLUMNS, about, by_reason, facts, find, in_full
 from tpcompress.families.refused import REFUSED
@@ -19,7 +19,7 @@ families = pytest.mark.parametrize("name", list_families())
 def wide(monkeypatch: pytest.MonkeyPatch) -> Console:
     """A terminal of 100 columns that remembers."""
     console = Console(width=100, record=True, quiet=False)
-    monkeypatch.setattr(cli, "console", console)
+    monkeypatch.setattr(commands, "console", console)
     return console
 
 

@@ -36,7 +36,7 @@ from tpcompress.pruners import Selection, create
 from tpcompress.pruners.base import INSTRUCTION
 from tpcompress.training.losses import list_losses
 from tpcompress.training.losses.bce import BCE
-from tpcompress.training.losses.budget import OnBudget, budget_loss
+from tpcompress.training.losses.budget import OnBudget
 from tpcompress.training.losses.entropy import Entropy
 from tpcompress.training.losses.flops import Flops
 from tpcompress.training.losses.imitate import Imitate
@@ -124,13 +124,6 @@ def test_budget(below, floor, pooled, ratio):
     expected = [reference_budget(m, r, below, floor) for m, r in zip(means, ratios, strict=True)]
     term = OnBudget(below, floor, pooled)(here, None)
     assert term.item() == pytest.approx(sum(expected) / len(expected), abs=1e-6)
-
-
-def test_the_quadratic_budget_is_the_one_of_the_formula():
-    gate = torch.tensor([[0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 0.9, 0.9]])
-    valid = torch.tensor([[True] * 4, [True, True, False, False]])
-    expected = (((2.0 - 1) / 4) ** 2 + ((1.0 - 1) / 2) ** 2) / 2
-    assert float(budget_loss(gate, valid, torch.tensor([1, 1]))) == pytest.approx(expected)
 
 
 def test_a_count_that_a_selector_expects_goes_before_its_gates():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from tpcompress.bundled import find_config
 from tpcompress.evaluation.arms import Run
 from tpcompress.evaluation.plans import budget_of
 from tpcompress.evaluation.report import Report
+from tpcompress.evaluation.settings import keys_of, read_settings
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,15 @@ class Comparison:
             FileNotFoundError: no such file.
             ValueError: unknown or malformed key.
         """
-        values = yaml.safe_load(Path(find_config(path)).read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is not a mapping; a comparison has keys such as base, budgets, training_free.")
-        values = dict(values)
+        values = read_settings(path, "base, budgets, training_free")
         free = [a if isinstance(a, dict) and "pruner" in a else {"pruner": a} for a in values.pop("training_free", [])]
         aware = [a if isinstance(a, dict) else {"recipe": a} for a in values.pop("training_aware", [])]
-        try:
+        with keys_of(cls, path):
             comparison = cls(
                 training_free=tuple(FreeArm(**a) for a in free),
                 training_aware=tuple(AwareArm(**a) for a in aware),
                 **values,
             )
-        except TypeError as error:
-            known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
         rows = [(arm.name, arm.layer, value) for arm in comparison.training_free for value in arm.budgets or (None,)]
         twice = next((row for row in rows if rows.count(row) > 1), None)
         if twice is not None:

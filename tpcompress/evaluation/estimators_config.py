@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from tpcompress.bundled import find_config
 from tpcompress.evaluation.estimators import ESTIMATORS, Estimator, find_estimator
+from tpcompress.evaluation.settings import keys_of, read_settings
 from tpcompress.evaluation.study_cells import Training, merged
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import create
@@ -96,18 +93,13 @@ class Measuring:
             FileNotFoundError: no such file.
             ValueError: unknown or malformed key, or an unknown estimator.
         """
-        values = yaml.safe_load(Path(find_config(path)).read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is not a mapping; it has keys such as base, estimators, budgets.")
+        values = read_settings(path, "base, estimators, budgets")
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         rules = [
             rule if isinstance(rule, dict) and "pruner" in rule else {"pruner": rule} for rule in values.pop("free", ())
         ]
-        try:
+        with keys_of(cls, path):
             made = cls(free=tuple(FreeRule(**rule) for rule in rules), **values)
-        except TypeError as error:
-            known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
         made.chosen(), made.on_base()
         if not made.steps or list(made.steps) != sorted(set(made.steps)) or made.steps[0] < 1:
             raise ValueError(f"{path}: steps are rising counts such as [60, 240], got {list(made.steps)}.")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from tpcompress.bundled import find_config
+from tpcompress.evaluation.settings import keys_of, read_settings
 
 Settings = dict[str, Any]
 """Part of a recipe."""
@@ -143,17 +142,12 @@ class Study:
             FileNotFoundError: no such file.
             ValueError: unknown or malformed key.
         """
-        values = yaml.safe_load(Path(find_config(path)).read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is not a mapping; a study has keys such as recipe, contenders, ways, budgets.")
+        values = read_settings(path, "recipe, contenders, ways, budgets")
         kinds: dict[str, Any] = {"contenders": Contender, "ways": Way, "ablations": Ablation}
-        try:
+        with keys_of(cls, path):
             groups = {key: tuple(kind(**v) for v in values.get(key) or ()) for key, kind in kinds.items()}
             lists = {key: tuple(values[key]) for key in ("budgets", "seeds") if key in values}
             return cls(**(values | groups | lists))
-        except TypeError as error:
-            known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{path}: {str(error).partition(') ')[2] or error}; known keys: {known}.") from error
 
 
 def run_study(

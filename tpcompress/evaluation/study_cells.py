@@ -76,7 +76,10 @@ class Cell:
 
 
 def cells_of(study: Study) -> list[Cell]:
-    """All cells: the grid seed by seed, then what is tested otherwise than trained, then the ablations."""
+    """All cells: the grid seed by seed; then, again seed by seed, what is tested otherwise than trained, and ablations.
+
+    So a study that is stopped early has few seeds in its later tables rather than no table.
+    """
     cells = [
         Cell("base-dense", "base", DENSE, FREE, None, 0, None, None),
         Cell("base-blind", "base", DENSE, "blind", None, 0, None, None, blank=True),
@@ -85,7 +88,6 @@ def cells_of(study: Study) -> list[Cell]:
         cells += _grid(study, seed)
     for seed in study.seeds:
         cells += [*_budgets(study, seed), *_pruners(study, seed)]
-    for seed in study.seeds:
         cells += [_ablated(study, ablation, seed) for ablation in study.ablations]
     return cells
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpcompress.data.encode import IGNORED
 from tpcompress.evaluation.prefill_bench import Ratio, Run, flops, interleaved, peak_bytes
 from tpcompress.evaluation.prefill_models import MODELS, Shape, prompt, sharing_copy
 from tpcompress.families import resolve
@@ -22,7 +23,7 @@ from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.training.losses.label import label_loss
 from tpcompress.training.optim import group_of
 from tpcompress.training.parts import add_lora
-from tpcompress.training.passes import IGNORED, run_pass
+from tpcompress.training.passes import run_pass
 
 ADAPT = ("lora", "full")
 MODES = {"masked": "mask", "gathered": "drop"}

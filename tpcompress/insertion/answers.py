@@ -76,6 +76,24 @@ def answers(model: nn.Module, labels: Tensor | None = None, num_answers: int | N
                 base.__dict__[name] = value
 
 
+def answer_places(labels_BN: Tensor, count: int | None = None) -> Tensor:
+    """Places (A,), in a grid of B x N, of the positions that predict an answer token: i predicts label i + 1.
+
+    Args:
+        labels_BN: -100 but on answers; the first column is not predicted.
+        count: A, if the host knows it; otherwise it looks.
+    """
+    wanted_M = (_next(labels_BN) != -100).flatten()
+    count = int(wanted_M.sum()) if count is None else count
+    # A stable sort instead of a mask as index: the count is known, so nobody waits.
+    return (~wanted_M).to(torch.int8).argsort(stable=True)[:count]
+
+
+def _next(labels_BN: Tensor) -> Tensor:
+    """What each position predicts, (B, N); the last one nothing."""
+    return torch.nn.functional.pad(labels_BN[:, 1:], (0, 1), value=-100)
+
+
 class _Tap:
     """Stands in for `model.forward`: knows the labels before the head runs, and takes the logits. Same signature."""
 
@@ -113,13 +131,9 @@ class _Tap:
                 f"The head got {N} columns for labels of {labels_BN.shape[1]}; leave logits_to_keep out in an "
                 f"`answers` block."
             )
-        next_M = torch.nn.functional.pad(labels_BN[:, 1:], (0, 1), value=-100).reshape(-1)
-        wanted_M = next_M != -100
-        count = int(wanted_M.sum()) if self.num_answers is None else self.num_answers
-        # A stable sort instead of a mask as index: the count is known, so nobody waits.
-        place_A = (~wanted_M).to(torch.int8).argsort(stable=True)[:count]
+        place_A = answer_places(labels_BN, self.num_answers)
         hidden_AD = hidden_BND.reshape(-1, D).index_select(0, place_A.to(hidden_BND.device))
-        self.found.hidden_AD, self.found.targets_A = hidden_AD, next_M[place_A]
+        self.found.hidden_AD, self.found.targets_A = hidden_AD, _next(labels_BN).flatten()[place_A]
         self.found.sample_A = place_A // N
         return hidden_AD[None], *rest
 

@@ -106,7 +106,7 @@ class LearnedGate(Pruner):
 
     def set_progress(self, progress: float) -> None:
         for part in self.chain:
-            part.set_progress(min(max(progress, 0.0), 1.0))
+            part.set_progress(progress)
 
     def config(self) -> dict[str, Any]:
         parts = dict(zip(KINDS, self.chain, strict=True))

@@ -105,6 +105,11 @@ class Selector(Part):
     """It retains exactly the count."""
     votes: ClassVar[bool] = False
     """It counts votes, so its scorer must give `Scores.votes_BVV`."""
+    progress: float = 0.0
+    """How far the training of the pruner is, from 0 to 1; for selectors that change on the way."""
+
+    def set_progress(self, progress: float) -> None:
+        self.progress = min(max(progress, 0.0), 1.0)
 
     def forward(self, scores: Scores, valid_BV: Tensor, num_keep_B: Tensor, explore: bool) -> Choice:
         """Choose.

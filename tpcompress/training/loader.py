@@ -49,7 +49,31 @@ class Position:
             setattr(self, name, value)
 
 
-class ResumableLoader:
+class KeepsPlace:
+    """What the loaders of rows and of streams share.
+
+    Args:
+        on_bad_rows: Called in the main process with the bad rows that a batch left out, or had others stand in for.
+    """
+
+    def __init__(self, on_bad_rows: OnBadRows | None) -> None:
+        self.on_bad_rows = on_bad_rows
+
+    def told(self, batch: dict) -> dict:
+        """The batch, once its bad rows are told."""
+        if self.on_bad_rows is not None and batch["meta"].bad_rows:
+            self.on_bad_rows(batch["meta"].bad_rows)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Empty: the data module stores the position. Lightning takes a loader with this method for resumable."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing: see `state_dict`."""
+
+
+class ResumableLoader(KeepsPlace):
     """Batches of a data set that keeps its place in a `Position`.
 
     Every iteration is an epoch; the first after a checkpoint is the rest of the interrupted one. Workers start when the
@@ -75,11 +99,11 @@ class ResumableLoader:
         on_bad_rows: OnBadRows | None = None,
         **options: Any,
     ) -> None:
+        super().__init__(on_bad_rows)
         self.dataset = dataset
         self.batch_sampler = order  # DeepSpeed's strategy asks it for the batch size
         self.batch_size = order.batch_size
         self.position = position
-        self.on_bad_rows = on_bad_rows
         self._loader = DataLoader(dataset, batch_sampler=order, **options)
 
     def __len__(self) -> int:
@@ -91,16 +115,7 @@ class ResumableLoader:
         for batch in one_line_errors(self._loader):
             if self.position is not None:
                 self.position.batch += 1
-            if self.on_bad_rows is not None and batch["meta"].bad_rows:
-                self.on_bad_rows(batch["meta"].bad_rows)
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Empty: the data module stores the position. Lightning takes a loader with this method for resumable."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see `state_dict`."""
+            yield self.told(batch)
 
     def _start(self, position: Position) -> None:
         """Go to the next epoch, or back to the place of a checkpoint."""

@@ -12,15 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tpcompress.insertion.answers import answers
+from tpcompress.insertion.answers import answer_places, answers
 from tpcompress.insertion.attach import base_of, budgets, controller_of, is_attached, record
 from tpcompress.insertion.plan import Budget
 from tpcompress.insertion.trace import Trace
-
-IGNORED = -100
 
 
 @dataclass
@@ -86,18 +83,6 @@ def run_pass(
     return here
 
 
-def answer_places(labels_BN: Tensor, count: int | None = None) -> Tensor:
-    """Places (A,), in a grid of B x (N - 1), of the positions that predict an answer token: i predicts label i + 1.
-
-    Args:
-        labels_BN: -100 but on answers.
-        count: A, if the host knows it; otherwise it looks.
-    """
-    answers_M = (labels_BN[:, 1:] != IGNORED).flatten()
-    count = int(answers_M.sum()) if count is None else count
-    return (~answers_M).to(torch.int8).argsort(stable=True)[:count]
-
-
 def count_answers(batch: Mapping[str, Any]) -> int | None:
     """How many answer tokens a batch has, if its collator says so."""
     known: int | None = getattr(batch.get("meta"), "num_answers", None)
@@ -123,16 +108,13 @@ def _whole(
         logits_BNC = call().logits
     labels_BN = labels_BS if trace is None or trace.labels_BN is None else trace.labels_BN
     B, N = labels_BN.shape
-    place_A = answer_places(labels_BN, count)
-    # Out of B x (N - 1) places, the last column predicts nothing; an answer token's own column is one further.
-    sample_A = place_A // (N - 1)
-    before_A = place_A + sample_A
+    before_A = answer_places(labels_BN, count)
     logits_MC = logits_BNC.flatten(0, 1)
     return Pass(
         logits_AC=logits_MC.index_select(0, before_A),
         hidden_AD=heads.hidden_BND.flatten(0, 1).index_select(0, before_A),
         targets_A=labels_BN.flatten().index_select(0, before_A + 1),
-        sample_A=sample_A,
+        sample_A=before_A // N,
         num_samples=B,
         labels_BS=labels_BS,
         own_AC=logits_MC.index_select(0, before_A + 1),

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from tpcompress.data.stream import START, ChatStream, Place
 
-from .loader import OnBadRows, changed_since, one_line_errors
+from .loader import KeepsPlace, OnBadRows, changed_since, one_line_errors
 
 HISTORY = 1024
 """Batches whose places are kept: more than are fetched ahead of training, or done again after an interruption."""
@@ -96,7 +96,7 @@ class StreamPosition:
         self.loaded = None
 
 
-class StreamLoader:
+class StreamLoader(KeepsPlace):
     """Endless batches of a `ChatStream`; every iteration goes on where training is.
 
     Args:
@@ -109,11 +109,11 @@ class StreamLoader:
     def __init__(
         self, stream: ChatStream, position: StreamPosition, on_bad_rows: OnBadRows | None = None, **options: Any
     ) -> None:
+        super().__init__(on_bad_rows)
         self.stream = stream
         self.batch_sampler = stream  # DeepSpeed's strategy asks it for the batch size
         self.batch_size = stream.batch_size
         self.position = position
-        self.on_bad_rows = on_bad_rows
         self.options = options
         self._started = False
 
@@ -128,16 +128,7 @@ class StreamLoader:
         loader = DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **self.options)
         for slot, place, batch in one_line_errors(loader):
             position.note(slot, place)
-            if self.on_bad_rows is not None and batch["meta"].bad_rows:
-                self.on_bad_rows(batch["meta"].bad_rows)
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Empty: the data module stores the position. Lightning takes a loader with this method for resumable."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see `state_dict`."""
+            yield self.told(batch)
 
 
 def _as_it_is(item: Any) -> Any:

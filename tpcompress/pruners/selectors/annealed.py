@@ -21,10 +21,6 @@ class Annealed(Selector):
                 f"{temperature_start}."
             )
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
-        self.progress = 0.0
-
-    def set_progress(self, progress: float) -> None:
-        self.progress = min(max(progress, 0.0), 1.0)
 
     @property
     def temperature(self) -> float:

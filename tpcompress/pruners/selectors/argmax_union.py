@@ -41,10 +41,6 @@ class ArgmaxUnion(Selector):
         if cap is not None and cap <= 0:
             raise ValueError(f"argmax_union needs a positive cap, a multiple of the budget, or null; got {cap}.")
         self.noise, self.cap = noise, cap
-        self.progress = 0.0
-
-    def set_progress(self, progress: float) -> None:
-        self.progress = min(max(progress, 0.0), 1.0)
 
     def forward(self, scores: Scores, valid_BV: Tensor, num_keep_B: Tensor, explore: bool) -> Choice:
         if scores.votes_BVV is None:

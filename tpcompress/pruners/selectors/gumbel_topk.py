@@ -32,10 +32,6 @@ class GumbelTopK(Selector):
         if not 0 < noise_end <= noise_start:
             raise ValueError(f"gumbel_topk needs 0 < noise_end <= noise_start, got {noise_end} and {noise_start}.")
         self.noise_start, self.noise_end = noise_start, noise_end
-        self.progress = 0.0
-
-    def set_progress(self, progress: float) -> None:
-        self.progress = min(max(progress, 0.0), 1.0)
 
     def forward(self, scores: Scores, valid_BV: Tensor, num_keep_B: Tensor, explore: bool) -> Choice:
         scores_BV, log_prob_B = scores.scores_BV, None

@@ -13,12 +13,6 @@ from tpcompress.training.passes import Pass
 BELOW = ("quadratic", "linear", "zero")
 
 
-def budget_loss(gate_RV: Tensor, valid_RV: Tensor, num_keep_R: Tensor) -> Tensor:
-    """Squared distance of the mean gate from the keep ratio, mean over rows. Zero for gates that are exact."""
-    tokens_R = valid_RV.sum(1).clamp(min=1)
-    return budget_gap(gate_RV.masked_fill(~valid_RV, 0.0).sum(1) / tokens_R, num_keep_R / tokens_R).mean()
-
-
 def budget_gap(mean_R: Tensor, ratio_R: Tensor, below: str = "quadratic", floor: float = 0.0) -> Tensor:
     """Penalty (R,) on mean gates: (mean - ratio)^2 above the ratio, `below` it the same, ratio - mean, or nothing.
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcompress.insertion.answers import answer_places
 from tpcompress.insertion.attach import base_of
 from tpcompress.training.losses.base import Loss, Ramp, chosen_stages, stage_sum
 from tpcompress.training.losses.label import label_loss
-from tpcompress.training.passes import Pass, answer_places
+from tpcompress.training.passes import Pass
 
 
 class Twig(Loss):
@@ -58,7 +59,7 @@ class Twig(Loss):
                     f"{text_BSD.shape[1]} of {S} columns; give the first stage its scorer."
                 )
             place_A = answer_places(here.labels_BS, len(here.targets_A))
-            hidden_AD = text_BSD.flatten(0, 1).index_select(0, place_A + place_A // (S - 1))
+            hidden_AD = text_BSD.flatten(0, 1).index_select(0, place_A)
             terms.append(label_loss(self._logits(hidden_AD), here.targets_A))
         return stage_sum(terms)
 
