@@ -165,6 +165,11 @@ def test_a_loss_without_its_teacher_is_refused(work):
         work.fit(model={"losses": ["KL"]})
 
 
+def test_a_teacher_whom_no_loss_imitates_is_refused(work):
+    with pytest.raises(ValueError, match=r"^Teacher 'Copy' has nobody to teach[^\n]*$"):
+        work.fit(model={"teacher": "Copy"})
+
+
 # ------------------------------------------------------------------------------------------------------ the loss
 
 

@@ -1,7 +1,10 @@
 """Which step trains what, at which length, before which layer, and on how many budgets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from training.helpers import TOKENS, Watch, callback, found
 
 from tpcompress.insertion.plan import PruningPlan
@@ -9,6 +12,7 @@ from tpcompress.training.losses.imitate import Imitate
 from tpcompress.training.losses.label import Label
 from tpcompress.training.module import PruningModule
 from tpcompress.training.phases import Scorer, phases_of
+from tpcompress.training.sharding import check_ddp
 from tpcompress.training.steps import step_layers
 
 SCORER = {"type": "local_global", "width": 8}
@@ -64,7 +68,20 @@ def test_a_pruner_that_no_loss_reaches_is_refused(work):
     gate = GATE | {"pruner": STRAIGHT | {"applier": "gather"}}
     with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its choice[^\n]*$"):
         work.fit(model={"plan": gate})
+    with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its choice[^\n]*$"):
+        work.fit(model={"plan": gate, "train": ["pruner", "projector"]})
     work.fit(model={"plan": gate, "scorer": {"losses": ["Label", "Imitate"]}})
+
+
+def test_plain_ddp_is_refused_where_phases_train_different_weights():
+    plain = SimpleNamespace(strategy=DDPStrategy())
+    looks = SimpleNamespace(strategy=DDPStrategy(find_unused_parameters=True))
+    plan = PruningPlan.from_dict(GATE)
+    two = phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, []))
+    with pytest.raises(ValueError, match=r"^Strategy ddp waits for gradients[^\n]*$"):
+        check_ddp(plain, two)
+    check_ddp(plain, two[1:])
+    check_ddp(looks, two)
 
 
 def test_a_phase_without_losses_is_refused(work):

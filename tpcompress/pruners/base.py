@@ -220,6 +220,8 @@ class Pruner(Configured):
     """What it retains carries sizes or other positions, which the layers behind the stage must honour."""
     learns_gathered: bool = False
     """If it has weights, a gradient reaches them on gathered tokens, too; others learn at full length alone."""
+    acts: bool = True
+    """If it has weights, what the model says in training depends on them; else only a loss on its choice teaches it."""
     gates: bool = False
     """In training it may act inside the attention of the layers behind the stage: by value gates or biases of keys."""
     withdraws: ClassVar[bool] = False

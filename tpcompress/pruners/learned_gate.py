@@ -97,6 +97,10 @@ class LearnedGate(Pruner):
         return not self.applier.full_length
 
     @property
+    def acts(self) -> bool:  # type: ignore[override]
+        return self.applier.acts
+
+    @property
     def gates(self) -> bool:  # type: ignore[override]
         return self.applier.gates
 

@@ -130,6 +130,8 @@ class Applier(Part):
     """Its gates want the whole sequence (mode `mask`)."""
     merges: ClassVar[bool] = False
     """Retained tokens absorb dropped ones, in inference as well."""
+    acts: ClassVar[bool] = True
+    """What the model says in training depends on the gates."""
     gates: ClassVar[bool] = False
     """It acts inside the attention of the layers behind the stage."""
 

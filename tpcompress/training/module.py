@@ -25,7 +25,7 @@ from tpcompress.training.parts import add_lora, check_losses, check_packing, che
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import Phase, Scorer, check_alone, check_full_every, is_learned, phases_of, steps_alone
 from tpcompress.training.schedules import Schedule, draw_for
-from tpcompress.training.sharding import average_whole, calls_alike, clip_norm, shard, whole_weights
+from tpcompress.training.sharding import average_whole, calls_alike, check_ddp, clip_norm, shard, whole_weights
 from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.steps import check_reached, finish, student_passes
 from tpcompress.training.teachers import Teacher
@@ -176,6 +176,7 @@ class PruningModule(L.LightningModule):
         assert self.parts is not None
         optimizer = build_optimizer(self.model, self.parts, self.optimizer_settings)
         check_alone(self.phases, self._resumed)
+        check_ddp(self.trainer, self.phases)
         scheduler = warmup_cosine(optimizer, self.optimizer_settings, self.phases)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -52,7 +52,7 @@ def check_train(train: list[str] | str, lora: dict[str, Any] | None, plan: Pruni
 
 
 def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan | None) -> None:
-    """See that there is a loss, a teacher for those that imitate one, and a learned pruner for those on its choice.
+    """See that there is a loss, a teacher exactly where one is imitated, and a learned pruner for those on its choice.
 
     Raises:
         ValueError: there is not.
@@ -62,6 +62,11 @@ def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan 
     lonely = [loss.name for loss in losses if "teacher" in loss.needs]
     if lonely and teacher is None:
         raise ValueError(f"Loss '{lonely[0]}' imitates a teacher; set model.teacher, e.g. AdapterOff or Copy.")
+    if teacher is not None and not lonely:
+        raise ValueError(
+            f"Teacher '{type(teacher).__name__}' has nobody to teach: no loss imitates it. Add KL, JSD or Hidden to "
+            f"model.losses, or drop model.teacher."
+        )
     idle = [loss.name for loss in losses if "gate" in loss.needs]
     if idle and not is_learned(plan):
         raise ValueError(

@@ -10,6 +10,11 @@ from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
 from tpcompress.training.schedules import Constant, Schedule, progress_at
 
+NOBODY_TEACHES = (
+    "The pruner trains, but no loss depends on its choice: its selector and applier carry no gradient. Take applier "
+    "gather_value or noise, or a loss on choices such as Imitate, or ScoreFunction with gumbel_topk."
+)
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -134,6 +139,9 @@ def phases_of(
                 "The pruner trains, but its gates carry a gradient at full length only and full_every is 0; set "
                 "full_every to 1, or to 4 for one step in four, or take applier gather_value."
             )
+        idle = plan is not None and any(stage.rule.learned and not stage.rule.acts for stage in plan.stages)
+        if phase.pruner and idle and not any("gate" in loss.needs for loss in phase.losses):
+            raise ValueError(NOBODY_TEACHES)
     return found
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from tpcompress.families import Parts
+    from tpcompress.training.phases import Phase
 
 
 class FSDP2(ModelParallelStrategy):
@@ -134,6 +135,20 @@ def calls_alike(trainer: Trainer) -> bool:
     rest, which hang, or sum what does not belong together.
     """
     return trainer.lightning_module.device_mesh is not None or hasattr(trainer.strategy, "zero_stage_3")
+
+
+def check_ddp(trainer: Trainer, phases: Sequence[Phase]) -> None:
+    """See that plain DDP does not wait for gradients of what a phase leaves alone: it would hang, or stop deep inside.
+
+    Raises:
+        ValueError: the run has phases in which different weights train, and DDP is not told to look for unused ones.
+    """
+    plain = isinstance(trainer.strategy, DDPStrategy)
+    if plain and not trainer.strategy._ddp_kwargs.get("find_unused_parameters") and len(phases) > 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "Strategy ddp waits for gradients of all weights, and this run's phases train different ones; set "
+            "trainer.strategy: ddp_find_unused_parameters_true, as recipes/llava15_7b/ddp.yaml does."
+        )
 
 
 def average_whole(parameters: Sequence[nn.Parameter]) -> None:

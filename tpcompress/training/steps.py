@@ -14,7 +14,7 @@ from tpcompress.insertion.plan import Budget
 from tpcompress.training.losses import needs_of, weighed
 from tpcompress.training.losses.base import at
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.phases import Phase
+from tpcompress.training.phases import NOBODY_TEACHES, Phase
 
 if TYPE_CHECKING:
     from tpcompress.training.module import PruningModule
@@ -62,10 +62,7 @@ def check_reached(module: PruningModule, phase: Phase, passes: list[tuple[Pass, 
     pruners = controller_of(module.model).pruners
     stages = [stage for here, _ in passes if here.trace is not None for stage in here.trace.stages]
     if any(stage.selection is not None and any(stage.vision_in) and pruners[stage.stage].learned for stage in stages):
-        raise ValueError(
-            "The pruner trains, but no loss depends on its choice: its selector and applier carry no gradient. Take "
-            "applier gather_value or noise, or a loss on choices such as Imitate, or ScoreFunction with gumbel_topk."
-        )
+        raise ValueError(NOBODY_TEACHES)
 
 
 def step_budgets(module: PruningModule, phase: Phase, progress: float, draw: float) -> list[list[Budget] | None]:

@@ -17,6 +17,7 @@ class Gather(Applier):
     """
 
     name = "gather"
+    acts = False
 
     def forward(self, tokens: TokenView, choice: Choice) -> Selection:
         return cut(tokens, choice)
