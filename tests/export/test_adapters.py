@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from export.helpers import answer, make_inputs, two_stages
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LilyConfig, LoraConfig, PromptTuningConfig, get_peft_model
 
 import tpcompress as tp
 from tpcompress.export import load, verify
@@ -93,10 +93,16 @@ def test_other_tuners_are_merged(name: str, base: Any, processor: Any, tmp_path:
 
 
 def test_a_tuner_that_cannot_merge_is_refused(base: Any, processor: Any, tmp_path: Path) -> None:
-    model = add_lora(tp.attach(base, two_stages()), {"peft_type": "LILY"}, resolve(base), set())
+    model = get_peft_model(tp.attach(base, two_stages()), LilyConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="^LILY adapters cannot be merged .*; train with LoRA to export.$"):
         tp.export(model, processor, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["BEFT", "LILY", "POLY", "TRAINABLE_TOKENS"])
+def test_a_tuner_that_cannot_merge_is_refused_before_it_trains(name: str, base: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^lora: {name} adapters cannot be merged, so not exported [^\n]*$"):
+        add_lora(base, {"peft_type": name}, resolve(base), set())
 
 
 def test_attach_after_lora(base: Any, processor: Any, tmp_path: Path) -> None:

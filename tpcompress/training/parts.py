@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from tpcompress.families import Parts
@@ -113,7 +114,27 @@ def add_lora(model: nn.Module, fields: dict[str, Any], parts: Parts, train: set[
     if whole:
         fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or []), *whole})
     try:
-        return get_peft_model(model, config(**fields))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        made = get_peft_model(model, config(**fields))  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError) as error:
         reason = str(error).removeprefix(f"{config.__name__}.__init__() ")
         raise ValueError(f"lora: {reason}; it takes the fields of peft.{config.__name__}.") from error
+    _check_merges(made, kind)
+    return made
+
+
+def _check_merges(model: nn.Module, kind: str) -> None:
+    """Merge a copy of the smallest adapted layer: better no run than one that cannot be exported.
+
+    Raises:
+        ValueError: PEFT cannot merge it.
+    """
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    small = [module for module in adapted if not any(p.is_meta for p in module.parameters())]
+    if not small:
+        return
+    layer: Any = copy.deepcopy(min(small, key=lambda module: sum(p.numel() for p in module.parameters())))
+    try:
+        layer.merge()
+    except Exception as error:  # each tuner has its own way to fail
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"lora: {kind} adapters cannot be merged, so not exported ({reason}); take LORA.") from error
