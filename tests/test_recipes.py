@@ -146,7 +146,7 @@ def test_the_bundled_recipes_take_two_steps(path, tmp_path):
     assert (tmp_path / "checkpoints/last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("32-true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", [p for p in of("run", "llava15_7b") if "_free" not in str(p.values[0])])
 def test_the_7b_recipes_take_two_steps_on_a_tiny_stand_in(path, precision, stand_in):
     args = [*stand_in, "--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.precision", precision]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from tpcompress.evaluation.arms import Run
-from tpcompress.evaluation.plans import budget_of
+from tpcompress.evaluation.plans import budget_of, key_of, recipe_plan
 from tpcompress.evaluation.report import Report
 from tpcompress.evaluation.settings import keys_of, read_settings
+from tpcompress.insertion.plan import Budget
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,13 @@ def start(comparison: Comparison, out: str | Path | None, console: Console) -> R
 
 
 def run_arms(comparison: Comparison, run: Run) -> None:
-    """All rows of a comparison, in the order of the table."""
+    """All rows of a comparison, in the order of the table.
+
+    Raises:
+        ValueError: two recipes would share their rows.
+    """
+    trained = [(a, budget_of(v)) for a in comparison.training_aware for v in a.budgets or comparison.budgets[:1]]
+    _check_told_apart(trained)
     run.dense()
     for value in comparison.budgets if comparison.downsample else ():
         run.downsampled(budget_of(value))  # early: a family that cannot do it says so before hours of other rows
@@ -139,9 +147,20 @@ def run_arms(comparison: Comparison, run: Run) -> None:
     for arm, value in shared + own:
         for seed in arm.seeds or (None,):
             run.training_free(arm.pruner, arm.layer, budget_of(value), seed, arm.name)
-    trained = [(a, budget_of(v)) for a in comparison.training_aware for v in a.budgets or comparison.budgets[:1]]
     if comparison.control:
         run.control(comparison.control, [(aware.recipe, budget) for aware, budget in trained])
     for aware, budget in trained:
         for seed in aware.seeds:
             run.training_aware(aware.recipe, budget, seed)
+
+
+def _check_told_apart(trained: Sequence[tuple[AwareArm, Budget]]) -> None:
+    """See that no two recipes train the same pruner at the same budget: rows and runs are named by these."""
+    seen: dict[tuple[str | None, int, float | None], str] = {}
+    for arm, budget in trained:
+        key = key_of(recipe_plan(arm.recipe, budget))
+        if seen.setdefault(key, arm.recipe) != arm.recipe:
+            raise ValueError(
+                f"{seen[key]} and {arm.recipe} both train {key[0]} at {key[2]}; compare them in two files, each with "
+                f"its own out."
+            )
