@@ -28,7 +28,7 @@ def config(tmp_path_factory) -> str:
             recipe["model"]["scorer"]["steps"] = 2
         (folder / Path(path).name).write_text(yaml.safe_dump(recipe))
     values |= {"num_images": 8, "budgets": [16]}
-    names = ("random", "novelty", "merged")
+    names = ("random", "novelty", "merged", "pool")
     values["training_free"] = [arm for arm in values["training_free"] if any(name in str(arm) for name in names)]
     values["control"] = str(folder / Path(values["control"]).name)
     values["training_aware"] = [str(folder / Path(p).name) for p in values["training_aware"]]
@@ -51,7 +51,7 @@ def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
     arms = [(row["arm"], row["pruner"]) for row in report["rows"]]
     assert len(arms) == len(set(arms))
     free = {p for a, p in arms if a == "training_free"}
-    assert free == {"random", "novelty", "merged"}
+    assert free == {"random", "novelty", "merged", "pool"}
     assert {p for a, p in arms if a == "training_aware"} == {"pool", "divprune", "learned_gate"}
     assert {
         ("dense", None),
