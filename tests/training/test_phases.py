@@ -53,6 +53,13 @@ def test_a_gradient_must_be_able_to_reach_what_trains():
             phases_of(plan, 10, train, True, scorer, (main, None, []))
 
 
+def test_a_phase_in_which_nothing_trains_is_refused():
+    plan = PruningPlan.from_dict(GATE)
+    with pytest.raises(ValueError, match=r"^Nothing trains from step 3 of 10 on[^\n]*$"):
+        phases_of(plan, 10, set(), False, Scorer(steps=3), (0, None, []))
+    assert shape(phases_of(plan, 10, {"pruner"}, False, Scorer(steps=3), (1, None, [])))[-1] == (3, 10, True, False, 1)
+
+
 def test_losses_on_choices_count_only_where_a_pruner_trains():
     plan, gates = PruningPlan.from_dict(GATE), [Label(), Imitate(of="scores")]
     first, second = phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, gates))

@@ -54,8 +54,8 @@ class Scorer:
             rest: whether anything but the pruner trains at all.
 
         Raises:
-            ValueError: more steps than the run has, or none although a pruner must learn and phase two does not
-                train it.
+            ValueError: more steps than the run has, none although a pruner must learn and phase two does not train
+                it, or a phase two in which nothing trains.
         """
         if not is_learned(plan):
             return 0
@@ -67,6 +67,11 @@ class Scorer:
         if steps > total or steps < (0 if jointly else 1):
             raise ValueError(
                 f"The scorer's phase has {steps} of {total} steps; set model.scorer.steps between 1 and {total}."
+            )
+        if steps < total and not rest and not jointly:
+            raise ValueError(
+                f"Nothing trains from step {steps} of {total} on: train is empty and there is no lora; leave "
+                f"model.scorer.steps out, or say what else trains."
             )
         return steps
 
