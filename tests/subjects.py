@@ -39,6 +39,11 @@ def quick_cases(quick: Sequence[str]) -> list[Any]:
     ]
 
 
+def families_first() -> list[Any]:
+    """Every family and variant; a family's variants after its first are slow."""
+    return quick_cases([case_id((name, family.tiny.variants[0])) for name, family in list_families().items()])
+
+
 @dataclass
 class Subject:
     """One variant of a family under test.

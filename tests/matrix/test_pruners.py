@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import Subject
-from support import alone, case_id, model_cases, pruner_configs
+from subjects import Subject, quick_cases
+from support import alone, pruner_configs
 
-from tpcompress.families import list_families, resolve
+from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, record
 from tpcompress.insertion.offers import missing
 from tpcompress.insertion.plan import PruningPlan, Stage
@@ -18,16 +18,9 @@ from tpcompress.pruners import create, list_pruners
 
 NAMES = [name for name, cls in list_pruners().items() if not cls.withdraws]
 
-every_family = pytest.mark.parametrize(
-    "subject",
-    [
-        pytest.param(case, id=case_id(case), marks=() if case[1] == variants[0] else pytest.mark.slow)
-        for case in model_cases()
-        for variants in [list_families()[case[0]].tiny.variants]
-    ],
-    indirect=True,
-)
-"""One variant of each family; the others are slow."""
+# One of each kind: one square; tiles; any size with M-RoPE; two kinds of masks; states beside attention; a resampler.
+QUICK = ("llava-clip_vision_model", "llava_next", "qwen2_5_vl", "gemma3", "lfm2_vl-lfm2", "idefics2")
+every_family = pytest.mark.parametrize("subject", quick_cases(QUICK), indirect=True)
 
 
 def placed(subject: Subject, name: str) -> Stage | None:

@@ -64,7 +64,14 @@ def wholes(base_folder, chat_folder, tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = (
+    "pool, full, within the first epoch", "pool, full, before a batch", "gate, in phase one",
+    "gate, between the phases", "LoRA with dropout, random budgets", "LoRA and its teacher",
+    "between accumulated batches", "text without images, gate",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RUNS])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(work, wholes, name):
     batch, where, sections = RUNS[name]
     kind = "RuntimeError" if name == "pool, full, before a batch" else "KeyboardInterrupt"
