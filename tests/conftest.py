@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,12 @@ from support import tiny_model
 from transformers.utils import logging
 
 from tpcompress.insertion.attach import CONTROLLER, detach
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays: the collections of a long run need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
