@@ -121,7 +121,7 @@ def study(config: str, out: str | None = None, tables: bool = False, into: str |
 
 
 def quickstart(out: str = "runs/quickstart") -> int:
-    """The main job on the bundled base: compare, train, export, verify, answer a question. About five minutes.
+    """The main job on the bundled base: compare, train, export, verify, answer a question. Less than ten minutes.
 
     Args:
         out: folder of the results.
