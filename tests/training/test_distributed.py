@@ -18,10 +18,12 @@ RECIPES = Path(__file__).parents[2] / "recipes/llava15_7b"
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4}, "train": ["projector"]}
 REST = {"train": ["projector", "language_model"]}
+RANDOM = {"class_path": "RandomBudget", "init_args": {"low": 0.5, "high": 3.0}}
 CASES = {
     "full": {"model": REST},
     "LoRA, teacher": {"model": LORA | {"teacher": "AdapterOff", "losses": ["Label", "KL"]}},
     "gate": {"model": REST | {"plan": GATE, "scorer": {"steps": 2}}},
+    "random budgets": {"model": REST | {"plan": {"pruner": "divprune", "keep_tokens": 16}, "schedule": RANDOM}},
     "fastv": {"model": REST | {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"}},
 }
 DEFAULT = []  # half a minute each; DDP has one with the recipes
