@@ -10,6 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from tpcompress.data.shards import first_line
 from tpcompress.families import Parts
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
@@ -129,12 +130,14 @@ def _check_merges(model: nn.Module, kind: str) -> None:
         ValueError: PEFT cannot merge it.
     """
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    small = [module for module in adapted if not any(p.is_meta for p in module.parameters())]
-    if not small:
+    # A quantised base is merged into its own weights, at the export; what is not loaded cannot be tried.
+    plain = [m for m in adapted if all(p.is_floating_point() and not p.is_meta for p in m.parameters())]
+    if not plain:
         return
-    layer: Any = copy.deepcopy(min(small, key=lambda module: sum(p.numel() for p in module.parameters())))
+    layer: Any = copy.deepcopy(min(plain, key=lambda module: sum(p.numel() for p in module.parameters())))
     try:
         layer.merge()
     except Exception as error:  # each tuner has its own way to fail
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"lora: {kind} adapters cannot be merged, so not exported ({reason}); take LORA.") from error
+        raise ValueError(
+            f"lora: {kind} adapters cannot be merged, so not exported ({first_line(error)}); take LORA."
+        ) from error
