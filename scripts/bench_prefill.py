@@ -14,11 +14,10 @@ import argparse
 import sys
 
 import torch
+from bench.models import MODELS, Shape
+from bench.prefill import LIMIT, Measured, make_cases, measure
 from rich.console import Console
 from rich.table import Table
-
-from tpcompress.evaluation.prefill_bench import LIMIT, Measured, make_cases, measure
-from tpcompress.evaluation.prefill_models import MODELS, Shape
 
 
 def main() -> int:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.pruners import PrunerBench, Row, above, to_json
+from bench.views import Cell, Sizes
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from tpcompress.evaluation.pruner_bench import PrunerBench, Row, above, to_json
-from tpcompress.evaluation.pruner_views import Cell, Sizes
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.registry import pruner_class
 

@@ -15,11 +15,10 @@ import argparse
 import sys
 
 import torch
+from bench.models import Shape
+from bench.training import ADAPT, LIMIT, Measured, Work, make_arms, measure
 from rich.console import Console
 from rich.table import Table
-
-from tpcompress.evaluation.prefill_models import Shape
-from tpcompress.evaluation.training_bench import ADAPT, LIMIT, Measured, Work, make_arms, measure
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ python scripts/build_retrieval.py
 
 import sys
 
-from tpcompress.evaluation.retrieval import WEIGHTS, hard_scores, load_model, save_weights, train_dense
+from tpcompress.lab.estimators.toy_task import WEIGHTS, hard_scores, load_model, save_weights, train_dense
 
 NEEDED = 0.995
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tpcompress.families import Parts, list_families, resolve
 from tpcompress.families.tiny import IMAGE, VIDEO
-from tpcompress.insertion.offers import missing
+from tpcompress.insertion.views.available import missing
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from training.helpers import Poison, Workplace, callback, save_base, save_chat
 
-from tpcompress.cli import main
-from tpcompress.pruners.parts import KINDS, list_parts
+from tpcompress.cli.main import main
+from tpcompress.pruners.gate_components import KINDS, list_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -241,7 +241,7 @@ def test_an_error_nobody_foresaw_says_so(work, fails, monkeypatch):
     def broken(*_):
         raise KeyError("inside")
 
-    monkeypatch.setattr("tpcompress.training.produce.export_run", broken)
+    monkeypatch.setattr("tpcompress.training.recipe.export.export_run", broken)
     assert fails("export", "out", "--ckpt", "x") == "'inside' (KeyError; --traceback shows where)"
 
 
@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_is_one_line(work, fails):
 
 def test_a_run_prints_little_and_stops_at_once_when_interrupted(work):
     path = work.recipe(trainer={"max_steps": 5000, "logger": True})
-    command = [sys.executable, "-m", "tpcompress.cli", "fit", "--config", str(path)]
+    command = [sys.executable, "-m", "tpcompress.cli.main", "fit", "--config", str(path)]
     env = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env) as run:
         lines = []

@@ -15,17 +15,17 @@ from training.helpers import Watch, Workplace, callback, found, save_base, save_
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tpcompress.insertion.plan import Budget
-from tpcompress.pruners.parts import Scores, create_part
+from tpcompress.pruners.gate_components import Scores, create_part
 from tpcompress.pruners.visionzip import every_nth
+from tpcompress.training.diagnostics.estimator_results import DOES_NOT_LEARN, mark_of, training_of
 from tpcompress.training.losses.base import at
-from tpcompress.training.marks import DOES_NOT_LEARN, mark_of, training_of
 from tpcompress.training.optim import group_of
-from tpcompress.training.parts import TRAINABLE
 from tpcompress.training.phases import phases_of
-from tpcompress.training.run import RecipeCLI, run_recipe
+from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 from tpcompress.training.steps import step_budgets
 from tpcompress.training.teachers.adapter_off import AdapterOff
 from tpcompress.training.teachers.milder import Milder
+from tpcompress.training.trainable import TRAINABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "recipes/presets"

@@ -10,12 +10,12 @@ import yaml
 from PIL import Image
 
 import tpcompress as tp
-from tpcompress import commands
-from tpcompress.cli import main
+from tpcompress.cli import commands
+from tpcompress.cli.main import main
 from tpcompress.data.collate import PromptCollator
-from tpcompress.evaluation.compare import Comparison
+from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.pruners import list_pruners
-from tpcompress.pruners.parts import KINDS, list_parts
+from tpcompress.pruners.gate_components import KINDS, list_parts
 from tpcompress.training import schedules
 from tpcompress.training.losses import list_losses
 from tpcompress.training.module import load_base, load_processor

@@ -11,13 +11,13 @@ import yaml
 from training.helpers import TOKENS, Watch, Workplace, callback, found, save_base, save_chat
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tpcompress.cli import main
-from tpcompress.evaluation.compare import Comparison
+from tpcompress.cli.main import main
+from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
 from tpcompress.insertion.attach import attach, detach, record
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners import Pruner, list_pruners
-from tpcompress.training.run import RecipeCLI, run_recipe
+from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -178,7 +178,7 @@ def test_two_processes_train_with_the_ddp_overlay(stand_in, tmp_path):
     args += ["--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "1", "--model.scorer.steps", "1"]
     args += ["--data.init_args.batch_size", "1", "--trainer.precision", "32-true", "--model.dtype", "float32"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tpcompress.cli", *args]
+    command = [sys.executable, "-m", "tpcompress.cli.main", *args]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)

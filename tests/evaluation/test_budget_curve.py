@@ -7,13 +7,13 @@ import torch
 from training.helpers import Workplace, save_base, save_chat
 
 import tpcompress as tp
-from tpcompress.cli import main
+from tpcompress.cli.main import main
 from tpcompress.evaluation import budget_curve
 from tpcompress.evaluation.budget_curve import read_budgets
-from tpcompress.evaluation.score import evaluate
+from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.export import verify
 from tpcompress.export.budgets import CurvePoint
-from tpcompress.training.datamodule import ChatData
+from tpcompress.training.datamodules.chat_benchmark import ChatData
 
 DRAWN = {"class_path": "RandomBudget", "init_args": {"low": 0.5, "high": 2.0}}
 

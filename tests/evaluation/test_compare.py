@@ -8,9 +8,9 @@ import yaml
 from rich.console import Console
 
 from tpcompress.bundled import recipes_folder
-from tpcompress.evaluation import quickstart as quickstart_module
-from tpcompress.evaluation.compare import Comparison, run_comparison
-from tpcompress.evaluation.quickstart import CONFIG, run_quickstart
+from tpcompress.cli import quickstart as quickstart_module
+from tpcompress.cli.quickstart import CONFIG, run_quickstart
+from tpcompress.evaluation.compare.config import Comparison, run_comparison
 
 ROW_KEYS = {"arm", "pruner", "keep_tokens", "vision_tokens", "seed", "score", "ci95", "families", "learnt"}
 
@@ -75,7 +75,7 @@ def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
 def test_a_second_run_reuses_every_row_and_run(done, config, monkeypatch):
     folder, _ = done
     before = json.loads((folder / "report.json").read_text())
-    monkeypatch.setattr("tpcompress.evaluation.arms.run_recipe", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("tpcompress.evaluation.compare.run.run_recipe", lambda *a: pytest.fail("trained again"))
     run_comparison(config, folder, Console(quiet=True))
     assert json.loads((folder / "report.json").read_text())["rows"] == before["rows"]
 
@@ -86,7 +86,7 @@ def test_an_interrupted_comparison_goes_on_with_the_missing_rows(done, config, m
     lost = [row for row in report["rows"] if row["arm"] == "training_aware" and row["pruner"] == "pool"]
     kept = [row for row in report["rows"] if row not in lost]
     (folder / "report.json").write_text(json.dumps(report | {"rows": kept}))
-    monkeypatch.setattr("tpcompress.evaluation.arms.run_recipe", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("tpcompress.evaluation.compare.run.run_recipe", lambda *a: pytest.fail("trained again"))
     again = run_comparison(config, folder, Console(quiet=True))
     row = again.find("training_aware", "pool", 16)
     assert row is not None

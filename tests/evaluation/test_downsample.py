@@ -14,11 +14,11 @@ from transformers import CLIPImageProcessorPil
 
 from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator, PromptCollator
-from tpcompress.evaluation.compare import Comparison, run_comparison
+from tpcompress.evaluation.compare.config import Comparison, run_comparison
+from tpcompress.evaluation.compare.report import Report, Row
 from tpcompress.evaluation.downsample import downsampled, smaller_grid, tokens_per_image
-from tpcompress.evaluation.figures import accuracy_figure
-from tpcompress.evaluation.report import Report, Row
-from tpcompress.evaluation.score import evaluate, evaluate_by_generation, prepare
+from tpcompress.evaluation.figures.accuracy import accuracy_figure
+from tpcompress.evaluation.scoring.evaluate import evaluate, evaluate_by_generation, prepare
 from tpcompress.families import resolve
 from tpcompress.insertion.encode import layouts_of
 
@@ -169,7 +169,7 @@ def test_the_arm_has_its_own_rows_and_is_resumed(tmp_path, monkeypatch):
     assert all(row.pruner is None and row.num_images == 6 for row in rows.values())
     assert "| smaller picture | 0.14 / 20 / 20 |" in report.to_markdown()
     assert any(sentence.startswith("Pictures of 16 tokens, without any pruner") for sentence in report.findings())
-    monkeypatch.setattr("tpcompress.evaluation.arms.downsampled", lambda *a: pytest.fail("scored again"))
+    monkeypatch.setattr("tpcompress.evaluation.compare.run.downsampled", lambda *a: pytest.fail("scored again"))
     before = json.loads((out / "report.json").read_text())
     run_comparison(config, out, Console(quiet=True))
     assert json.loads((out / "report.json").read_text()) == before
@@ -179,7 +179,7 @@ def test_the_arm_has_its_own_rows_and_is_resumed(tmp_path, monkeypatch):
 
 def prepare_and_score(keep: int, num_images: int):
     from tpcompress.data.benchmark import load_benchmark
-    from tpcompress.training.base import load_base, load_processor
+    from tpcompress.models import load_base, load_processor
 
     model, processor = load_base("tiny_llava").eval(), load_processor("tiny_llava")
     with downsampled(model, processor, keep) as smaller:

@@ -8,18 +8,18 @@ import torch
 import yaml
 from rich.console import Console
 
-from tpcompress.evaluation.estimators import ESTIMATORS, SCORER, Estimator, find_estimator, learns
-from tpcompress.evaluation.estimators_config import Cell, FreeRule, Measuring, cells_of, training_of
-from tpcompress.evaluation.estimators_report import EstimatorReport
-from tpcompress.evaluation.estimators_retrieval import ENOUGH, Look, train_scorer, untrained
-from tpcompress.evaluation.estimators_run import Bench, run_estimators
-from tpcompress.evaluation.retrieval import KEEP, TOKENS
-from tpcompress.evaluation.scores import Scores
+from tpcompress.evaluation.scoring.scores import Scores
+from tpcompress.lab.estimators.catalogue import ESTIMATORS, SCORER, Estimator, find_estimator, learns
+from tpcompress.lab.estimators.cells import Cell, FreeRule, Measuring, cells_of, training_of
+from tpcompress.lab.estimators.report import EstimatorReport
+from tpcompress.lab.estimators.run import Bench, run_estimators
+from tpcompress.lab.estimators.toy_run import ENOUGH, Look, train_scorer, untrained
+from tpcompress.lab.estimators.toy_task import KEEP, TOKENS
 from tpcompress.pruners import create
-from tpcompress.pruners.parts import create_part
-from tpcompress.training import marks
-from tpcompress.training.marks import FILE, mark_of, write_marks
-from tpcompress.training.marks import training_of as word_for
+from tpcompress.pruners.gate_components import create_part
+from tpcompress.training.diagnostics import estimator_results as marks
+from tpcompress.training.diagnostics.estimator_results import FILE, mark_of, write_marks
+from tpcompress.training.diagnostics.estimator_results import training_of as word_for
 
 CHANCE = KEEP / TOKENS
 QUICK = ("soft value", "soft noise", "hard log_bias", "trial")

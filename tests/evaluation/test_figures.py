@@ -5,8 +5,8 @@ from matplotlib import pyplot
 from PIL import Image
 
 import tpcompress as tp
-from tpcompress.evaluation.figures import Retained, accuracy_figure, retained_figure, retained_masks
-from tpcompress.evaluation.report import Report, Row
+from tpcompress.evaluation.compare.report import Report, Row
+from tpcompress.evaluation.figures.accuracy import Retained, accuracy_figure, retained_figure, retained_masks
 
 
 def row(arm, pruner=None, keep=None, score=0.5, **more) -> Row:

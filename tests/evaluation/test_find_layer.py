@@ -17,11 +17,11 @@ from tpcompress import PruningPlan, Stage, attach, detach
 from tpcompress.data import PromptCollator
 from tpcompress.data.benchmark import load_benchmark
 from tpcompress.evaluation import find_layer
-from tpcompress.evaluation.compare import run_comparison
+from tpcompress.evaluation.compare.config import run_comparison
 from tpcompress.evaluation.find_layer import LayerScore, LayerSearch, calibration_samples, run_find_layer, withdrawals
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import is_attached
-from tpcompress.training.base import load_processor
+from tpcompress.models import load_processor
 
 OPTIONS = {
     "data": None, "image_folder": None, "num_samples": 6, "threshold": 0.01, "layers": None, "out": None, "seed": 0,

@@ -22,7 +22,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import tpcompress as tp
-from tpcompress.cli import main
+from tpcompress.cli.main import main
+from tpcompress.evaluation.figures.overlay import Panel, grids_of, kept_grids, panels_figure, pictures_of, stage_panels
 from tpcompress.evaluation.inspect import (
     cache_columns,
     chat_inputs,
@@ -31,13 +32,12 @@ from tpcompress.evaluation.inspect import (
     plan_from,
     run_inspection,
 )
-from tpcompress.evaluation.panels import Panel, grids_of, kept_grids, panels_figure, pictures_of, stage_panels
 from tpcompress.families import Layout, list_families
 from tpcompress.families.layout import Grid
 from tpcompress.families.tiny import IMAGE
 from tpcompress.insertion.trace import StageTrace
-from tpcompress.training.base import load_processor
-from tpcompress.training.produce import export_free
+from tpcompress.models import load_processor
+from tpcompress.training.recipe.export import export_free
 
 ROOT = Path(__file__).resolve().parents[2]
 RED = (220, 30, 30)

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator
-from tpcompress.evaluation.compare import run_comparison
+from tpcompress.evaluation.compare.config import run_comparison
+from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.position_bias import PositionBias, RetentionMap, bias_figure, position_bias, uniformity
-from tpcompress.evaluation.report import Report
-from tpcompress.evaluation.score import evaluate
+from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.families.layout import Grid, Layout, plain
 from tpcompress.insertion.trace import StageTrace, Trace
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.models import MODELS, Shape
+from bench.prefill import LiveTensors, Ratio, flops, interleaved, make_cases, measure, peak_bytes
 
 from tpcompress.evaluation.cost import decoder_flops
-from tpcompress.evaluation.prefill_bench import LiveTensors, Ratio, flops, interleaved, make_cases, measure, peak_bytes
-from tpcompress.evaluation.prefill_models import MODELS, Shape
 from tpcompress.insertion.cache import held_columns
 
 ROOT = Path(__file__).resolve().parents[2]

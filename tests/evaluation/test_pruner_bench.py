@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import views as pruner_views
+from bench.pruners import PrunerBench, Row, above, budget, capture, from_json, to_json
+from bench.views import FIELDS, Cell, Sizes, Views
 
-from tpcompress.evaluation import pruner_views
-from tpcompress.evaluation.pruner_bench import PrunerBench, Row, above, budget, capture, from_json, to_json
-from tpcompress.evaluation.pruner_views import FIELDS, Cell, Sizes, Views
-from tpcompress.insertion.offers import WORDS
+from tpcompress.insertion.views.available import WORDS
 from tpcompress.pruners import Pruner, Selection, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 from tpcompress.pruners.topk import keep_topk
@@ -194,9 +194,9 @@ def test_an_interrupted_run_keeps_what_it_has():
 
 def test_a_layer_of_one_sample_stands_for_a_batch(monkeypatch):
     seen = []
-    monkeypatch.setattr("tpcompress.evaluation.pruner_bench.clock", lambda run, device: run() is not None or 1.0)
+    monkeypatch.setattr("bench.pruners.clock", lambda run, device: run() is not None or 1.0)
     monkeypatch.setattr(
-        "tpcompress.evaluation.pruner_bench.Layer.prefill",
+        "bench.pruners.Layer.prefill",
         lambda self, tokens, samples: seen.append(samples) or (lambda: None),
     )
     assert [run(["uniform"], full=full).rows[0].layer for full in (False, True)] == [[2.0], [1.0]]

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from tpcompress.evaluation.report import Gain, Report, Row, findings
+from tpcompress.evaluation.compare.report import Gain, Report, Row, findings
 
 FAMILIES = ("attr", "count", "ocr")
 LEARNT = ["attr", "count"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tpcompress.evaluation.retrieval import (
+from tpcompress.lab.estimators.toy_task import (
     FACTS,
     KEEP,
     KEYS,

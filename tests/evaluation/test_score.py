@@ -7,7 +7,7 @@ from rich.progress import Progress
 
 import tpcompress as tp
 from tpcompress.data import load_chat
-from tpcompress.evaluation.score import evaluate, evaluate_by_generation, prepare
+from tpcompress.evaluation.scoring.evaluate import evaluate, evaluate_by_generation, prepare
 
 PLANS = {
     "dense": None,

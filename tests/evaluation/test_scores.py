@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tpcompress.evaluation.scores import Scores, learnt_families
+from tpcompress.evaluation.scoring.scores import Scores, learnt_families
 
 
 def make(right, count=None, names=("a", "b", "c"), **more) -> Scores:

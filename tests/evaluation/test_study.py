@@ -17,21 +17,21 @@ import torch
 import yaml
 from rich.console import Console
 
-from tpcompress.evaluation import study_work
-from tpcompress.evaluation.score import evaluate
-from tpcompress.evaluation.scores import Scores
-from tpcompress.evaluation.study import Ablation, Contender, Study, Way, run_study
-from tpcompress.evaluation.study_cells import CONTROL, DENSE, FREE, cells_of, merged, runs_of
-from tpcompress.evaluation.study_claims import claim
-from tpcompress.evaluation.study_stats import gain_of, pooled, score_of, t_quantile
-from tpcompress.evaluation.study_tables import write_tables
-from tpcompress.evaluation.study_text import BEGIN, END, fill
-from tpcompress.evaluation.study_work import Workshop
+from tpcompress.evaluation.engine.locks import claim
+from tpcompress.evaluation.scoring.evaluate import evaluate
+from tpcompress.evaluation.scoring.scores import Scores
+from tpcompress.evaluation.scoring.stats import gain_of, pooled, score_of, t_quantile
 from tpcompress.insertion.attach import attach, budgets, plan_of
 from tpcompress.insertion.plan import Budget
-from tpcompress.training.base import load_base
-from tpcompress.training.checkpoint import load_trained
-from tpcompress.training.run import RecipeCLI, run_recipe
+from tpcompress.lab.study import run as study_work
+from tpcompress.lab.study.cells import CONTROL, DENSE, FREE, cells_of, merged, runs_of
+from tpcompress.lab.study.config import Ablation, Contender, Study, Way, run_study
+from tpcompress.lab.study.run import Workshop
+from tpcompress.lab.study.tables import write_tables
+from tpcompress.lab.study.text import BEGIN, END, fill
+from tpcompress.models import load_base
+from tpcompress.training.checkpoints.load import load_trained
+from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 QUIET = Console(quiet=True)
 SHIPPED = "recipes/studies/training_aware.yaml"
@@ -360,7 +360,7 @@ def test_two_processes_share_a_study_and_make_every_cell_once(tmp_path):
         "ways": [{"name": "loop"}], "budgets": [16], "focus": 16, "num_images": 6,
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "-m", "tpcompress.cli", "study", "--config", str(tmp_path / "study.yaml")]
+    command = [sys.executable, "-m", "tpcompress.cli.main", "study", "--config", str(tmp_path / "study.yaml")]
     command += ["--out", str(tmp_path / "out")]
     pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     texts = [process.communicate(timeout=600)[0] for process in pair]

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from tpcompress.evaluation.prefill_bench import Ratio, flops, peak_bytes
-from tpcompress.evaluation.prefill_models import Shape
-from tpcompress.evaluation.training_bench import ANSWER, Work, make_arms, measure
+from bench.models import Shape
+from bench.prefill import Ratio, flops, peak_bytes
+from bench.training import ANSWER, Work, make_arms, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = Shape(layers=3, width=64, heads=4, mlp=96, vocab=100, side=6, text=40)
@@ -96,7 +95,7 @@ def test_rows_are_measured_against_the_dense_step():
     ],
 )  # fmt: skip
 def test_only_a_gathered_step_at_a_ninth_can_fail(name, keep, low, ok):
-    from tpcompress.evaluation.training_bench import Measured
+    from bench.training import Measured
 
     row = SimpleNamespace(arm=SimpleNamespace(name=name, keep=keep), ratio=Ratio(low, low, 1.1), vision_tokens=36)
     assert Measured.ok.fget(row) == ok

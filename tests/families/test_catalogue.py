@@ -7,7 +7,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from tpcompress import cli, commands
+from tpcompress.cli import commands
+from tpcompress.cli import main as cli
 from tpcompress.families import list_families
 from tpcompress.families.catalogue import COLUMNS, about, by_reason, facts, find, in_full
 from tpcompress.families.refused import REFUSED

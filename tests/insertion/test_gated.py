@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, mode, record
-from tpcompress.insertion.gated import ARGUMENT
+from tpcompress.insertion.gates import ARGUMENT
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Selection, TokenView
 

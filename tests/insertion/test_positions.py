@@ -7,7 +7,7 @@ import torch
 from support import tiny_model
 from torch import Tensor
 
-from tpcompress.insertion.positions import closed_up, rotary
+from tpcompress.insertion.shorten.positions import closed_up, rotary
 
 V = True
 o = False

@@ -6,9 +6,9 @@ import torch
 
 from tpcompress.families import Grid, Layout
 from tpcompress.insertion.call import last_prompt_token
-from tpcompress.insertion.columns import get_tokens, put_tokens, take, take_square
-from tpcompress.insertion.locate import locate
-from tpcompress.insertion.sequence import Frame, Rows
+from tpcompress.insertion.shorten.columns import get_tokens, put_tokens, take, take_square
+from tpcompress.insertion.shorten.locate import locate
+from tpcompress.insertion.shorten.sequence import Frame, Rows
 
 CPU = torch.device("cpu")
 V = True

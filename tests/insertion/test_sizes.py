@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, mode, record
-from tpcompress.insertion.masks import layer_mask
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.insertion.sizes import joined, weighed
+from tpcompress.insertion.shorten.masks import layer_mask
+from tpcompress.insertion.shorten.sizes import joined, weighed
 from tpcompress.pruners import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import keep_topk
 

@@ -14,7 +14,7 @@ from transformers import StaticCache
 from tpcompress.insertion import stage
 from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.insertion.views import build_view
+from tpcompress.insertion.views.build import build_view
 from tpcompress.pruners.base import SYSTEM
 
 SAMPLES = [(5, 1, 7), (3, 2, 8), (4, 0, 9)]

@@ -11,7 +11,7 @@ from looks import Looks, plan_of
 from support import batch, tiny_model
 
 from tpcompress.families import list_families
-from tpcompress.insertion import look
+from tpcompress.insertion import layer_probe as look
 from tpcompress.insertion.attach import attach, detach, is_attached, mode
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import list_pruners

@@ -14,10 +14,11 @@ from support import Case, batch, case_id, generate, model_cases, tiny_model
 from torch import Tensor
 
 from tpcompress.families import list_families, resolve
-from tpcompress.insertion import look, tower
+from tpcompress.insertion import layer_probe as look
 from tpcompress.insertion.attach import CONTROLLER, attach, detach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.insertion.tower import tower_layers
+from tpcompress.insertion.views import tower
+from tpcompress.insertion.views.tower import tower_layers
 from tpcompress.pruners import TokenView
 
 CASES = [case for case in model_cases() if list_families()[case[0]].tower is not None]

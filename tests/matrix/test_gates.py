@@ -14,8 +14,8 @@ from support import Case, answer_labels, case_id, gradients, model_cases
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, record
-from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 
 QUICK = ("llava-clip_vision_model", "qwen2_5_vl", "gemma3", "paligemma-gemma2", "gemma4-small")
 """Plain, M-RoPE, windows and blocks, capped logits, shared keys."""

@@ -11,9 +11,9 @@ from support import alone, pruner_configs
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, record
-from tpcompress.insertion.offers import missing
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.trace import StageTrace
+from tpcompress.insertion.views.available import missing
 from tpcompress.pruners import create, list_pruners
 
 NAMES = [name for name, cls in list_pruners().items() if not cls.withdraws]

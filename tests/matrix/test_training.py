@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import CONTROLLER, PRUNERS, attach, base_of, controller_of, detach, mode, record
-from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import Stage
+from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 
 STAGES = [Stage("divprune", 0, keep_ratio=0.6), Stage("uniform", 2, keep_ratio=0.3)]
 SCORER = {"type": "local_global", "question": True, "width": 8}

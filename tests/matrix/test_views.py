@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, record
-from tpcompress.insertion.masks import RECURRENT, layer_kind
 from tpcompress.insertion.plan import Stage
+from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.pruners import TokenView
 from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
 

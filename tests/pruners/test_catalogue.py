@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from support import tiny_model
 
-from tpcompress.cli import main
+from tpcompress.cli.main import main
 from tpcompress.families import resolve
-from tpcompress.insertion.offers import missing
+from tpcompress.insertion.views.available import missing
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.catalogue import COLUMNS, about, arguments, facts, retains, site, unserved
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Pruner, Selection, TokenView, create
-from tpcompress.pruners.compose import Composed
+from tpcompress.pruners.combinators import Composed
 from tpcompress.pruners.mix import normalise
 from tpcompress.pruners.topk import keep_topk
 

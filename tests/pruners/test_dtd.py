@@ -12,8 +12,8 @@ from torch import Tensor
 from tpcompress.families import Layout, resolve
 from tpcompress.families.layout import Grid
 from tpcompress.insertion.attach import attach, record
-from tpcompress.insertion.offers import missing
 from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.insertion.views.available import missing
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.dtd import cell_before, change
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.appliers.noise import noise_gate
 from tpcompress.pruners.divprune import farthest_points
-from tpcompress.pruners.parts import Scores
+from tpcompress.pruners.gate_components import Scores
 from tpcompress.pruners.topk import hash_uniform
 
 V, D = 23, 16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.merge import bipartite, group_sizes, merge_groups, merge_into_kept, nearest_kept
+from tpcompress.pruners.merging import bipartite, group_sizes, merge_groups, merge_into_kept, nearest_kept
 from tpcompress.pruners.restore import distinctive, median_member
 from tpcompress.pruners.tofu import mlerp
 

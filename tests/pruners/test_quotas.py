@@ -14,7 +14,7 @@ from torch import Tensor
 from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Pruner, TokenView
-from tpcompress.pruners.compose import place_inside, places, quotas
+from tpcompress.pruners.combinators import place_inside, places, quotas
 from tpcompress.pruners.window import windows
 
 D = 16

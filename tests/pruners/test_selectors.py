@@ -13,7 +13,7 @@ from insertion.test_no_sync import NoSync
 from support import config_id
 from torch import Tensor
 
-from tpcompress.pruners.parts import Choice, Scores, Selector, create_part, list_parts
+from tpcompress.pruners.gate_components import Choice, Scores, Selector, create_part, list_parts
 from tpcompress.pruners.selectors.argmax_union import any_vote, ballots
 from tpcompress.pruners.selectors.gumbel_topk import plackett_luce
 from tpcompress.pruners.selectors.learned_budget import prefix_probability

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tpcompress.insertion.attach import controller_of
-from tpcompress.training.run import RecipeCLI, run_recipe
+from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SPECIAL = [*NAMES.values(), "<image>"]

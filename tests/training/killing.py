@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from tpcompress.cli import main
-from tpcompress.training import durable
+from tpcompress.cli.main import main
+from tpcompress.training.checkpoints import storage as durable
 
 SAVING = ("half", "written", "renamed")
 """Moments of a save: half of the file is on the disk, all of it is, it has its name."""

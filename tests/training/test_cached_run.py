@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tpcompress.training.cache_run import cache_of_recipe
+from tpcompress.cli.cache_teacher import cache_of_recipe
 
 KL = {"losses": ["Label", "KL"]}
 

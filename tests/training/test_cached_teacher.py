@@ -8,8 +8,8 @@ import torch
 from support import answer_labels, batch, scramble, tiny_model
 
 from tpcompress.data import ChatCollator
-from tpcompress.training.base import load_processor
-from tpcompress.training.datamodule import BenchmarkData
+from tpcompress.models import load_processor
+from tpcompress.training.datamodules.chat_benchmark import BenchmarkData
 from tpcompress.training.losses.jsd import JSD
 from tpcompress.training.losses.kl import KL
 from tpcompress.training.passes import run_pass

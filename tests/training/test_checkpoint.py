@@ -8,9 +8,9 @@ from training.helpers import Interrupt, callback
 
 from tpcompress.export import load, verify
 from tpcompress.insertion.attach import record
-from tpcompress.training import state
-from tpcompress.training.checkpoint import load_trained
-from tpcompress.training.produce import export_free, export_run, plan_in
+from tpcompress.training.checkpoints import state
+from tpcompress.training.checkpoints.load import load_trained
+from tpcompress.training.recipe.export import export_free, export_run, plan_in
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4, "lora_dropout": 0.2}, "train": ["projector"]}

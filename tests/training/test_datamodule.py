@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training.toy import NUM_ROWS, Interrupt, Toy, make_processor, trainer_for, write_chat
 
-from tpcompress.training import datamodule as datamodule_module
-from tpcompress.training.datamodule import BenchmarkData, ChatData
-from tpcompress.training.order import BatchOrder, BucketOrder
+from tpcompress.training.datamodules import chat_benchmark as datamodule_module
+from tpcompress.training.datamodules.chat_benchmark import BenchmarkData, ChatData
+from tpcompress.training.datamodules.samplers import BatchOrder, BucketOrder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from training.helpers import found, weights
 from tpcompress.insertion.attach import controller_of
 from tpcompress.pruners import Pruner, Selection
 from tpcompress.pruners.topk import keep_topk
-from tpcompress.training.diagnostics import Findings, choosing_at_random, look
+from tpcompress.training.diagnostics.probe import Findings, choosing_at_random, look
 from tpcompress.training.passes import run_pass
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}

@@ -8,10 +8,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from training.distributed import STRATEGIES, note, on_ranks
 from training.killing import fit, in_process
 
-from tpcompress.training.checkpoint import load_trained
-from tpcompress.training.run import RecipeCLI
-from tpcompress.training.sharding import FSDP2
-from tpcompress.training.state import read_checkpoint
+from tpcompress.training.checkpoints.load import load_trained
+from tpcompress.training.checkpoints.state import read_checkpoint
+from tpcompress.training.distributed.sharding import FSDP2
+from tpcompress.training.recipe.run import RecipeCLI
 
 RECIPES = Path(__file__).parents[2] / "recipes/llava15_7b"
 

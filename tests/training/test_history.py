@@ -9,9 +9,9 @@ from transformers.utils import is_bitsandbytes_available
 from tpcompress.export import verify
 from tpcompress.insertion.plan import Budget
 from tpcompress.training import schedules
-from tpcompress.training.checkpoint import load_trained
-from tpcompress.training.history import _range
-from tpcompress.training.produce import export_run
+from tpcompress.training.checkpoints.load import load_trained
+from tpcompress.training.checkpoints.run_folder import _range
+from tpcompress.training.recipe.export import export_run
 
 GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}
 DRAWN = {

@@ -12,12 +12,12 @@ from training.helpers import TOKENS, Interrupt, Poison, Watch, callback, found, 
 
 from tpcompress.insertion.attach import attach, mode
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.training.base import load_base
-from tpcompress.training.callbacks import StepProgress
-from tpcompress.training.finite import NonFiniteLoss
+from tpcompress.models import load_base
+from tpcompress.training.checkpoints.callback import StepProgress
 from tpcompress.training.module import PruningModule
+from tpcompress.training.nan_guard import NonFiniteLoss
 from tpcompress.training.phases import Scorer
-from tpcompress.training.run import RecipeCLI, run_recipe
+from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 WATCH = {"callbacks": [callback(Watch)]}

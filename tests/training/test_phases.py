@@ -8,11 +8,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from training.helpers import TOKENS, Watch, callback, found
 
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.distributed.sharding import check_ddp
 from tpcompress.training.losses.imitate import Imitate
 from tpcompress.training.losses.label import Label
 from tpcompress.training.module import PruningModule
 from tpcompress.training.phases import Scorer, phases_of
-from tpcompress.training.sharding import check_ddp
 from tpcompress.training.steps import step_layers
 
 SCORER = {"type": "local_global", "width": 8}

@@ -9,10 +9,10 @@ import torch
 from training.toy import NUM_ROWS, Interrupt, Toy, make_processor, records, trainer_for
 
 from tpcompress.data.stream import START
-from tpcompress.training import stream_loader
-from tpcompress.training.datamodule import ChatData
-from tpcompress.training.rows_data import data_rank
-from tpcompress.training.stream_loader import StreamPosition
+from tpcompress.training.datamodules import stream_loader
+from tpcompress.training.datamodules.base import data_rank
+from tpcompress.training.datamodules.chat_benchmark import ChatData
+from tpcompress.training.datamodules.stream_loader import StreamPosition
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Data: chat data sets and the procedural benchmark as rows, and the collators that make batches of them."""
 
-from .chat import load_chat
-from .collate import BatchMeta, ChatCollator, PromptCollator, packed_mask
-from .rows import IMAGE_MARKER, BadRow, BadRows, GoodRows
+from tpcompress.data.chat import load_chat
+from tpcompress.data.collate import BatchMeta, ChatCollator, PromptCollator, packed_mask
+from tpcompress.data.rows import IMAGE_MARKER, BadRow, BadRows, GoodRows
 
 __all__ = [
     "IMAGE_MARKER",

@@ -18,8 +18,8 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from .llava_json import read_llava_json
-from .rows import (
+from tpcompress.data.llava_json import read_llava_json
+from tpcompress.data.rows import (
     IMAGE_COLUMNS,
     TURN_COLUMNS,
     BadRow,

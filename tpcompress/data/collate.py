@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from .encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix, identify
-from .rows import BadRow
+from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix, identify
+from tpcompress.data.rows import BadRow
 
 Batch = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .rows import IMAGE_MARKER, BadRow, open_image
+from tpcompress.data.rows import IMAGE_MARKER, BadRow, open_image
 
 IGNORED = -100  # label of tokens that are not learnt: the value transformers' losses skip
 _PROBE = "wxyzzy"

@@ -14,8 +14,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .encode import ChatEncoder
-from .rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
+from tpcompress.data.encode import ChatEncoder
+from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
 
 SAMPLE = 32  # rows that the rates are measured on
 READ_ROWS = 1000  # at a time

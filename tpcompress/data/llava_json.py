@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from .rows import IMAGE_COLUMNS, TURN_COLUMNS, chat_message
+from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, chat_message
 
 READ_CHARS = 1 << 20  # of the file at a time
 GIVE_UP_AFTER = 100  # records without a conversation

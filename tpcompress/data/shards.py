@@ -21,9 +21,10 @@ from typing import Any
 import datasets
 import fsspec
 
-from .chat import load_table
-from .llava_json import json_values
-from .rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
+from tpcompress.data.chat import load_table
+from tpcompress.data.llava_json import json_values
+from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
+from tpcompress.errors import first_line
 
 Record = dict[str, Any]
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
@@ -145,11 +146,6 @@ def _first_record(shards: Shards) -> Record:
             if found is not None:
                 return found
     raise ValueError(f"{shards.source} holds no rows in {len(shards)} shards; give at least one conversation.{problem}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ------------------------------------------------------------------ formats

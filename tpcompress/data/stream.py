@@ -18,10 +18,11 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .chat import conversations_of, images_of, problem_of
-from .lengths import Rates, characters_of
-from .rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow, OnBadRow, bad_row_error, check_on_bad_row
-from .shards import Record, Shards, first_line
+from tpcompress.data.chat import conversations_of, images_of, problem_of
+from tpcompress.data.lengths import Rates, characters_of
+from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow, OnBadRow, bad_row_error, check_on_bad_row
+from tpcompress.data.shards import Record, Shards
+from tpcompress.errors import first_line
 
 GIVE_UP_AFTER = 10_000  # bad rows in a row
 Place = dict[str, int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,17 @@ from rich.progress import Progress
 from tpcompress.bundled import base_path
 from tpcompress.data.benchmark import load_benchmark
 from tpcompress.data.collate import BatchMeta
-from tpcompress.evaluation.score import Rows, evaluate, learnt_families
+from tpcompress.evaluation.scoring.evaluate import Rows, evaluate, learnt_families
 from tpcompress.export.budgets import CurvePoint, check_number, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.load import load, load_processor
+from tpcompress.files import write_atomic
 from tpcompress.insertion.attach import budgets
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace
-from tpcompress.training import datamodule  # noqa: F401  its classes become names in recipes
-from tpcompress.training.base import load_base
-from tpcompress.training.history import made, read_recipe
-from tpcompress.training.state import checkpoint_file
+from tpcompress.models import load_base
+from tpcompress.training.checkpoints.run_folder import made, read_recipe
+from tpcompress.training.checkpoints.state import checkpoint_file
+from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa: F401  its classes become names in recipes
 
 PICTURES = 320
 """Of the benchmark, as in the quickstart."""
@@ -115,9 +115,9 @@ class BudgetCurve:
     def _keep(self, key: dict[str, Any], done: dict[str, CurvePoint]) -> None:
         if self.cache is None:
             return
-        part = self.cache.with_suffix(".part")
-        part.write_text(json.dumps({"key": key, "points": [p.to_dict() for p in done.values()]}, indent=1) + "\n")
-        os.replace(part, self.cache)
+        write_atomic(
+            self.cache, json.dumps({"key": key, "points": [p.to_dict() for p in done.values()]}, indent=1) + "\n"
+        )
 
 
 def read_budgets(text: str) -> list[list[Budget]]:

@@ -12,7 +12,6 @@ measured is what `attach` runs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,11 +30,12 @@ from tpcompress.data.benchmark import load_benchmark
 from tpcompress.data.chat import load_chat
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.evaluation.inspect import chat_inputs
-from tpcompress.evaluation.score import evaluating
 from tpcompress.families import resolve
+from tpcompress.files import write_atomic
+from tpcompress.inference import inference
 from tpcompress.insertion.attach import attach, base_of, detach, is_attached
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.training.base import load_base, load_processor
+from tpcompress.models import load_base, load_processor
 
 THRESHOLD = 0.01
 """Nats; ours. Total variation is then at most 7 % (Pinsker): of 100 next tokens drawn, 7 may differ."""
@@ -143,10 +143,7 @@ class LayerSearch:
         )
         head += f" to the\n# whole model is {score.kl:.2g} nats on average over {self.num_samples} samples"
         head += f" (threshold {self.threshold:g}).\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(plan.to_json() if path.suffix == ".json" else head + plan.to_yaml(), encoding="utf-8")
-        os.replace(part, path)
+        write_atomic(path, plan.to_json() if path.suffix == ".json" else head + plan.to_yaml())
 
 
 def run_find_layer(
@@ -296,7 +293,7 @@ def _next_token(model: Any, sample: Sample, say: Callable[[str], Any], what: str
         name: x.to(weight.device, weight.dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
         for name, x in sample.items()
     }
-    with evaluating(model), torch.no_grad():
+    with inference(model):
         logits_C = model(**inputs, use_cache=False).logits[0, -1].float()
     say(what)
     if not bool(torch.isfinite(logits_C).all()):

@@ -17,16 +17,17 @@ from transformers import AutoConfig
 
 from tpcompress.bundled import base_path
 from tpcompress.data.rows import IMAGE_MARKER, BadRow, open_image
-from tpcompress.evaluation.panels import grids_of, panels_figure, pictures_of, stage_panels
-from tpcompress.evaluation.score import evaluating
+from tpcompress.errors import first_line
+from tpcompress.evaluation.figures.overlay import grids_of, panels_figure, pictures_of, stage_panels
 from tpcompress.export import load
 from tpcompress.export.registry import PREFIX
 from tpcompress.families import family_of
+from tpcompress.inference import inference
 from tpcompress.insertion.attach import attach, controller_of, detach, is_attached, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.trace import StageTrace
-from tpcompress.training.base import first_line, load_base, load_processor
-from tpcompress.training.produce import plan_in
+from tpcompress.models import load_base, load_processor
+from tpcompress.training.recipe.export import plan_in
 
 SHORT_STAGE = re.compile(r"(?P<pruner>[\w.]+):(?P<keep>\d+|\d*\.\d+)(?:@(?P<layer>\d+))?")
 
@@ -139,7 +140,7 @@ def inspect_prefill(model: Any, processor: Any, image: Image.Image, prompt: str)
         name: x.to(weight.device, weight.dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
         for name, x in inputs.items()
     }
-    with evaluating(model), torch.no_grad(), record(model) as trace:
+    with inference(model), record(model) as trace:
         output = model(**moved, use_cache=True)
     if not trace.stages:
         raise ValueError("No vision token reached the language model; use the processor that belongs to the model.")
@@ -246,7 +247,7 @@ def _check_family(folder: Path) -> str:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"No model at '{folder}': {first_line(error)} Give a folder with a whole model.") from error
+        raise ValueError(f"No model at '{folder}': {first_line(error)}. Give a folder with a whole model.") from error
     family_of(config)
     return str(config.model_type)
 

@@ -15,9 +15,9 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 
-from tpcompress.evaluation.canvas import new_figure, save
-from tpcompress.evaluation.score import evaluating
+from tpcompress.evaluation.figures.canvas import new_figure, save
 from tpcompress.families import Layout
+from tpcompress.inference import inference
 from tpcompress.insertion.attach import controller_of, record
 from tpcompress.insertion.trace import Trace
 
@@ -200,7 +200,7 @@ def position_bias(model: Any, batches: Iterable[Mapping[str, Any]]) -> list[Rete
     """
     controller_of(model)
     bias, device = PositionBias(), next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
+    with inference(model):
         for number, batch in enumerate(batches):
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "meta"}
             with record(model) as trace:

@@ -17,13 +17,14 @@ import yaml
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tpcompress.errors import first_line
 from tpcompress.export.budgets import CurvePoint, Range, own_budgets, probed_budgets, with_budgets
 from tpcompress.export.card import CARD, card
-from tpcompress.export.compare import Comparison
-from tpcompress.export.exact import as_loaded, is_rounded
-from tpcompress.export.folder import MANIFEST, check_free, file_records, first_line, new_folder, write_json
+from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
+from tpcompress.export.loaded_precision import as_loaded, is_rounded
 from tpcompress.export.manifest import describe
 from tpcompress.export.probe import Probe, default_inputs, record_probe
+from tpcompress.export.probe_diff import Comparison
 from tpcompress.export.registry import config_class, register_model, stock_class
 from tpcompress.families import family_of
 from tpcompress.insertion.attach import base_of, plan_of

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
+from tpcompress.errors import first_line
 from tpcompress.export.budgets import asked_budgets, own_budgets, ranges_of, was_trained, with_budgets, words
-from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, first_line, read_manifest, unusable_files
+from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, read_manifest, unusable_files
 from tpcompress.export.registry import PREFIX, register_model
 from tpcompress.export.verify import check
 from tpcompress.insertion.attach import budgets
@@ -57,7 +58,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(folder, **hub)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}.") from error
     if not config.model_type.startswith(PREFIX):
         raise ValueError(
             f"{folder} holds a '{config.model_type}' model, not an export of tpcompress; load it with transformers "

@@ -12,7 +12,7 @@ probe.json          budgets, stages, dtype, attention implementation, device, ve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tpcompress.errors import first_line
 from tpcompress.export.budgets import as_dict
-from tpcompress.export.folder import first_line, read_json, write_json
+from tpcompress.export.folder import read_json, write_json
+from tpcompress.inference import inference
 from tpcompress.insertion.attach import base_of, budgets, controller_of, mode, record
 from tpcompress.insertion.plan import Budget
 
@@ -122,7 +124,7 @@ def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget]
         raise ValueError(f"probe_inputs are tensors as a processor makes them (return_tensors='pt'), but {what}.")
     base: Any = base_of(model)
     chosen: AbstractContextManager[None] = nullcontext() if values is None else budgets(model, values)
-    with _inference(base), mode(model, "drop"), chosen, record(model) as trace:
+    with inference(base), mode(model, "drop"), chosen, record(model) as trace:
         used = [as_dict(budget) for budget in controller_of(base).budgets]
         logits, tokens = _answer(base, inputs)
     if not trace.stages:
@@ -189,19 +191,6 @@ def _answer(base: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     out = base.generate(**moved, generation_config=options)
     return out.logits[0].float(), out.sequences[:, length:]
-
-
-@contextmanager
-def _inference(base: Any) -> Any:
-    """Eval mode without gradients; afterwards every module is in the mode it was in."""
-    before = {module: module.training for module in base.modules()}
-    base.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def _dtype(base: Any) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from tpcompress.errors import first_line
 from tpcompress.export.budgets import words
-from tpcompress.export.compare import Comparison
-from tpcompress.export.folder import damaged_files, first_line, read_manifest, unusable_files
+from tpcompress.export.folder import damaged_files, read_manifest, unusable_files
 from tpcompress.export.probe import Probe, environment, record_probe
+from tpcompress.export.probe_diff import Comparison
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent
 """The folder that tpcompress is imported from."""

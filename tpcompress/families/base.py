@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from tpcompress.errors import did_you_mean
 from tpcompress.families.layout import Layout
 from tpcompress.families.refused import check_not_refused
 
@@ -228,8 +228,7 @@ def family_of(config: PretrainedConfig) -> Family:
             return family
     check_not_refused(model_type)
     known = sorted(t for family in list_families().values() for t in family.model_types)
-    near = difflib.get_close_matches(model_type, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(model_type, known)
     raise ValueError(
         f"'{model_type}' is not a known family (known: {', '.join(known)}).{hint} "
         f"Add tpcompress/families/{model_type}.py; see README, 'A new model family'."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from collections.abc import Iterable
 
+from tpcompress.errors import did_you_mean
 from tpcompress.families.base import Family, list_families, own_keys
 from tpcompress.families.refused import check_not_refused
 
@@ -75,6 +75,5 @@ def find(name: str) -> Family:
     if name in known:
         return known[name]
     check_not_refused(name)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, known)
     raise ValueError(f"No family or model type '{name}'; `tpcompress families` lists them.{hint}")

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tpcompress.families import resolve
-from tpcompress.insertion.gated import check_gates
+from tpcompress.insertion.gates import check_gates
 from tpcompress.insertion.hooks import MODES, Controller
 from tpcompress.insertion.nested import check_nestable
-from tpcompress.insertion.offers import check_layers, check_moved, check_views
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace, recording
+from tpcompress.insertion.views.available import check_layers, check_moved, check_views
 
 CONTROLLER = "_tpcompress"
 PRUNERS = "token_pruners"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.encode import Encoded
-from tpcompress.insertion.gated import Gates
-from tpcompress.insertion.sequence import Frame, Rows
-from tpcompress.insertion.sizes import joined
-from tpcompress.insertion.views import LayerInput
+from tpcompress.insertion.gates import Gates
+from tpcompress.insertion.shorten.sequence import Frame, Rows
+from tpcompress.insertion.shorten.sizes import joined
+from tpcompress.insertion.views.build import LayerInput
 
 
 @dataclass(frozen=True)

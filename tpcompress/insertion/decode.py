@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tpcompress.insertion.cache import held_columns, on_host, recall, remember
 from tpcompress.insertion.call import Call, Prefix, num_steps
-from tpcompress.insertion.masks import RECURRENT, layer_kind, layer_mask
-from tpcompress.insertion.positions import rotary
+from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind, layer_mask
+from tpcompress.insertion.shorten.positions import rotary
 
 if TYPE_CHECKING:
     from tpcompress.insertion.hooks import Controller

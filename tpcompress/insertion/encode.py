@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tpcompress.families import Layout, Parts
-from tpcompress.insertion.tower import TowerValues
+from tpcompress.insertion.views.tower import TowerValues
 
 if TYPE_CHECKING:
     from tpcompress.insertion.hooks import Controller

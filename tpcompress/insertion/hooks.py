@@ -19,12 +19,12 @@ from tpcompress.insertion import decode, prefill
 from tpcompress.insertion.cache import counted_layer, remember
 from tpcompress.insertion.call import Call, parameters_of
 from tpcompress.insertion.encode import EncoderTap, ExpandTap, has_pixels
-from tpcompress.insertion.gated import GatedAttention
-from tpcompress.insertion.look import LayerInput
+from tpcompress.insertion.gates import GatedAttention
+from tpcompress.insertion.layer_probe import LayerInput
+from tpcompress.insertion.overrides import DeepstackTap, ForwardTap, ShortenedLoss
 from tpcompress.insertion.plan import Budget, PruningPlan
-from tpcompress.insertion.taps import DeepstackTap, ForwardTap, ShortenedLoss
-from tpcompress.insertion.tower import TowerWatch
 from tpcompress.insertion.trace import StageTrace, Trace
+from tpcompress.insertion.views.tower import TowerWatch
 from tpcompress.pruners.base import BEFORE_VIEWS
 
 MODES = ("drop", "mask", "off")

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.insertion.sequence import Rows
+from tpcompress.insertion.shorten.sequence import Rows
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.pruners import Selection
 from tpcompress.pruners.topk import keep_topk, rank

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from tpcompress.insertion.cache import held_columns
 from tpcompress.insertion.call import Call, Cut, Prefix, join, last_prompt_token, num_steps
-from tpcompress.insertion.columns import take
 from tpcompress.insertion.decode import check_places, known_prefix, new_columns
 from tpcompress.insertion.encode import given_notes
-from tpcompress.insertion.gated import ARGUMENT
-from tpcompress.insertion.locate import locate
-from tpcompress.insertion.look import LayerInput
-from tpcompress.insertion.masks import RECURRENT, custom_mask, layer_kind, layer_mask
-from tpcompress.insertion.positions import packed, retained_positions, rotary, take_rotary
-from tpcompress.insertion.sequence import Frame
-from tpcompress.insertion.sizes import joined, weighed
+from tpcompress.insertion.gates import ARGUMENT
+from tpcompress.insertion.layer_probe import LayerInput
+from tpcompress.insertion.shorten.columns import take
+from tpcompress.insertion.shorten.locate import locate
+from tpcompress.insertion.shorten.masks import RECURRENT, custom_mask, layer_kind, layer_mask
+from tpcompress.insertion.shorten.positions import packed, retained_positions, rotary, take_rotary
+from tpcompress.insertion.shorten.sequence import Frame
+from tpcompress.insertion.shorten.sizes import joined, weighed
 from tpcompress.insertion.stage import run_stage
 
 if TYPE_CHECKING:

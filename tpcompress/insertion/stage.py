@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.call import Call
-from tpcompress.insertion.columns import put_tokens, take
-from tpcompress.insertion.gated import check_gated, hand_down
-from tpcompress.insertion.masks import RECURRENT, layer_kind
+from tpcompress.insertion.gates import check_gated, hand_down
 from tpcompress.insertion.nested import widened
 from tpcompress.insertion.plan import check_budget
+from tpcompress.insertion.shorten.columns import put_tokens, take
+from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.insertion.trace import StageTrace
-from tpcompress.insertion.views import build_view
+from tpcompress.insertion.views.build import build_view
 from tpcompress.pruners import Selection, TokenView
 
 if TYPE_CHECKING:

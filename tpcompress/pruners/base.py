@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.configured import Configured
+from tpcompress.pruners.config_mixin import Configured
 
 SYSTEM, BETWEEN, INSTRUCTION = 1, 2, 3
 """Roles of the words of a prompt: before a row's first vision token, among its vision tokens, after its last one.

@@ -6,7 +6,7 @@ import inspect
 import sys
 
 from tpcompress.pruners.base import LAYER_VIEWS, Pruner
-from tpcompress.pruners.configured import Configured
+from tpcompress.pruners.config_mixin import Configured
 
 COLUMNS = ("site", "reads", "asks", "grad", "merges", "exact", "serving", "paper")
 """The entries of `facts`."""

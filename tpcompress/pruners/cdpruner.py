@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.greedy import Criterion, cosines, first_picks, greedy, products, row_of, stretch
-from tpcompress.pruners.saliency import SOURCES, saliency
+from tpcompress.pruners.tower_attention import SOURCES, saliency
 
 RELEVANCE = ("text", "joint", *SOURCES, "none")
 EXPLAINED = 1e-5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.saliency import SOURCES, check_source, saliency
 from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.tower_attention import SOURCES, check_source, saliency
 
 
 class FasterVLM(Pruner):

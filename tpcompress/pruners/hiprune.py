@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.saliency import check_share, in_tiers, saliency
 from tpcompress.pruners.topk import keep_topk, slots
+from tpcompress.pruners.tower_attention import check_share, in_tiers, saliency
 
 
 class HiPrune(Pruner):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.parts import KINDS, Applier, Part, Scorer, Selector, create_part
+from tpcompress.pruners.gate_components import KINDS, Applier, Part, Scorer, Selector, create_part
 from tpcompress.pruners.topk import central, grid_cells, standardise
 
 

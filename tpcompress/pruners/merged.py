@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from tpcompress.pruners.base import TOWER_LAYERS, Pruner, Selection, TokenView
-from tpcompress.pruners.compose import Composed
-from tpcompress.pruners.merge import METRICS, check_metric, group_sizes, merge_groups, metric_of, nearest_kept
+from tpcompress.pruners.combinators import Composed
+from tpcompress.pruners.merging import METRICS, check_metric, group_sizes, merge_groups, metric_of, nearest_kept
 
 WEIGHTS = ("mean", "similarity")
 

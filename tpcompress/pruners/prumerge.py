@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.saliency import (
+from tpcompress.pruners.topk import keep_topk, on, slots, take
+from tpcompress.pruners.tower_attention import (
     check_merge_at,
     check_share,
     check_source,
@@ -19,7 +20,6 @@ from tpcompress.pruners.saliency import (
     saliency,
     to_merge,
 )
-from tpcompress.pruners.topk import keep_topk, on, slots, take
 
 
 class PruMerge(Pruner):

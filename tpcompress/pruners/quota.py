@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.compose import SHARES, Composed, quotas
+from tpcompress.pruners.combinators import SHARES, Composed, quotas
 
 GROUPS = ("tile", "frame", "image")
 

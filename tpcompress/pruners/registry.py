@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from tpcompress.errors import did_you_mean
 from tpcompress.pruners.base import Pruner
-from tpcompress.pruners.configured import Configured
+from tpcompress.pruners.config_mixin import Configured
 
 
 @cache
@@ -100,7 +100,7 @@ def make(config: Any, known: Mapping[str, Any], base: type[Configured], kind: st
 
 
 def _nested(name: str, value: Any, allow_outside: bool) -> Any:
-    from tpcompress.pruners.parts import KINDS, create_part  # parts are made of pruners, too
+    from tpcompress.pruners.gate_components import KINDS, create_part  # parts are made of pruners, too
 
     if not isinstance(value, Mapping) or "type" not in value:
         return value
@@ -112,8 +112,7 @@ def _class(name: str, known: Mapping[str, Any], base: type[Configured], kind: st
         return known[name]
     noun = kind.capitalize()
     if "." not in name:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"No {kind} '{name}'. Known: {', '.join(known)}.{hint}")
     if not allow_outside:
         raise ValueError(f"{noun} '{name}' is outside tpcompress; load with allow_outside=True if you trust it.")

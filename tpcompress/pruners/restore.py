@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.compose import Composed
+from tpcompress.pruners.combinators import Composed
 from tpcompress.pruners.greedy import cosines
-from tpcompress.pruners.merge import group_sizes, merge_groups, nearest_kept
+from tpcompress.pruners.merging import group_sizes, merge_groups, nearest_kept
 from tpcompress.pruners.topk import keep_topk, rank
 
 WEIGHTS = ("mean", "similarity")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy
-from tpcompress.pruners.saliency import SOURCES, check_source, saliency
+from tpcompress.pruners.tower_attention import SOURCES, check_source, saliency
 
 FEATURES = ("tower", "tokens")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.merge import (
+from tpcompress.pruners.merging import (
     METRICS,
     bipartite,
     check_metric,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.merge import (
+from tpcompress.pruners.merging import (
     METRICS,
     bipartite,
     check_metric,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import INSTRUCTION, Pruner, Selection, TokenView
 from tpcompress.pruners.greedy import Criterion, cosines, first_picks, greedy, on_host, row_of
-from tpcompress.pruners.saliency import SOURCES, saliency
+from tpcompress.pruners.tower_attention import SOURCES, saliency
 
 VIEWS = SOURCES | {"raters": "attention_prompt", "last": "attention"}
 NORMS = ("minmax", "mean")

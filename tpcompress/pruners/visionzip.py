@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.merge import metric_of, nearest_kept
-from tpcompress.pruners.saliency import (
+from tpcompress.pruners.merging import metric_of, nearest_kept
+from tpcompress.pruners.topk import keep_topk, on, slots, take
+from tpcompress.pruners.tower_attention import (
     SOURCES,
     check_merge_at,
     check_share,
@@ -19,7 +20,6 @@ from tpcompress.pruners.saliency import (
     saliency,
     to_merge,
 )
-from tpcompress.pruners.topk import keep_topk, on, slots, take
 
 
 class VisionZip(Pruner):

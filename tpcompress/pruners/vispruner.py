@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.saliency import SOURCES, check_share, check_source, in_tiers, saliency
 from tpcompress.pruners.topk import keep_topk, on, rank
+from tpcompress.pruners.tower_attention import SOURCES, check_share, check_source, in_tiers, saliency
 
 
 class VisPruner(Pruner):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.compose import Composed, place_inside, quotas
+from tpcompress.pruners.combinators import Composed, place_inside, quotas
 
 
 class Window(Composed):

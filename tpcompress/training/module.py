@@ -15,20 +15,27 @@ from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, controller_of
-from tpcompress.training.base import load_base, load_processor
-from tpcompress.training.dummy import with_picture
-from tpcompress.training.finite import NonFiniteLoss, check_gradients, check_loss
+from tpcompress.models import load_base, load_processor
+from tpcompress.training.checkpoints.state import KEY, check_settings, check_weights, trained_state
+from tpcompress.training.distributed.blank_image import with_picture
+from tpcompress.training.distributed.sharding import (
+    average_whole,
+    calls_alike,
+    check_ddp,
+    clip_norm,
+    shard,
+    whole_weights,
+)
 from tpcompress.training.losses import Loss
 from tpcompress.training.losses.label import Label
+from tpcompress.training.nan_guard import NonFiniteLoss, check_gradients, check_loss
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
-from tpcompress.training.parts import add_lora, check_losses, check_packing, check_train, read_plan
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import Phase, Scorer, check_alone, check_full_every, is_learned, phases_of, steps_alone
 from tpcompress.training.schedules import Schedule, draw_for
-from tpcompress.training.sharding import average_whole, calls_alike, check_ddp, clip_norm, shard, whole_weights
-from tpcompress.training.state import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.steps import check_reached, finish, student_passes
 from tpcompress.training.teachers import Teacher
+from tpcompress.training.trainable import add_lora, check_losses, check_packing, check_train, read_plan
 
 
 class PruningModule(L.LightningModule):

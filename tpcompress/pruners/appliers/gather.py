@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpcompress.pruners.base import Selection, TokenView
-from tpcompress.pruners.parts import Applier, Choice
+from tpcompress.pruners.gate_components import Applier, Choice
 
 
 class Gather(Applier):

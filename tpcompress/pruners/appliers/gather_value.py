@@ -6,7 +6,7 @@ import torch
 
 from tpcompress.pruners.appliers.gather import cut
 from tpcompress.pruners.base import Selection, TokenView
-from tpcompress.pruners.parts import Applier, Choice
+from tpcompress.pruners.gate_components import Applier, Choice
 
 
 class GatherValue(Applier):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tpcompress.pruners.appliers.gather import cut, selected
 from tpcompress.pruners.base import Selection, TokenView
-from tpcompress.pruners.parts import Applier, Choice
+from tpcompress.pruners.gate_components import Applier, Choice
 
 FLOOR = -30.0
 """Bias of a token of gate 0: its share of the softmax is below the resolution of fp32."""

@@ -6,8 +6,8 @@ import torch
 
 from tpcompress.pruners.appliers.gather import cut
 from tpcompress.pruners.base import Selection, TokenView
-from tpcompress.pruners.merge import merge_groups, nearest_kept
-from tpcompress.pruners.parts import Applier, Choice
+from tpcompress.pruners.gate_components import Applier, Choice
+from tpcompress.pruners.merging import merge_groups, nearest_kept
 
 
 class Merge(Applier):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tpcompress.pruners.appliers.gather import cut, selected
 from tpcompress.pruners.base import Selection, TokenView
-from tpcompress.pruners.parts import Applier, Choice
+from tpcompress.pruners.gate_components import Applier, Choice
 
 
 class Noise(Applier):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpcompress.pruners.appliers.gather import cut, selected
 from tpcompress.pruners.base import Selection, TokenView
-from tpcompress.pruners.parts import Applier, Choice
+from tpcompress.pruners.gate_components import Applier, Choice
 
 
 class Scale(Applier):

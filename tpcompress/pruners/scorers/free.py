@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcompress.pruners.base import Pruner, TokenView
-from tpcompress.pruners.parts import Scorer, Scores
+from tpcompress.pruners.gate_components import Scorer, Scores
 from tpcompress.pruners.registry import create
 
 

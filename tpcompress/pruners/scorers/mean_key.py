@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tpcompress.pruners.base import TokenView
-from tpcompress.pruners.parts import Scores
+from tpcompress.pruners.gate_components import Scores
 from tpcompress.pruners.scorers.weighted import WeightedScorer, masked_mean, spread
 
 

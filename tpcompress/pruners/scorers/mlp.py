@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tpcompress.pruners.base import TokenView
-from tpcompress.pruners.parts import Scores
+from tpcompress.pruners.gate_components import Scores
 from tpcompress.pruners.scorers.weighted import WeightedScorer, masked_mean, spread
 
 

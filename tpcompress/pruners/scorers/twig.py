@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpcompress.pruners.base import TokenView
-from tpcompress.pruners.parts import Scores
+from tpcompress.pruners.gate_components import Scores
 from tpcompress.pruners.scorers.weighted import WeightedScorer, spread
 
 

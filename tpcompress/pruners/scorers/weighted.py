@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tpcompress.pruners.base import TokenView
-from tpcompress.pruners.parts import Scorer, Scores
+from tpcompress.pruners.gate_components import Scorer, Scores
 
 TIE = 1e-3
 """Largest number that `spread` adds to a score: above rounding, far below what tells tokens apart."""

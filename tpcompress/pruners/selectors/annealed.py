@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpcompress.pruners.parts import Selector
+from tpcompress.pruners.gate_components import Selector
 
 
 class Annealed(Selector):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.parts import Choice, Scores, Selector
+from tpcompress.pruners.gate_components import Choice, Scores, Selector
 from tpcompress.pruners.selectors.gumbel_topk import gumbel_noise
 from tpcompress.pruners.selectors.soft_topk import straight_through
 from tpcompress.pruners.selectors.threshold import within

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.parts import Choice, Scores, Selector
+from tpcompress.pruners.gate_components import Choice, Scores, Selector
 from tpcompress.pruners.topk import on, rank
 
 

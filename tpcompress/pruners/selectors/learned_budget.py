@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tpcompress.pruners.parts import Choice, Scores
+from tpcompress.pruners.gate_components import Choice, Scores
 from tpcompress.pruners.selectors.annealed import Annealed
 from tpcompress.pruners.selectors.soft_topk import known_relaxation, soft_topk, straight_through
 from tpcompress.pruners.topk import on, rank

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.parts import Choice, Scores
+from tpcompress.pruners.gate_components import Choice, Scores
 from tpcompress.pruners.selectors.annealed import Annealed
 from tpcompress.pruners.topk import keep_topk, on
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tpcompress.pruners.parts import Choice, Scores
+from tpcompress.pruners.gate_components import Choice, Scores
 from tpcompress.pruners.selectors.soft_topk import SoftTopK, straight_through
 
 

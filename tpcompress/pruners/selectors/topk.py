@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tpcompress.pruners.parts import Choice, Scores, Selector
+from tpcompress.pruners.gate_components import Choice, Scores, Selector
 from tpcompress.pruners.topk import keep_topk
 
 

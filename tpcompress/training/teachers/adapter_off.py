@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from tpcompress.inference import inference
 from tpcompress.insertion.attach import is_attached, mode
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.teachers.base import Teacher, at_rest, check_answers
+from tpcompress.training.teachers.base import Teacher, check_answers
 
 
 class AdapterOff(Teacher):
@@ -27,7 +28,7 @@ class AdapterOff(Teacher):
     def __call__(self, module: Any, batch: Mapping[str, Any], here: Pass, progress: float) -> Pass:
         model: Any = module.model
         with ExitStack() as stack:
-            stack.enter_context(at_rest(model))
+            stack.enter_context(inference(model))
             stack.enter_context(model.disable_adapter())
             if is_attached(model):
                 stack.enter_context(mode(model, "off"))

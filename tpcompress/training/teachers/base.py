@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from tpcompress.training.passes import Pass
@@ -39,26 +37,6 @@ class Teacher:
             ValueError: the two do not predict the same number of answer tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__(module, batch, here, progress) -> Pass.")
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in eval mode.
-
-    Afterwards every submodule is in the mode it was in, and what required a gradient does: PEFT lets all adapters
-    require one when it takes them up again.
-    """
-    training = [part for part in model.modules() if part.training]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)
 
 
 def check_answers(here: Pass, num_taught: int) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from tpcompress.data import ChatCollator, GoodRows
-from tpcompress.training.base import load_base, load_processor
-from tpcompress.training.durable import PART, put_in_place
+from tpcompress.inference import inference
+from tpcompress.models import load_base, load_processor
+from tpcompress.training.checkpoints.storage import PART, put_in_place
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.teachers.base import at_rest
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -103,7 +103,7 @@ def write_answers(
     for batch in batches:
         if all(name in known for name in batch["meta"].ids):
             continue
-        with at_rest(model):
+        with inference(model):
             answers = _sequences(run_pass(model, _moved(batch, model)), batch["meta"].ids, top)
         held += [(name, kept) for name, kept in answers.items() if name not in known]
         known |= answers.keys()

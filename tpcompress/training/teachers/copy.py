@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from tpcompress.inference import inference
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.teachers.base import Teacher, at_rest, check_answers
+from tpcompress.training.teachers.base import Teacher, check_answers
 
 
 class Copy(Teacher):
@@ -30,7 +31,7 @@ class Copy(Teacher):
         if self.device != module.device:
             self.model.to(module.device)
             self.device = module.device
-        with at_rest(self.model):
+        with inference(self.model):
             taught = run_pass(self.model, batch, own=here.own_AC is not None)
         check_answers(here, len(taught.targets_A))
         return taught

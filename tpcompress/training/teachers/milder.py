@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from tpcompress.inference import inference
 from tpcompress.insertion.attach import including, layers, mode
 from tpcompress.insertion.nested import check_nestable
 from tpcompress.insertion.plan import Budget
 from tpcompress.training.losses.base import Ramp, at
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.teachers.base import Teacher, at_rest, check_answers
+from tpcompress.training.teachers.base import Teacher, check_answers
 
 
 class Milder(Teacher):
@@ -62,7 +63,7 @@ class Milder(Teacher):
     def __call__(self, module: Any, batch: Mapping[str, Any], here: Pass, progress: float) -> Pass:
         model, stages = module.model, here.trace.stages if here.trace is not None else []
         with ExitStack() as stack:
-            stack.enter_context(at_rest(model))
+            stack.enter_context(inference(model))
             stack.enter_context(mode(model, "drop"))
             if stages:
                 stack.enter_context(layers(model, [stage.layer for stage in stages]))

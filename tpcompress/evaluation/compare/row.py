@@ -1,0 +1,147 @@
+"""One row of a comparison, and the difference of two."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from tpcompress.evaluation.scoring.scores import Scores
+
+ARMS = ("dense", "downsample", "dense_ft", "training_free", "training_aware")
+"""The base; the base on smaller pictures; the base after the same extra steps (pruned or not); pruned as it is; trained
+with its pruner."""
+
+UNIFORMITY = ("uniformity", "uniformity_ci95", "uniformity_thirds", "uniformity_thirds_ci95")
+
+
+class Gain(NamedTuple):
+    """A difference of two scores and its 95 % interval, as shares."""
+
+    delta: float
+    low: float
+    high: float
+
+    @property
+    def helps(self) -> bool:
+        """Above zero, outside the interval."""
+        return self.low > 0
+
+    @property
+    def hurts(self) -> bool:
+        """Below zero, outside the interval."""
+        return self.high < 0
+
+    def __str__(self) -> str:
+        points = f"{100 * self.delta:+.1f}"
+        return points if self.helps else f"worse {points}" if self.hurts else "n.s."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a comparison. Accuracies are shares in [0, 1].
+
+    Attributes:
+        arm: one of `ARMS`.
+        pruner: its name; None without pruning.
+        keep_tokens: nominal budget per image; None without one.
+        vision_tokens: tokens of an image out of the projector.
+        retained_tokens: tokens of an image that are left after the last stage (all of them without pruning).
+        uniformity, uniformity_ci95: how evenly the last stage spreads its tokens over the places of the picture, in
+            [0, 1], and the half width of its 95 % interval over images; None where everything is kept.
+        uniformity_thirds, uniformity_thirds_ci95: the same over 3 x 3 parts of the picture.
+        seed: of the training run, or of a random pruner.
+        score: mean accuracy of the learnt families; None if there is none.
+        ci95: half width of its 95 % interval over images.
+        families: accuracy of every family, learnt or not.
+        learnt: families that the score averages.
+        layer: first decoder layer that sees fewer tokens.
+        layer_average: vision tokens averaged over the decoder layers.
+        gain: (delta, low, high) against the training-free self, from paired images; without it, intervals are
+            computed as if the two were independent, which is wider.
+        control_score: the same extra steps without a pruner, then pruned alike.
+        control_gain: (delta, low, high) against that control, paired.
+        steps: optimizer steps of training.
+        seconds: wall time to make the model.
+        num_images: images of the evaluation.
+        note: anything worth knowing.
+    """
+
+    arm: str
+    pruner: str | None = None
+    keep_tokens: int | float | None = None
+    vision_tokens: int | None = None
+    retained_tokens: float | None = None
+    uniformity: float | None = None
+    uniformity_ci95: float | None = None
+    uniformity_thirds: float | None = None
+    uniformity_thirds_ci95: float | None = None
+    seed: int = 0
+    score: float | None = None
+    ci95: float | None = None
+    families: dict[str, float] = field(default_factory=dict)
+    learnt: list[str] = field(default_factory=list)
+    layer: int = 0
+    layer_average: float | None = None
+    gain: tuple[float, float, float] | None = None
+    control_score: float | None = None
+    control_gain: tuple[float, float, float] | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    num_images: int | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise ValueError(f"A row has no arm '{self.arm}'; choose one of {', '.join(ARMS)}.")
+        for name in ("score", "ci95", "control_score", *UNIFORMITY):
+            object.__setattr__(self, name, _known(getattr(self, name)))
+        for name in ("gain", "control_gain"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None or any(map(math.isnan, value)) else tuple(value))
+        object.__setattr__(self, "families", {k: _known(v) for k, v in self.families.items()})
+
+    @classmethod
+    def of(cls, scores: Scores, *, arm: str, **others: Any) -> Row:
+        """A row with everything that the scores know; the other fields by name."""
+        learnt = list(scores.names if scores.learnt is None else scores.learnt)
+        known: dict[str, Any] = {
+            "score": scores.score,
+            "ci95": scores.ci95,
+            "families": scores.families,
+            "learnt": learnt,
+        }
+        return cls(arm, **(known | {"num_images": scores.num_images} | others))
+
+    def spread(self, places: float, places_ci95: float, thirds: float, thirds_ci95: float) -> Row:
+        """The same row with its uniformity."""
+        return replace(
+            self,
+            uniformity=places,
+            uniformity_ci95=places_ci95,
+            uniformity_thirds=thirds,
+            uniformity_thirds_ci95=thirds_ci95,
+        )
+
+    @property
+    def recipe(self) -> tuple[str | None, int | float | None, int]:
+        """What rows that differ in arm or seed alone have in common."""
+        return self.pruner, self.keep_tokens, self.layer
+
+    @property
+    def key(self) -> tuple[str, str | None, int | float | None, int, int]:
+        """What makes a row this row: resuming skips keys that are there."""
+        return self.arm, self.pruner, self.keep_tokens, self.layer, self.seed
+
+
+def difference(row: Row, other: float | None, other_ci95: float | None) -> Gain | None:
+    """A row's score minus another, as if the two were independent."""
+    if row.score is None or other is None:
+        return None
+    half = math.hypot(row.ci95 or 0.0, other_ci95 or 0.0)
+    delta = row.score - other
+    return Gain(delta, delta - half, delta + half)
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)

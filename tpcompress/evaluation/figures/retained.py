@@ -1,0 +1,169 @@
+"""Which vision tokens of an image a plan retains, taken from a model and drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from tpcompress.data.collate import ChatCollator
+from tpcompress.data.rows import IMAGE_MARKER
+from tpcompress.evaluation.figures.canvas import new_figure, save
+from tpcompress.inference import inference
+from tpcompress.insertion.attach import controller_of, record
+from tpcompress.insertion.trace import StageTrace
+
+OUTLINE = "#ffd60a"
+
+
+@dataclass(frozen=True)
+class Retained:
+    """What pruning left of one image.
+
+    Attributes:
+        image: as the vision tower sees it, (height, width, 3) in [0, 1].
+        keep: bool (rows, columns) over the grid of vision tokens.
+        cells: int (rows, columns), which retained token absorbed each token; None unless the pruner merges.
+        question: what was asked; pruners that read the prompt depend on it.
+    """
+
+    image: np.ndarray
+    keep: np.ndarray
+    cells: np.ndarray | None = None
+    question: str = ""
+
+
+def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> list[Retained]:
+    """What the attached plan retains of the first image of each row, asked its first question.
+
+    Args:
+        model: with a plan attached.
+        processor: of the model.
+        rows: rows with images.
+
+    Raises:
+        ValueError: no plan is attached, or a row has no image that the plan prunes.
+    """
+    controller, collator = controller_of(model), ChatCollator(processor)
+    samples, device = [], next(model.parameters()).device
+    with inference(model):
+        for number, row in enumerate(rows):
+            batch = collator([dict(row) | {name: row[name][:1] for name in ("conversations", "families")}])
+            batch.pop("meta")
+            with record(model) as trace:
+                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+            if not trace.stages:
+                raise ValueError(
+                    f"Row {number} shows nothing: it has no image, or the plan is off; give rows with one."
+                )
+            sample = _retained(trace.stages, trace.stages[0].layouts[0][0].canvas, batch, processor, controller.pruners)
+            question = str(row["conversations"][0][0]["content"]).replace(IMAGE_MARKER, "").strip()
+            samples.append(dataclasses.replace(sample, question=question))
+    return samples
+
+
+def retained_figure(samples: Mapping[str, Sequence[Retained]], path: str | Path) -> None:
+    """Draw images as rows and pruners as columns: dropped patches dimmed, merged cells outlined.
+
+    Args:
+        samples: by the words that head each column, `retained_masks` of the same images.
+        path: an image file; its folder is made.
+
+    Raises:
+        ValueError: no sample, or columns of unequal length.
+    """
+    lengths = {len(column) for column in samples.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"Every pruner needs the same images, at least one; got {sorted(lengths) or 'no pruner'}.")
+    num_rows, columns = lengths.pop(), list(samples.items())
+    size, width = 1.8, len(columns) + 1
+    figure, grid = new_figure(size * width, size * num_rows + 0.35, num_rows, width)
+    for number in range(num_rows):
+        first = columns[0][1][number]
+        _show(grid[number, 0], first.image)
+        grid[number, 0].set_ylabel(textwrap.shorten(first.question, 34), fontsize=7)
+        for place, (_, column) in enumerate(columns, start=1):
+            _draw_retained(grid[number, place], column[number])
+    for axes, (words, column) in zip(grid[0, 1:], columns, strict=True):
+        axes.set_title(f"{words}\n{_says(column[0])}", fontsize=9)
+    grid[0, 0].set_title(f"image\n{columns[0][1][0].keep.size} tokens", fontsize=9)
+    save(figure, path)
+
+
+def _says(sample: Retained) -> str:
+    return f"{int(sample.keep.sum())} {'tokens' if sample.cells is None else 'merged cells'}"
+
+
+def _retained(stages: list[StageTrace], grid: tuple[int, int], batch: dict, processor: Any, pruners: Any) -> Retained:
+    """One sample from the trace of its prefill; budget row 0 starts with the first image."""
+    count = grid[0] * grid[1]
+    last = stages[-1]
+    keep = last.retained_RV[0, :count].cpu().numpy().reshape(grid)
+    merging = pruners[last.stage].merges and len(stages) == 1 and len(last.total) == 1
+    cells = _cells(last, pruners[last.stage]) if merging else None
+    return Retained(_seen(batch["pixel_values"], processor), keep, None if cells is None else cells.reshape(grid))
+
+
+def _cells(stage: StageTrace, pruner: Any) -> np.ndarray | None:
+    """Which retained token each token flowed into: the one whose value depends on it most, by its gradient."""
+    if stage.view is None or stage.selection is None or stage.selection.vision_BVD is None:
+        return None
+    vision_BVD = stage.view.vision_BVD.detach().float().requires_grad_(True)
+    with torch.enable_grad():
+        out = pruner(dataclasses.replace(stage.view, vision_BVD=vision_BVD), torch.tensor(stage.vision_out))
+        if out.vision_BVD is None or not out.vision_BVD.requires_grad:
+            return None
+        kept = out.keep_BV[0].nonzero()[:, 0].tolist()
+        flow = [torch.autograd.grad(out.vision_BVD[0, k].sum(), vision_BVD, retain_graph=True)[0] for k in kept]
+    return torch.stack([f[0].abs().sum(-1) for f in flow]).argmax(0).cpu().numpy()
+
+
+def _seen(pixels: torch.Tensor, processor: Any) -> np.ndarray:
+    """The first image as the tower sees it: resized and cropped, its normalisation undone."""
+    image = pixels[0].float().cpu().numpy().transpose(1, 2, 0)
+    settings = processor.image_processor
+    if getattr(settings, "do_normalize", True):
+        image = image * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
+    return image.clip(0, 1)
+
+
+def _draw_retained(axes: Axes, sample: Retained) -> None:
+    height, width = sample.image.shape[:2]
+    rows, cols = sample.keep.shape
+    y, x = np.arange(height) * rows // height, np.arange(width) * cols // width
+    if sample.cells is not None:
+        _show(axes, sample.image)
+        _outline(axes, sample.cells, height / rows, width / cols)
+        return
+    keep = sample.keep[y][:, x][..., None]
+    grey = sample.image.mean(-1, keepdims=True)
+    _show(axes, np.where(keep, sample.image, 0.74 + 0.2 * grey))
+    _outline(axes, np.where(sample.keep, 1, 0), height / rows, width / cols, "#333333", 0.7)
+
+
+def _outline(
+    axes: Axes, cells: np.ndarray, height: float, width: float, colour: str = OUTLINE, thickness: float = 1.2
+) -> None:
+    """Lines between neighbouring tokens of different cells."""
+    rows, cols = cells.shape
+    for r, c in zip(*np.nonzero(cells[:, 1:] != cells[:, :-1]), strict=True):
+        axes.plot([(c + 1) * width - 0.5] * 2, [r * height - 0.5, (r + 1) * height - 0.5], color=colour, lw=thickness)
+    for r, c in zip(*np.nonzero(cells[1:] != cells[:-1]), strict=True):
+        axes.plot([c * width - 0.5, (c + 1) * width - 0.5], [(r + 1) * height - 0.5] * 2, color=colour, lw=thickness)
+    axes.set_xlim(-0.5, cols * width - 0.5)
+    axes.set_ylim(rows * height - 0.5, -0.5)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#999999")

@@ -1,0 +1,106 @@
+"""Positions of a shortened sequence: kept as they were, or closed up.
+
+B samples, S columns of the language model's input, N columns that are left, A = 3 rows of M-RoPE position ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpcompress.insertion.call import Call, parameters_of
+from tpcompress.insertion.shorten.columns import sent, take
+
+
+def closed_up(positions_ABS: Tensor, real_BS: Tensor | None, alive_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions without the values that no token uses any more.
+
+    An image spans max(rows, columns) positions and not one per token, so dropping tokens frees a value only when no
+    retained token has it on any of the three axes. Text stays equal on all axes, order stays, and values that the
+    unpruned model leaves out (time between the frames of a video) stay out.
+
+    Args:
+        positions_ABS: int (3, B, S).
+        real_BS: False on padding, whose positions mean nothing; None if there is none.
+        alive_BS: True on retained columns.
+
+    Returns:
+        New positions (3, B, S), and the number of values that each sample lost (B, 1).
+    """
+    A, B, S = positions_ABS.shape
+    value_BM = positions_ABS.transpose(0, 1).reshape(B, A * S)
+    if real_BS is not None:
+        alive_BS = alive_BS & real_BS
+    alive_BM = alive_BS.repeat(1, A)
+    used_BM = torch.ones_like(alive_BM) if real_BS is None else real_BS.bool().repeat(1, A)
+    order_BM = value_BM.argsort(dim=1, stable=True)
+    sorted_BM = value_BM.gather(1, order_BM)
+    first_BM = torch.ones_like(alive_BM)
+    first_BM[:, 1:] = sorted_BM[:, 1:] != sorted_BM[:, :-1]
+    group_BM = first_BM.cumsum(1) - 1
+    zero_BM = torch.zeros_like(group_BM)
+    alive_BG = zero_BM.scatter_reduce(1, group_BM, alive_BM.gather(1, order_BM).long(), "amax")
+    used_BG = zero_BM.scatter_reduce(1, group_BM, used_BM.gather(1, order_BM).long(), "amax")
+    freed_BG = used_BG * (1 - alive_BG)
+    shift_BM = torch.zeros_like(value_BM).scatter(1, order_BM, (freed_BG.cumsum(1) - freed_BG).gather(1, group_BM))
+    moved_BM = value_BM - shift_BM
+    return moved_BM.view(B, A, S).transpose(0, 1), freed_BG.sum(1, keepdim=True)
+
+
+ROTARY = ("rotary_emb", "pos_emb")
+"""What text models call their rotary embedding."""
+
+
+def rotary(language_model: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:
+    """Rotary embedding of position ids, as the language model makes it for layers of one kind.
+
+    Args:
+        language_model: the text model.
+        hidden: gives dtype and device.
+        positions: int (B, N); with M-RoPE (3, B, N), or (4, B, N) with text positions first.
+        kind: the kind of layer, for models whose kinds differ.
+    """
+    if positions.ndim == 3 and len(positions) == 4:
+        positions = positions[1:]
+    embed = next(getattr(language_model, name) for name in ROTARY if hasattr(language_model, name))
+    more = (kind,) if "layer_type" in parameters_of(type(embed).forward) else ()
+    return embed(hidden, positions, *more)
+
+
+def retained_positions(call: Call, policy: str) -> tuple[Tensor, Tensor]:
+    """Position ids of the columns at hand, and the positions that each sample lost since the input (B, 1).
+
+    Args:
+        call: the prefill under way.
+        policy: `original` or `compact`; places that tokens took count under the first only.
+    """
+    frame, positions = call.frame, call.positions
+    assert frame is not None and positions is not None
+    lost_B1 = sent(torch.tensor(frame.lost), frame.index_BN.device)[:, None]
+    if policy == "original":
+        return take(positions, frame.positioned_BN, -1), lost_B1
+    if positions.ndim < 3:
+        return take(positions, frame.base_BN, -1) - frame.shift_BN, lost_B1
+    B, N0 = len(frame.index_BN), positions.shape[-1]
+    alive_BN = torch.zeros(B, N0, dtype=torch.bool, device=positions.device)
+    present_BN = torch.ones_like(frame.base_BN, dtype=torch.bool) if frame.present_BN is None else frame.present_BN
+    alive_BN = alive_BN.scatter(1, frame.base_BN, present_BN)
+    text, axes = positions[: len(positions) - 3], positions[-3:].expand(3, B, N0)
+    closed, lost_B1 = closed_up(axes, call.real_BN, alive_BN)
+    return torch.cat([take(text, frame.base_BN, -1), take(closed, frame.base_BN, -1)]), lost_B1
+
+
+def take_rotary(source: Any, index_BN: Tensor) -> Any:
+    """Columns of a rotary embedding: a tensor (B, S, d), a tuple of them, or None in a layer without positions."""
+    if source is None:
+        return None
+    return take(source, index_BN, -2) if isinstance(source, Tensor) else tuple(take(x, index_BN, -2) for x in source)
+
+
+def packed(positions: Tensor | None) -> bool:
+    """Whether transformers would read position ids as packed sequences; of M-RoPE it reads the row of text, if any."""
+    if positions is not None and positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]
+    return positions is not None and positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any())

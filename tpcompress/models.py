@@ -1,0 +1,83 @@
+"""The base model and its processor, from a folder, the hub, or the package, with failures in one line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import cached_file, is_bitsandbytes_available
+
+from tpcompress.bundled import base_path
+from tpcompress.errors import first_line
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+HINT = "give a folder, a hub id that can be reached, or tiny_llava."
+
+
+def load_base(
+    base: str, dtype: str = "float32", attention: str | None = None, quantize: dict[str, Any] | None = None
+) -> nn.Module:
+    """A vision-language model from a folder, the hub, or the package.
+
+    Args:
+        base: where it is.
+        dtype: of its weights.
+        attention: attention implementation; None takes that of transformers.
+        quantize: fields of transformers' BitsAndBytesConfig; None leaves the weights as they are.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: unknown dtype, nothing loadable there, or no bitsandbytes to quantise with.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantize is not None:
+        options["quantization_config"] = _quantization(quantize)
+    path = _path_of(base)
+    return _load(lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options), "model", base)
+
+
+def load_processor(base: str) -> Any:
+    """The processor of a base model.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no processor.
+    """
+    path = _path_of(base)
+    return _load(lambda: AutoProcessor.from_pretrained(path), "processor", base)
+
+
+def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise ValueError("quantize needs bitsandbytes, which is not installed; install it, or leave quantize out.")
+    known = set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"}
+    unknown = sorted(set(fields) - known)  # transformers only warns of them
+    if unknown:
+        raise ValueError(f"quantize: no field {', '.join(unknown)}; it takes those of BitsAndBytesConfig.")
+    return BitsAndBytesConfig(**fields)
+
+
+def _path_of(base: str) -> str:
+    path = base_path(base)
+    is_path = Path(path).is_absolute() or path.startswith((".", "~"))
+    if is_path and not Path(path).is_dir():
+        raise FileNotFoundError(f"No folder {path}; {HINT}")
+    if not Path(path).is_dir():
+        # Asked for alone first: offline, each of a processor's many files would be tried again and again.
+        _load(lambda: cached_file(path, "config.json"), "model", base)
+    return path
+
+
+def _load(load: Callable[[], Any], what: str, base: str) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        # The hub client, the file formats and missing kernels each bring their own error, most of several lines.
+        raise ValueError(f"No {what} at '{base}': {first_line(error)}. Give another base: {HINT}") from error

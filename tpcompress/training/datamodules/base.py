@@ -1,0 +1,156 @@
+"""What the data modules share: loaders over rows that are shuffled by (seed, epoch) and resumed at the same batch."""
+
+import logging
+from abc import abstractmethod
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from tpcompress.data import BadRow, BadRows, ChatCollator, GoodRows
+from tpcompress.data.lengths import estimate_lengths
+from tpcompress.data.rows import OnBadRow
+from tpcompress.training.datamodules.loader import Position, ResumableLoader
+from tpcompress.training.datamodules.samplers import BatchOrder, BucketOrder
+from tpcompress.training.datamodules.stream_loader import StreamLoader
+
+log = logging.getLogger(__name__)
+
+
+class RowsData(LightningDataModule):
+    """Loaders over rows; a subclass says which rows.
+
+    `bad_rows` counts what was left out: by the reader, and, by data set index, what turned out bad in training.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        on_bad_row: OnBadRow,
+        max_length: int | None,
+        pack: bool,
+        seed: int,
+        bucket: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if bucket < 0:
+            raise ValueError(f"bucket must be a number of batches, or 0 for none, got {bucket}.")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.on_bad_row = on_bad_row
+        self.max_length = max_length
+        self.pack = pack
+        self.seed = seed
+        self.bucket = bucket
+        self.bad_rows = BadRows()
+        self.train_rows: datasets.Dataset | None = None
+        self.val_rows: datasets.Dataset | None = None
+        self._position = Position()
+        self._seen_bad: set[str] = set()
+        self._loaded = False
+
+    @abstractmethod
+    def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
+        """Rows to train on, None if a stream has them, and rows to validate on."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the rows, once.
+
+        Raises:
+            ValueError: If there are none, or the LightningModule has no processor.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        processor = getattr(module, "processor", None)
+        if processor is None:
+            raise ValueError(f"{type(module).__name__} has no processor; set self.processor before the data is set up.")
+        self.collator = ChatCollator(processor, self.max_length, self.pack)
+        if not self._loaded:
+            self.train_rows, self.val_rows = self.load_rows()
+            self._loaded = True
+        for name, rows in (("train", self.train_rows), ("val", self.val_rows)):
+            if rows is not None and not len(rows):
+                raise ValueError(f"The {name} data of {type(self).__name__} is empty; give at least one row.")
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Shuffled by (seed, epoch); each rank gets its share."""
+        assert self.train_rows is not None
+        assert self.trainer is not None
+        rows = GoodRows(self.train_rows, self.collator.encode, self.on_bad_row)
+        rank, num_ranks = data_rank(self.trainer)
+        shape = {"rows": len(rows), "batch_size": self.batch_size, "world_size": num_ranks, "seed": self.seed}
+        self._position.check(**shape, bucket=self.bucket)
+        order = self._order(rank, num_ranks)
+        return ResumableLoader(rows, order, position=self._position, on_bad_rows=self._note_bad, **self._map_options())
+
+    def val_dataloader(self) -> ResumableLoader | list:
+        """In the order of the rows, shared out over the ranks; no loader if there is nothing to validate on."""
+        if self.val_rows is None:
+            return []
+        assert self.trainer is not None
+        rows = GoodRows(self.val_rows, self.collator.encode, self.on_bad_row)
+        order = BatchOrder(len(rows), self.batch_size, 0, *data_rank(self.trainer), shuffle=False)
+        return ResumableLoader(rows, order, on_bad_rows=self._note_bad, **self._map_options())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data, for the checkpoint; on several devices to be called on all of them."""
+        processed, batches = self._progress()
+        state = self._position.state_dict()
+        return state if processed is None else state | {"batch": processed, "batches": batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the place in the training data."""
+        self._position = Position(**state_dict, fresh=False)
+
+    def _order(self, rank: int, num_ranks: int) -> BatchOrder:
+        """Which rows make this rank's batches."""
+        assert self.train_rows is not None
+        assert self.trainer is not None
+        shape = (self.batch_size, self.seed, rank, num_ranks)
+        same = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # every epoch is to be the first one's
+        if self.bucket and not same:
+            return BucketOrder(estimate_lengths(self.train_rows, self.collator.encoder), self.bucket, *shape)
+        return BatchOrder(len(self.train_rows), *shape, shuffle=not same)
+
+    def _progress(self) -> tuple[int | None, int]:
+        """Batches of the epoch that training is done with, None outside of training, and the epoch's length.
+
+        Lightning's own count: a batch that was fetched but failed is done again.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return None, 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        return progress["current"]["processed"], int(min(self.trainer.num_training_batches, 2**62))
+
+    def _options(self) -> dict[str, Any]:
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def _map_options(self) -> dict[str, Any]:
+        lasting = {"persistent_workers": self.num_workers > 0, "collate_fn": self.collator.pad}
+        return self._options() | lasting
+
+    def _note_bad(self, bad_rows: list[tuple[str, BadRow]]) -> None:
+        """Count rows that turned out bad in training; warn at the first."""
+        for row_id, bad in bad_rows:
+            if row_id in self._seen_bad:
+                continue
+            if not self._seen_bad:
+                log.warning(
+                    "Row %s cannot be used: %s. Another takes its place; more such rows are counted.", row_id, bad
+                )
+            self._seen_bad.add(row_id)
+            self.bad_rows.add(row_id, bad)
+
+
+def data_rank(trainer: L.Trainer) -> tuple[int, int]:
+    """This process's rank among those that see different data, and their number.
+
+    Under tensor parallelism several processes see the same data: their strategy knows.
+    """
+    known = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)

@@ -1,0 +1,131 @@
+"""The callback that looks at the pruner while it trains, logs what it finds, and says at the end what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from rich.console import Console
+
+from tpcompress.pruners.learned_gate import LearnedGate
+from tpcompress.training.diagnostics.estimator_results import DOES_NOT_LEARN, mark_of, training_of
+from tpcompress.training.diagnostics.probe import Look, look
+from tpcompress.training.module import PruningModule
+from tpcompress.training.phases import is_learned
+
+FILE = "diagnostics.json"
+
+
+class Diagnostics(L.Callback):
+    """Compares training with export and the pruner's choice with a random one, on the same batches over a run.
+
+    Findings go to the logger as `diagnostics/<name>`, and with their alarms to `diagnostics.json` in the run's folder.
+    The probe is the first validation batches, or, without validation data, the first training batches. With sharded
+    weights (FSDP, ZeRO-3) it does not look: ranks would have to look in step.
+
+    Args:
+        every: optimizer steps between two looks; there is one at the end of each phase in any case. 0 never looks.
+        batches: of the probe.
+
+    Raises:
+        ValueError: negative numbers, or a probe of nothing.
+    """
+
+    def __init__(self, every: int = 200, batches: int = 2) -> None:
+        if every < 0 or batches < 1:
+            raise ValueError(f"diagnostics needs every >= 0 and batches >= 1, got {every} and {batches}.")
+        self.every, self.batches = every, batches
+        self.console = Console(stderr=True)
+        self.probe: list[Any] = []
+        self.last: Look | None = None
+        self.history: list[dict[str, float | None]] = []
+        self.alarms: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, PruningModule)
+        for warning in known_not_to_learn(pl_module) if trainer.is_global_zero else []:
+            self.console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
+        self.active = self.every > 0 and getattr(pl_module, "plan", None) is not None and not _sharded(trainer)
+        loaders: Any = trainer.datamodule.val_dataloader() if self.active and _has_val(trainer) else []  # type: ignore[attr-defined]
+        for batch in loaders or []:
+            self.probe.append(batch)
+            if len(self.probe) == self.batches:
+                break
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Complete, or closed by the first look: later looks compare with it.
+        if self.active and len(self.probe) < self.batches and self.last is None and not _has_val(trainer):
+            self.probe.append(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PruningModule)
+        step = trainer.global_step
+        if not self.active or not self.probe or (self.last is not None and self.last.findings.step == step):
+            return
+        # The end of a phase is looked at as that phase trains, so with its last step.
+        over = next((phase for phase in pl_module.phases if phase.end == step), None)
+        if over is None and (step == 0 or step % self.every):
+            return
+        batches = [pl_module.transfer_batch_to_device(one, pl_module.device, 0) for one in self.probe]
+        with trainer.precision_plugin.forward_context():  # hooks run outside of mixed precision
+            self.last = look(pl_module, over or pl_module.phase, batches, self.last)
+        found = self.last.findings.to_dict()
+        pl_module.log_dict({f"diagnostics/{k}": float(v) for k, v in found.items() if k != "step"}, batch_size=1)
+        self.alarms = self.last.findings.alarms(is_learned(pl_module.plan))
+        self.history = [one for one in self.history if one["step"] != step]  # a resumed run may look again
+        self.history.append({k: None if math.isnan(v) else v for k, v in found.items()})
+        if trainer.is_global_zero:
+            self._write(Path(trainer.default_root_dir))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for alarm in self.alarms:
+                self.console.print(f"[bold red]ALARM[/bold red] {alarm}", highlight=False, soft_wrap=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"history": self.history, "alarms": self.alarms}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the looks of the run that was broken off."""
+        self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps({"looks": self.history, "alarms": self.alarms}, indent=1) + "\n")
+
+
+def known_not_to_learn(module: PruningModule) -> list[str]:
+    """What the table of estimators says against the way in which a recipe trains its pruners.
+
+    A recipe that repeats a published one, defects and all, is not warned of.
+    """
+    gates = [s.rule for s in module.plan.stages if isinstance(s.rule, LearnedGate)] if module.plan else []
+    found = [
+        f"{rule.selector.name} with {rule.applier.name}, {training_of(phase.full_every)}, was found not to teach a "
+        f"scorer (tpcompress estimators); take another selector or applier, or set model.reproduction: true."
+        for phase in module.phases
+        for rule in gates
+        if phase.pruner and mark_of(rule.selector.name, rule.applier.name, phase.full_every) == DOES_NOT_LEARN
+    ]
+    return [] if module.reproduction else found
+
+
+def _has_val(trainer: L.Trainer) -> bool:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data, "val_rows", None) is not None
+
+
+def _sharded(trainer: L.Trainer) -> bool:
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) or (
+        isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    )

@@ -1,0 +1,153 @@
+"""One training run from a recipe: LightningCLI with this project's defaults, usable from code and from the shell."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning as L
+from docstring_parser import DocstringStyle
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from tpcompress.bundled import find_config
+from tpcompress.training import schedules  # noqa: F401  their classes become names in recipes
+from tpcompress.training.checkpoints.callback import Checkpoints, StepProgress
+from tpcompress.training.checkpoints.signals import Stopping, Terminated
+from tpcompress.training.checkpoints.state import checkpoint_file, read_checkpoint
+from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa: F401  their classes become names in recipes
+from tpcompress.training.diagnostics.callback import Diagnostics
+from tpcompress.training.module import PruningModule
+from tpcompress.training.recipe.errors import readable
+
+# Trying every docstring style in turn would take most of the time until a run starts.
+jsonargparse.set_parsing_settings(
+    docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
+)
+
+RECIPE = "recipe.yaml"
+log = logging.getLogger(__name__)
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Writes the complete recipe beside the checkpoints: a run says how it was made."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(folder / RECIPE), skip_unset=False, overwrite=True, multifile=False)
+
+
+class RecipeCLI(LightningCLI):
+    """`fit` and `validate` with recipes.
+
+    Args:
+        args: as on the shell.
+        progress: show a bar or lines of progress.
+        run: False only builds trainer, model and data, from arguments without a subcommand.
+    """
+
+    def __init__(self, args: list[str], progress: bool = True, run: bool = True) -> None:
+        self.wants_progress = progress
+        self.asked = args[0] if run and args else ""
+        super().__init__(
+            PruningModule,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=SaveRecipe,
+            trainer_defaults={
+                "default_root_dir": "runs/fit",
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "prog": "tpcompress"},
+            args=args,
+            run=run,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a parser takes its time to build
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self.asked}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Diagnostics, "diagnostics")
+        # One seed for everything that is drawn; recipes set `seed_everything` alone.
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning that there is a command line, too
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        self.trainer_defaults["callbacks"] = [Stopping()]
+        if self.wants_progress and config.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(StepProgress())
+        elif config.trainer.enable_progress_bar is None:
+            config.trainer.enable_progress_bar = False
+
+    def _parse_ckpt_path(self) -> None:
+        """Find and check the checkpoint at once. Lightning would let its settings replace those of the recipe."""
+        config: Any = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        path = config.get("ckpt_path")
+        if path is not None:
+            found = checkpoint_file(config.trainer.default_root_dir if path == "last" else path)
+            read_checkpoint(found)
+            config.ckpt_path = str(found)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            super()._run_subcommand(subcommand)
+        except Terminated as stop:
+            if not self.trainer.is_global_zero:  # a failed child would have its siblings killed
+                raise SystemExit(0) from stop
+            log.warning("%s", message := _how_to_go_on(self.trainer, "Terminated"))
+            raise Terminated(message) from stop
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            # Lightning's answer to Ctrl-C is to leave the process, deaf to a second one.
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt(_how_to_go_on(self.trainer)) from stop
+
+
+def run_recipe(args: list[str], progress: bool = True) -> RecipeCLI:
+    """Run `fit` or `validate` with arguments as on the shell, e.g. ["fit", "--config", "recipes/..."].
+
+    Raises:
+        FileNotFoundError: the recipe or the checkpoint does not exist.
+        ValueError: a key or value of the recipe is wrong.
+        NonFiniteLoss: training met a NaN.
+        KeyboardInterrupt: interrupted; its message says how to go on.
+        Terminated: ended by SIGTERM, likewise; left alone it ends the process with exit code 143.
+        CheckpointNotSaved: the disk did not take a checkpoint; the one before is whole.
+    """
+    if not args or args[0] not in ("fit", "validate"):
+        raise ValueError(f"A recipe is run with fit or validate, got {args[0] if args else 'nothing'!r}.")
+    args = [find_config(a) if i and args[i - 1] in ("--config", "-c") else a for i, a in enumerate(args)]
+    try:
+        return RecipeCLI(args, progress)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(readable(error)) from error
+    except ValueError as error:
+        if "Does not validate" not in str(error):
+            raise
+        raise ValueError(readable(error)) from error  # a class refused its arguments
+
+
+def _as_seed(value: bool | int) -> int:
+    return int(value) if not isinstance(value, bool) else 0
+
+
+def _how_to_go_on(trainer: L.Trainer, what: str = "Interrupted") -> str:
+    last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    if not last.exists():
+        return f"{what} before the first checkpoint; run the same command again."
+    return f"{what}; go on with the same command and --ckpt_path {last}."
