@@ -127,7 +127,7 @@ def pruner_configs() -> list[dict[str, Any]]:
         {"type": name, **more}
         for name, cls in list_pruners().items()
         for more in [{}, *VARIANTS.get(name, [])]
-        if not cls.withdraws
+        if not cls.keeps_none
     ]
 
 
@@ -160,7 +160,7 @@ def every_placed(*layers: int, once: bool = False) -> pytest.MarkDecorator:
         if once and name in found:
             continue
         found.add(name)
-        way = (rule.name, layer, rule.needs, rule.merges, rule.calibrates, rule.learned)
+        way = (rule.name, layer, rule.needs, rule.merges, rule.uses_token_sizes, rule.learned)
         marks = [pytest.mark.slow] if way in ways else []
         ways.add(way)
         params.append(pytest.param(config, layer, marks=marks, id=f"{name}-layer={layer}"))

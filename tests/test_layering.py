@@ -172,8 +172,6 @@ def violations() -> list[str]:
     arrows = [line for path in files() for line in upward_arrows(path)]
     forked = [path for path in files() if re.search(r"class \w*DecoderLayer", path.read_text())]
     forks = [f"{path} copies a decoder layer" for path in forked]
-        f"{path} copies a decoder layer" for path in files() if re.search(r"class \w*DecoderLayer", path.read_text())
-    ]
     looped = circle()
     return arrows + wrong_siblings() + forks + ([f"circle: {' -> '.join(looped)}"] if looped else [])
 

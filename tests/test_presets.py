@@ -157,7 +157,7 @@ def kept(module, phase, progress: float, draw: float) -> list[list[int]]:
 
 def gate(module):
     """The learned pruner of a plan, if it has one."""
-    return next((stage.rule for stage in module.plan.stages if stage.rule.learned), None)
+    return next((stage.pruner for stage in module.plan.stages if stage.pruner.learned), None)
 
 
 # ------------------------------------------------------------------ what all of them say
@@ -339,7 +339,7 @@ def test_matryoshkas_five_counts(read):
 
 def test_vision_zips_64_are_54_and_10(read):
     module = read("visionzip_projector").model
-    rule, (count,) = module.plan.stages[0].rule, module.plan.counts(V)
+    rule, (count,) = module.plan.stages[0].pruner, module.plan.counts(V)
     targets = int(count * rule.contextual + 0.5)
     assert (count - targets, targets) == (54, 10)
     rest_BV = torch.arange(V)[None] >= count - targets
@@ -349,8 +349,8 @@ def test_vision_zips_64_are_54_and_10(read):
 
 def test_prumerge_counts_for_itself(read):
     module = read("prumerge_lora").model
-    rule = module.plan.stages[0].rule
-    assert (rule.adaptive, rule.plus, rule.neighbours, rule.exact) == (True, True, 32, False)
+    rule = module.plan.stages[0].pruner
+    assert (rule.adaptive, rule.plus, rule.neighbours, rule.exact_count) == (True, True, 32, False)
     assert (module.lora["r"], module.lora["lora_alpha"]) == (128, 256)
 
 

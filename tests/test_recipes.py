@@ -107,7 +107,7 @@ def deep():
 def test_every_method_has_a_plan():
     """What learns has recipes that train it instead."""
     plans = [PruningPlan.from_file(p.values[0]) for p in of("plan")]
-    rules = {m.name for plan in plans for s in plan.stages for m in s.rule.modules() if isinstance(m, Pruner)}
+    rules = {m.name for plan in plans for s in plan.stages for m in s.pruner.modules() if isinstance(m, Pruner)}
     assert {name for name, cls in list_pruners().items() if not cls().learned} <= rules
 
 

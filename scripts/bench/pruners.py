@@ -152,13 +152,13 @@ class PrunerBench:
                     row.layer.append(seconds)
         for row in order if self.on_gpu else ():
             yield f"{where}: graph of {row.pruner}"
-            if not row.error and pruners[id(row)].exact:
+            if not row.error and pruners[id(row)].exact_count:
                 row.graph = capture(pruners[id(row)], views.make(pruners[id(row)]), budget(cell, self.device))
 
     def _create(self, row: Row) -> Pruner | None:
         try:
             pruner = create(self._pruners[row.pruner])
-            if pruner.withdraws:
+            if pruner.keeps_none:
                 row.note = "retains nothing: there is no choice to time"
                 return None
             pruner.build(self.sizes.hidden)
@@ -174,7 +174,7 @@ def _time(pruner: Pruner, views: Views, device: str, check: bool) -> float:
     answer: list[Selection] = []
     choose = partial(pruner, views.make(pruner), num_keep_B)
     seconds = clock(lambda: answer.append(choose()), device)
-    if check and pruner.exact:
+    if check and pruner.exact_count:
         kept = answer[0].keep_BV.sum(1).tolist()
         if kept != num_keep_B.tolist():
             raise ValueError(f"{pruner.name} kept {kept} of {views.cell.tokens}, asked for {num_keep_B.tolist()}.")

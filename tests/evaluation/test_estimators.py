@@ -309,7 +309,7 @@ def test_a_rule_knows_whether_it_selects():
     assert FreeRule("divprune").selects
     assert not FreeRule({"type": "merged", "proportional": True}, label="by size").selects
     assert FreeRule({"type": "merged"}, label="by size").name == "by size"
-    assert FreeRule("random").plan(9, 3).stages[0].rule.seed == 3
+    assert FreeRule("random").plan(9, 3).stages[0].pruner.seed == 3
 
 
 def test_looks_need_both():

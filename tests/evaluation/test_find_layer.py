@@ -91,7 +91,7 @@ def test_the_choice_is_the_first_layer_that_stays_under():
     assert search_of(1.0, 0.01).chosen is None, "under, not at"
     assert search_of().chosen is None
     stage = search_of(3.0, 0.004).plan().stages[0]
-    assert (stage.rule.name, stage.layer, stage.keep_tokens) == ("vtw", 1, 0)
+    assert (stage.pruner.name, stage.layer, stage.keep_tokens) == ("vtw", 1, 0)
     with pytest.raises(ValueError, match=r"^No layer stays under 0\.01 nats; the last one has 0\.02: [^\n]*$"):
         search_of(1.0, 0.02).plan()
 

@@ -272,7 +272,7 @@ def test_many_panels_stand_on_several_rows(tmp_path):
 
 def test_short_plans():
     plan = plan_from("divprune:0.5,dart:64@8")
-    assert [(s.rule.name, s.layer, s.keep_ratio, s.keep_tokens) for s in plan.stages] == [
+    assert [(s.pruner.name, s.layer, s.keep_ratio, s.keep_tokens) for s in plan.stages] == [
         ("divprune", 0, 0.5, None), ("dart", 8, None, 64)
     ]  # fmt: skip
 

@@ -81,7 +81,7 @@ class Withdrawing(Needy):
     """Retains nothing."""
 
     name = "withdrawing"
-    withdraws = True
+    keeps_none = True
 
 
 def run(names, cells=(CELL,), rounds: int = 1, **more) -> PrunerBench:
@@ -98,7 +98,7 @@ def outside(cls: type[Pruner], **more) -> dict:
 @pytest.mark.parametrize("cell", [Cell(36, 1), CELL])
 def test_every_registered_pruner_gets_a_time(name, cell):
     pruner, (row,) = create(name), run([name], [cell]).rows
-    if pruner.withdraws:
+    if pruner.keeps_none:
         assert row.note
         assert row.ratio is None
     elif pruner.needs <= FIELDS.keys():

@@ -117,7 +117,7 @@ def test_a_learned_pruner_is_tested_with_its_own_weights_and_stands_in_untrained
     control = cells[CONTROL, "grid", "gate", "gate", None, 16, 0]
     assert free.gate is None
     assert control.training.plan is None
-    assert {c.plan.stages[0].rule.name for c in (free, control)} == {"novelty"}
+    assert {c.plan.stages[0].pruner.name for c in (free, control)} == {"novelty"}
     own = cells["in the loop", "budgets", "gate", "gate", 36, 9, 2]
     assert own.gate is own.training
     foreign = cells["in the loop", "pruners", "pool", "gate", 16, 16, 2]

@@ -125,7 +125,7 @@ def test_pruner_from_outside(base: Any, processor: Any, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="is outside tpcompress; load with allow_outside=True"):
         load(out)
     assert "is outside tpcompress" in str(verify(out))
-    assert type(tp.plan_of(load(out, allow_outside=True)).stages[0].rule) is OutsidePruner
+    assert type(tp.plan_of(load(out, allow_outside=True)).stages[0].pruner) is OutsidePruner
     assert verify(out, allow_outside=True).ok
 
 

@@ -128,7 +128,7 @@ def test_refused_plans_leave_the_model_as_it_was(model: Any, stages: Any, option
 
 def test_a_gate_of_another_width_is_refused(model: Any) -> None:
     stage = Stage("learned_gate", 0, keep_tokens=3)
-    stage.rule.build(8)
+    stage.pruner.build(8)
     with pytest.raises(ValueError, match="built for width 8, the model has 64"):
         attach(model, PruningPlan([stage]))
     assert not hasattr(model, CONTROLLER)
@@ -167,7 +167,7 @@ def test_the_inner_model_alone_is_pruned_and_forgets(model: Any, base: Any) -> N
 
 def test_plan_and_model_do_not_share_pruners(model: Any) -> None:
     attach(model, PLAN)
-    assert not list(PLAN.stages[1].rule.parameters())
+    assert not list(PLAN.stages[1].pruner.parameters())
     assert list(getattr(model, PRUNERS)[1].parameters())
     assert not any(p.training for p in getattr(model, PRUNERS))
     model.train()

@@ -22,7 +22,7 @@ class Above(Pruner):
     """Retains tokens whose norm is above the row's mean; the budget does not matter."""
 
     name = "above"
-    exact = False
+    exact_count = False
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Some(Pruner):
     """Retains another number in each row, 0 among them: by how many tokens it has and how they look."""
 
     name = "some"
-    exact = False
+    exact_count = False
 
     def __init__(self, modulus: int = 5) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Empty(Pruner):
     """Retains nothing of some rows, and the budget of others."""
 
     name = "empty"
-    exact = False
+    exact_count = False
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         scores_BV = tokens.vision_BVD.float().norm(dim=-1)

@@ -17,7 +17,9 @@ SAMPLES = [(5, 1, 9), (3, 2, 8), (4, 0, 9)]
 SELECTING = [
     name
     for name, cls in list_pruners().items()
-    if not (cls.withdraws or cls().merges or cls().calibrates) and cls().exact and cls().needs <= {"text", "keys"}
+    if not (cls.keeps_none or cls().merges or cls().uses_token_sizes)
+    and cls().exact_count
+    and cls().needs <= {"text", "keys"}
 ]
 LARGER = [Budget(keep_tokens=40), Budget(keep_tokens=21)]
 
@@ -115,7 +117,7 @@ def test_pruners_that_change_what_they_retain_are_refused() -> None:
     refused = 0
     for config in pruner_configs():
         rule = create(dict(config))
-        if not (rule.merges or rule.calibrates) or rule.needs - {"text"}:
+        if not (rule.merges or rule.uses_token_sizes) or rule.needs - {"text"}:
             continue
         model: Any = attach(tiny_model(), PruningPlan([Stage(rule, 0, keep_tokens=9)]))
         with pytest.raises(ValueError, match="changes the tokens"), including(model, Trace()):

@@ -74,7 +74,7 @@ def test_every_pruner_equals_the_reference(model: Any, base: Any, config: dict[s
 def test_every_pruner_has_a_place() -> None:
     """No pruner passes the matrices by being left out of them."""
     placed = {config["type"] for config, _ in placed_configs(0, 2)}
-    assert placed == {name for name, cls in list_pruners().items() if not cls.withdraws}
+    assert placed == {name for name, cls in list_pruners().items() if not cls.keeps_none}
 
 
 @pytest.mark.parametrize("scope", ["image", "prompt"])

@@ -25,7 +25,7 @@ class Sized(Pruner):
     """Retains what a fixed rule says, whose sizes and places are as odd as can be."""
 
     name = "sized"
-    calibrates = True
+    uses_token_sizes = True
 
     def __init__(self, sizes: bool = True, places: bool = False, even: bool = False) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class First(Pruner):
     """Retains the first token, which stands for all."""
 
     name = "first"
-    calibrates = True
+    uses_token_sizes = True
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         first_BV = torch.arange(tokens.valid_BV.shape[1]).expand_as(tokens.valid_BV) == 0

@@ -77,7 +77,7 @@ def test_refused_in_one_line(lend: Any, name: str) -> None:
     assert not is_attached(model)
     named = str(error.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
     for pruner, cls in list_pruners().items():
-        if cls.withdraws:  # fits everywhere, and retains nothing: no advice
+        if cls.keeps_none:  # fits everywhere, and retains nothing: no advice
             assert pruner not in named
             continue
         plan = PruningPlan([Stage(pruner, where.get("layer", 0), keep_tokens=3)])

@@ -16,7 +16,7 @@ from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views.available import missing
 from tpcompress.pruners import create, list_pruners
 
-NAMES = [name for name, cls in list_pruners().items() if not cls.withdraws]
+NAMES = [name for name, cls in list_pruners().items() if not cls.keeps_none]
 
 # One of each kind: one square; tiles; any size with M-RoPE; two kinds of masks; states beside attention; a resampler.
 QUICK = ("llava-clip_vision_model", "llava_next", "qwen2_5_vl", "gemma3", "lfm2_vl-lfm2", "idefics2")
@@ -56,7 +56,7 @@ def test_exact_and_independent_of_the_batch(subject: Subject, name: str) -> None
             attach(subject.model, PruningPlan([Stage(name, 0, keep_tokens=7)]))
         return
     # Frames are pooled before the projector of the one family that has both.
-    kinds = [kind for kind in subject.kinds if kind != "video" or "projector" not in stage.rule.needs]
+    kinds = [kind for kind in subject.kinds if kind != "video" or "projector" not in stage.pruner.needs]
     samples = [(5, 1, 7), (6, kinds, 4), (3, 0, 5)]
     # Padded on the right: the norms of rotated keys, by which DART goes, differ at other positions.
     inputs = subject.batch(*samples, side="right")

@@ -31,7 +31,7 @@ PAIRS = [
     }
     for selector, selector_class in SELECTORS.items()
     for applier, applier_class in APPLIERS.items()
-    if selector_class.exact or not applier_class.merges
+    if selector_class.exact_count or not applier_class.merges
 ]
 """Every selector with every applier, but for merging and counting for itself, which learned_gate refuses."""
 
@@ -330,7 +330,7 @@ def test_every_selector_goes_with_every_applier(config: dict[str, Any]) -> None:
     for soft in (True, False):
         tokens = make_view(pruner, x.clone().requires_grad_(), (3, 4), soft=soft)
         selection = pruner(tokens, torch.tensor(COUNTS))
-        if pruner.exact:
+        if pruner.exact_count:
             assert selection.keep_BV.sum(1).tolist() == COUNTS
         values = x if selection.vision_BVD is None else selection.vision_BVD
         full = soft and selection.gate_BV is not None

@@ -183,7 +183,7 @@ def test_the_last_vision_token_reads_no_question(model: Any) -> None:
         for question_inputs in (inputs, other):
             plan = PruningPlan([Stage({"type": "fastv", "query_source": source}, 2, keep_tokens=9)])
             view = view_of(model, plan, question_inputs)
-            views.append(plan.stages[0].rule(view, torch.tensor([9])).scores_BV)
+            views.append(plan.stages[0].pruner(view, torch.tensor([9])).scores_BV)
             detach(model)
         chosen[source] = torch.equal(*views)
     assert chosen == {"last_prompt": False, "all_prompt": False, "last_vision": True}
@@ -307,7 +307,7 @@ def test_rater_score(heads: int) -> None:
 )
 def test_recipes(name: str, layers: list[int], counts: list[int]) -> None:
     plan = PruningPlan.from_file(RECIPES / f"{name}.yaml")
-    assert {stage.rule.name for stage in plan.stages} == {name}
+    assert {stage.pruner.name for stage in plan.stages} == {name}
     assert [stage.layer for stage in plan.stages] == layers
     assert plan.counts(576) == counts
     assert plan.positions == ("original" if name == "fastv" else "compact")

@@ -48,7 +48,7 @@ def test_plans_with_combinators_go_through_yaml(config: dict[str, Any]) -> None:
     plan = PruningPlan([Stage(config, 2, keep_tokens=9)])
     again = PruningPlan.from_yaml(plan.to_yaml())
     assert again.to_dict() == PruningPlan.from_json(plan.to_json()).to_dict() == plan.to_dict()
-    pruner, loaded = plan.stages[0].rule, again.stages[0].rule
+    pruner, loaded = plan.stages[0].pruner, again.stages[0].pruner
     for p in (pruner, loaded):
         p.build(D)
     view = view_over(pruner, (5, 7))

@@ -48,14 +48,14 @@ def run(config: dict[str, Any], x_BVD: Tensor, counts: list[int], soft: bool = F
 
 def test_variants_name_registered_pruners() -> None:
     assert set(VARIANTS) | set(INEXACT) <= set(list_pruners())
-    assert len(pruner_configs()) >= len([cls for cls in list_pruners().values() if not cls.withdraws]) > 20
+    assert len(pruner_configs()) >= len([cls for cls in list_pruners().values() if not cls.keeps_none]) > 20
 
 
 @every_rule
 def test_says_truly_what_it_does(config: dict[str, Any]) -> None:
     """`exact`, `merges`, `differentiable` and `paper` are what the table of pruners prints."""
     pruner = make_pruner(config).train()
-    assert pruner.exact == (config not in inexact_configs())
+    assert pruner.exact_count == (config not in inexact_configs())
     assert pruner.paper == "ours" or re.fullmatch(r"\d{4}\.\d{5}( .*)?", pruner.paper)
     x = features(2, 12).requires_grad_()
     selection = pruner(make_view(pruner, x, GRIDS[12], soft=True), torch.tensor([4, 7]))
@@ -84,7 +84,7 @@ def test_asked_for_more_than_there_is_keeps_what_there_is(config: dict[str, Any]
         for asked in (12, 20):
             selection = pruner(view, torch.tensor([asked, asked]))
             assert not selection.keep_BV[:, 7:].any()
-            if pruner.exact:
+            if pruner.exact_count:
                 assert selection.keep_BV[:, :7].all()
 
 
@@ -97,7 +97,7 @@ def test_several_images_and_tiles_in_a_row(config: dict[str, Any]) -> None:
     view = replace(view, tile_BV=tile, image_BV=tile // 2)
     with torch.no_grad():
         selection = pruner(view, torch.tensor(counts))
-    if pruner.exact:
+    if pruner.exact_count:
         assert selection.keep_BV.sum(1).tolist() == counts
     assert selection.scores_BV.isfinite().all()
 

@@ -27,7 +27,7 @@ RULES = ("divprune", "cdpruner", "scope", "tops", "eadp", "sieve")
 @pytest.mark.parametrize("name", RULES)
 def test_recipe(name: str) -> None:
     plan = PruningPlan.from_file(Path(__file__).parents[2] / "recipes" / "free" / f"{name}.yaml")
-    assert {stage.rule.name for stage in plan.stages} == {name}
+    assert {stage.pruner.name for stage in plan.stages} == {name}
 
 
 def picks(order_V: Tensor) -> list[int]:
@@ -65,8 +65,8 @@ def test_divprune_compat_loses_picks_on_duplicates() -> None:
     compat, ours = create({"type": "divprune", "compat": True}), create("divprune")
     view = TokenView.of(x)
     assert kept(compat(view, count), 0) == official_divprune(x[0], 64) == set(range(8))
-    assert compat.exact is False
-    assert ours.exact is True
+    assert compat.exact_count is False
+    assert ours.exact_count is True
     assert int(ours(view, count).keep_BV.sum()) == 64
 
 

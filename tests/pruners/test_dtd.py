@@ -83,7 +83,7 @@ def test_every_budget_keeps_what_changed_most(shape: tuple[int, int, int], level
 def test_a_threshold_keeps_all_that_pass(shape: tuple[int, int, int], level: str, threshold: float) -> None:
     x = clip(2, shape)
     pruner = create({"type": "dtd", "level": level, "threshold": threshold})
-    assert not pruner.exact
+    assert not pruner.exact_count
     view = video_view(x, shape, pixels_BVC=x)
     keep = pruner(view, torch.tensor([1, 2])).keep_BV
     for b in range(2):

@@ -96,7 +96,7 @@ def test_visionzip_has_the_papers_counts() -> None:
 def test_visionzip_compat_leaves_the_slot_of_the_class_token() -> None:
     config = {"type": "visionzip", "compat": True}
     pruner, view = make_pruner(config), view_for(config, 24, 24)
-    assert not pruner.exact
+    assert not pruner.exact_count
     selection = pruner(view, torch.arange(1, 25))
     for b in range(24):
         arguments = view.tower_cls_BLHV[b, 0].mean(0), view.tower_keys_BLHVD[b, 0], view.projector_BVC[b]
@@ -164,7 +164,7 @@ def naive_kept(a: np.ndarray, k: int, plus: bool, uniform: float) -> list[int]:
 def test_prumerge(V: int, neighbours: int, plus: bool, uniform: float, merge_at: str, compat: bool) -> None:
     config = {"type": "prumerge", "plus": plus, "uniform": uniform, "neighbours": neighbours, "merge_at": merge_at}
     pruner, view = make_pruner(config | {"compat": compat}), view_for(config, V, V)
-    assert pruner.exact != compat
+    assert pruner.exact_count != compat
     selection = pruner(view, torch.arange(1, V + 1))
     for b in range(V):
         a = naive_attention(view, b)

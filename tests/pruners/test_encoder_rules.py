@@ -141,5 +141,5 @@ def test_recipes_have_the_papers_counts(recipe: str) -> None:
     (stage,) = PruningPlan.from_file(RECIPES / f"{recipe}.yaml").stages
     assert stage.layer == 0
     x = torch.randn(1, 576, 16, generator=torch.Generator().manual_seed(0))
-    view = make_view(stage.rule, x, (24, 24))
-    assert int(stage.rule(view, torch.tensor([stage.keep_tokens])).keep_BV.sum()) == COUNTS[recipe]
+    view = make_view(stage.pruner, x, (24, 24))
+    assert int(stage.pruner(view, torch.tensor([stage.keep_tokens])).keep_BV.sum()) == COUNTS[recipe]

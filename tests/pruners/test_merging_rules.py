@@ -55,7 +55,7 @@ def test_sizes_count_every_token_once_and_places_are_all_different(config: dict[
     counts = list(range(1, V + 1))
     selection = answer(config, features(V, V), counts)
     assert selection.keep_BV.sum(1).tolist() == counts
-    assert make_pruner(config).calibrates == (selection.size_BV is not None or selection.place_BV is not None)
+    assert make_pruner(config).uses_token_sizes == (selection.size_BV is not None or selection.place_BV is not None)
     for b in range(V):
         kept = selection.keep_BV[b]
         if selection.size_BV is not None:

@@ -325,13 +325,15 @@ def test_odd_numbers_stay_finite(config: dict[str, Any]) -> None:
             assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if list_parts("scorer")[c["type"]].starts_as], ids=config_id)
+@pytest.mark.parametrize(
+    "config", [c for c in CONFIGS if list_parts("scorer")[c["type"]].untrained_equivalent], ids=config_id
+)
 def test_it_starts_as_it_says(config: dict[str, Any]) -> None:
     scorer = make(config, fresh=True)
     view, count = view_of(scorer, 3, 35), torch.tensor([7, 1, 20])
     x = view.vision_BVD - view.vision_BVD.mean(-1, keepdim=True)  # norms take the mean off; angles stay
     view = replace(view, vision_BVD=x)
-    rule = create(str(scorer.starts_as))(view, count).keep_BV
+    rule = create(str(scorer.untrained_equivalent))(view, count).keep_BV
     with torch.no_grad():
         assert torch.equal(keep_topk(scorer(view).scores_BV, view.valid_BV, count), rule)
         other = scramble(scorer)(view).scores_BV

@@ -114,7 +114,7 @@ def test_every_count_of_every_row(config: dict[str, Any], explore: bool, kind: s
     assert choice.keep_BV.dtype == torch.bool
     assert not (choice.keep_BV & ~valid).any()
     assert choice.keep_BV.any(1).all(), "a row with tokens retains one"
-    if selector.exact:
+    if selector.exact_count:
         assert choice.keep_BV.sum(1).tolist() == counts
     assert choice.scores_BV is scores.scores_BV
     parts = [t for t in (choice.gate_BV, choice.log_prob_B, choice.expected_B) if t is not None]

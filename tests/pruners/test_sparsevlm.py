@@ -162,7 +162,7 @@ def test_sparsevlm() -> None:
 def test_sparsevlm_recycles(compat: bool) -> None:
     config, n = RECYCLES | {"compat": compat}, 61
     view, pruner = view_for(config, features(V=n)), make_pruner(config)
-    assert (pruner.merges, pruner.exact) == (True, not compat)
+    assert (pruner.merges, pruner.exact_count) == (True, not compat)
     for k in (1, 3, 8, 20, 40, n - 1, n):
         selection = pruner(view, torch.full((3,), k))
         gone = n - k if compat else int(dropped_for(torch.tensor([k]), torch.tensor([n]), n))
@@ -180,7 +180,7 @@ def test_official_counts_add_recycled_tokens_on_top() -> None:
     config, counts = RECYCLES | {"compat": True}, [66, 300, 576]
     keep_BV = make_pruner(config)(view_for(config, features(V=576)), torch.tensor(counts)).keep_BV
     assert keep_BV.sum(1).tolist() == [82, 309, 576]
-    assert make_pruner({"type": "sparsevlm", "compat": True}).exact, "without recycling there is nothing on top"
+    assert make_pruner({"type": "sparsevlm", "compat": True}).exact_count, "without recycling there is nothing on top"
 
 
 @pytest.mark.parametrize("compat", [False, True])

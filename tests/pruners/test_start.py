@@ -5,7 +5,7 @@ import torch
 
 from tpcompress.pruners import TokenView, create, list_pruners
 
-LEARNED = [name for name in list_pruners() if create(name).starts_as is not None]
+LEARNED = [name for name in list_pruners() if create(name).untrained_equivalent is not None]
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -15,7 +15,7 @@ def test_it_starts_as_it_says(name):
     view, count = TokenView.of(x, grid=(6, 6)), torch.tensor([7, 1, 20])
     pruner = create(name)
     pruner.build(16)
-    fresh, rule = pruner.eval()(view, count), create(create(name).starts_as)(view, count)
+    fresh, rule = pruner.eval()(view, count), create(create(name).untrained_equivalent)(view, count)
     assert torch.equal(fresh.keep_BV, rule.keep_BV)
     with torch.no_grad():
         for parameter in pruner.parameters():

@@ -144,7 +144,7 @@ def inspect_prefill(model: Any, processor: Any, image: Image.Image, prompt: str)
         output = model(**moved, use_cache=True)
     if not trace.stages:
         raise ValueError("No vision token reached the language model; use the processor that belongs to the model.")
-    pruners = [controller.plan.stages[stage.stage].rule.name for stage in trace.stages]
+    pruners = [controller.plan.stages[stage.stage].pruner.name for stage in trace.stages]
     return Inspection(image, inputs, trace.stages, pruners, cache_columns(controller.parts, output.past_key_values))
 
 
@@ -227,7 +227,7 @@ def load_subject(name: str, plan: PruningPlan | None, dtype: str, device: str) -
     Raises:
         FileNotFoundError, ValueError: nothing loadable there, no family of ours, no plan, or one that needs training.
     """
-    untrained = [stage.rule.name for stage in plan.stages if stage.rule.learned] if plan is not None else []
+    untrained = [stage.pruner.name for stage in plan.stages if stage.pruner.learned] if plan is not None else []
     if untrained:
         raise ValueError(f"Pruner '{untrained[0]}' has weights to train; inspect an exported folder, without --plan.")
     folder = Path(base_path(name))

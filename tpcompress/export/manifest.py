@@ -46,7 +46,7 @@ def describe(
         "positions": plan.positions,
         "scope": plan.scope,
         "prompt_dependent": plan.prompt_dependent,
-        "merges": any(stage.rule.merges for stage in plan.stages),
+        "merges": any(stage.pruner.merges for stage in plan.stages),
         "serving": {"class_a": served, "reason": reason},
         "trained_budgets": describe_ranges(trained_budgets, total),
         "plan": plan.to_dict(),
@@ -59,12 +59,12 @@ def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:
         {
             "stage": number,
             "layer": stage.layer,
-            "pruner": stage.rule.name,
+            "pruner": stage.pruner.name,
             "budget": as_dict(stage.budget),
             "retained": kept,
-            "merges": stage.rule.merges,
-            "learned": stage.rule.learned,
-            "prompt_dependent": stage.layer > 0 or stage.rule.prompt_dependent,
+            "merges": stage.pruner.merges,
+            "learned": stage.pruner.learned,
+            "prompt_dependent": stage.layer > 0 or stage.pruner.prompt_dependent,
         }
         for number, (stage, kept) in enumerate(zip(plan.stages, plan.counts(total), strict=True))
     ]
@@ -76,7 +76,7 @@ def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> 
     if late:
         return False, f"stage {late[0]} acts at layer {plan.stages[late[0]].layer}, inside the language model"
     for stage in plan.stages:
-        reason = unserved(stage.rule)
+        reason = unserved(stage.pruner)
         if reason is not None:
             return False, reason
     if plan.scope != "image":

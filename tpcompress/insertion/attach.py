@@ -54,12 +54,12 @@ def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module
     check_layers(parts, [stage.layer for stage in plan.stages])
     check_views(parts, plan)
     for stage in plan.stages:
-        if stage.rule.gates:
-            check_gates(parts, stage.rule.name, stage.layer)
-    pruners = nn.ModuleList(copy.deepcopy(stage.rule) for stage in plan.stages)
+        if stage.pruner.gates:
+            check_gates(parts, stage.pruner.name, stage.layer)
+    pruners = nn.ModuleList(copy.deepcopy(stage.pruner) for stage in plan.stages)
     weight = next(parts.language_model.parameters())
     for stage, pruner in zip(plan.stages, pruners, strict=True):
-        assert isinstance(pruner, type(stage.rule))
+        assert isinstance(pruner, type(stage.pruner))
         pruner.build(parts.hidden_size)
         pruner.to(weight.device)
     controller = Controller(parts, plan, pruners.train(base.training))

@@ -30,7 +30,7 @@ def begin(controller: Controller, kwargs: dict[str, Any]) -> Call | None:
     core: Any = controller.parts.core
     if prefix.rope_deltas is not None:
         core.rope_deltas = prefix.rope_deltas
-    if prefix.weighs and not any(stage.rule.calibrates for stage in controller.plan.stages):
+    if prefix.weighs and not any(stage.pruner.uses_token_sizes for stage in controller.plan.stages):
         raise ValueError(
             "This cache holds tokens with sizes, which this plan gives none of; go on with the plan it had."
         )

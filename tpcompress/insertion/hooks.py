@@ -46,13 +46,13 @@ class Controller:
         self.layer_handles: list[RemovableHandle] = []
         self.replaced: list[tuple[nn.Module, str, Any]] = []
         self.included: dict[int, StageTrace] | None = None
-        self.tower = TowerWatch(parts, [stage.rule for stage in plan.stages])
-        self.reads_input = any("input" in s.rule.needs for s in plan.stages)
+        self.tower = TowerWatch(parts, [stage.pruner for stage in plan.stages])
+        self.reads_input = any("input" in s.pruner.needs for s in plan.stages)
         self._place([stage.layer for stage in plan.stages])
 
     def _place(self, layers: Sequence[int]) -> None:
         """Note at which layer each stage acts, and what follows from it."""
-        placed = [(stage.rule, layer) for stage, layer in zip(self.plan.stages, layers, strict=True)]
+        placed = [(stage.pruner, layer) for stage, layer in zip(self.plan.stages, layers, strict=True)]
         self.layers = list(layers)
         self.stage_at = {layer: number for number, layer in enumerate(layers)}
         self.watched = {layer - 1 for rule, layer in placed if layer and rule.needs & BEFORE_VIEWS}
@@ -100,7 +100,7 @@ class Controller:
             self._replace(parts.core, f"get_{modality}_features", EncoderTap(self, modality))
         if hasattr(parts.language_model, "_deepstack_process"):
             self._replace(parts.language_model, "_deepstack_process", DeepstackTap(self))
-        gating = [stage.layer for stage in self.plan.stages if stage.rule.gates]
+        gating = [stage.layer for stage in self.plan.stages if stage.pruner.gates]
         if gating:
             for layer in parts.layers[min(gating) :]:
                 attention: Any = layer.self_attn
@@ -110,8 +110,8 @@ class Controller:
         """Register what layers need where the stages are now."""
         inside = [layer for layer in self.layers if layer > 0]
         # Sizes and gates given before the language model act in every layer.
-        rules = [stage.rule for stage, layer in zip(self.plan.stages, self.layers, strict=True) if layer == 0]
-        every = any(rule.calibrates or rule.gates for rule in rules)
+        rules = [stage.pruner for stage, layer in zip(self.plan.stages, self.layers, strict=True) if layer == 0]
+        every = any(rule.uses_token_sizes or rule.gates for rule in rules)
         first = 0 if every else min(inside, default=len(self.parts.layers))
         for index, layer in enumerate(self.parts.layers):
             if index >= first or index in self.watched:

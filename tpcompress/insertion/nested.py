@@ -26,11 +26,11 @@ def check_nestable(plan: PruningPlan) -> None:
         ValueError: one of them gives new values, sizes or places to what it chose, or counts for itself.
     """
     for stage in plan.stages:
-        if stage.rule.merges or stage.rule.calibrates or not stage.rule.exact:
-            what = "counts for itself" if not stage.rule.exact else "changes the tokens that it retains"
+        if stage.pruner.merges or stage.pruner.uses_token_sizes or not stage.pruner.exact_count:
+            what = "counts for itself" if not stage.pruner.exact_count else "changes the tokens that it retains"
             raise ValueError(
-                f"Pruner '{stage.rule.name}' {what}, so nothing can be put into its choice; leave `including` out, or "
-                f"use an exact pruner that only selects."
+                f"Pruner '{stage.pruner.name}' {what}, so nothing can be put into its choice; leave `including` out, "
+                f"or use an exact pruner that only selects."
             )
 
 

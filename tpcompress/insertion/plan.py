@@ -52,22 +52,22 @@ class Budget:
         return f"{self.keep_tokens} tokens" if self.keep_tokens is not None else f"{self.keep_ratio:g} of the tokens"
 
 
-def check_budget(rule: Pruner, budget: Budget) -> None:
+def check_budget(pruner: Pruner, budget: Budget) -> None:
     """See that a budget is 0 for a pruner that withdraws, and for no other.
 
     Raises:
         ValueError: it is not.
     """
-    if rule.withdraws and budget.keep_tokens != 0:
-        raise ValueError(f"Pruner '{rule.name}' retains nothing, got a budget of {budget}; write keep_tokens: 0.")
-    if budget.keep_tokens == 0 and not rule.withdraws:
+    if pruner.keeps_none and budget.keep_tokens != 0:
+        raise ValueError(f"Pruner '{pruner.name}' retains nothing, got a budget of {budget}; write keep_tokens: 0.")
+    if budget.keep_tokens == 0 and not pruner.keeps_none:
         raise ValueError(
-            f"Pruner '{rule.name}': keep_tokens must be a whole number of at least 1, got 0; a stage that drops every "
-            f"vision token is one of 'vtw'."
+            f"Pruner '{pruner.name}': keep_tokens must be a whole number of at least 1, got 0; a stage that drops "
+            f"every vision token is one of 'vtw'."
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Stage:
     """One pruner at one place. Layers 0 .. layer-1 see every vision token; `layer` is the first that sees fewer.
 
@@ -80,22 +80,28 @@ class Stage:
         ValueError: unknown pruner, impossible budget, or a layer below 0.
     """
 
-    pruner: Pruner | str | dict[str, Any]
-    layer: int = 0
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
+    pruner: Pruner
+    layer: int
+    keep_ratio: float | None
+    keep_tokens: int | None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pruner", create(self.pruner))
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"layer must be a whole number of at least 0, got {self.layer!r}.")
-        check_budget(self.rule, self.budget)
-
-    @property
-    def rule(self) -> Pruner:
-        """The pruner as a module."""
-        assert isinstance(self.pruner, Pruner)
-        return self.pruner
+    def __init__(
+        self,
+        pruner: Pruner | str | dict[str, Any],
+        layer: int = 0,
+        keep_ratio: float | None = None,
+        keep_tokens: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("pruner", create(pruner)),
+            ("layer", layer),
+            ("keep_ratio", keep_ratio),
+            ("keep_tokens", keep_tokens),
+        ):
+            object.__setattr__(self, name, value)
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"layer must be a whole number of at least 0, got {layer!r}.")
+        check_budget(self.pruner, self.budget)
 
     @property
     def budget(self) -> Budget:
@@ -105,7 +111,7 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the pruner's weights."""
         budget = {k: v for k in ("keep_ratio", "keep_tokens") if (v := getattr(self, k)) is not None}
-        return {"pruner": self.rule.config(), "layer": self.layer, **budget}
+        return {"pruner": self.pruner.config(), "layer": self.layer, **budget}
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,10 @@ class PruningPlan:
                     f"Stage {i} acts at layer {after.layer} after stage {i - 1} at layer {before.layer}; "
                     f"layers must rise."
                 )
-            if before.rule.withdraws:
+            if before.pruner.keeps_none:
                 raise ValueError(
-                    f"Stage {i} has nothing to choose from: stage {i - 1} ('{before.rule.name}') withdraws all tokens; "
-                    f"make that the last stage."
+                    f"Stage {i} has nothing to choose from: stage {i - 1} ('{before.pruner.name}') withdraws all "
+                    f"tokens; make that the last stage."
                 )
         for field in ("keep_ratio", "keep_tokens"):
             given = [
@@ -159,12 +165,12 @@ class PruningPlan:
     @property
     def prompt_dependent(self) -> bool:
         """The retained tokens depend on the prompt."""
-        return any(stage.layer > 0 or stage.rule.prompt_dependent for stage in self.stages)
+        return any(stage.layer > 0 or stage.pruner.prompt_dependent for stage in self.stages)
 
     @property
     def reads_prompt(self) -> bool:
         """Some pruner scores tokens by the prompt, so a sequence must hold one question."""
-        return any(stage.rule.prompt_dependent for stage in self.stages)
+        return any(stage.pruner.prompt_dependent for stage in self.stages)
 
     def counts(self, num_tokens: int) -> list[int]:
         """Tokens that each stage retains of a row of `num_tokens`; what one that is not exact is asked to retain."""

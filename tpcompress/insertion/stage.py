@@ -49,7 +49,7 @@ def run_stage(
     pruner: Any = controller.pruners[number]
     check_budget(pruner, controller.budgets[number])
     counts = [min(controller.budgets[number].count(t), c) for t, c in zip(rows.total, rows.count, strict=True)]
-    if not any(rows.count) or (pruner.exact and counts == rows.count):
+    if not any(rows.count) or (pruner.exact_count and counts == rows.count):
         _note(controller, number, call, rows.count, frame.width, None, None)
         return hidden_BND, None, False
     hide = controller.mode == "mask"
@@ -61,8 +61,10 @@ def run_stage(
     # Compact positions follow the order alone.
     place_RV = selection.place_BV if controller.plan.positions == "original" else None
     moved = selection.size_BV is not None or place_RV is not None
-    if moved and not pruner.calibrates:
-        raise ValueError(f"Pruner '{pruner.name}' gives sizes or places; set its class attribute calibrates = True.")
+    if moved and not pruner.uses_token_sizes:
+        raise ValueError(
+            f"Pruner '{pruner.name}' gives sizes or places; set its class attribute uses_token_sizes = True."
+        )
     gates = (selection.value_gate_BV, selection.key_bias_BV)
     check_gated(pruner, gates, call.prefix is not None)
     frame = call.frame = frame.gated(rows, *gates)
@@ -105,9 +107,9 @@ def _ask(
     # Out of mixed precision: the choice must be the one that the exported model makes.
     with torch.autocast(hidden_BND.device.type, enabled=False):
         selection = pruner(view, torch.tensor(counts))
-    if shown is not rows or not pruner.exact:
+    if shown is not rows or not pruner.exact_count:
         selection = replace(selection, keep_BV=selection.keep_BV & rows.valid_RV)
-    if not pruner.exact:
+    if not pruner.exact_count:
         counts = selection.keep_BV.sum(1).cpu().numpy().tolist()
     elif shown is not rows:
         counts = [min(count, came) for count, came in zip(counts, rows.count, strict=True)]

@@ -212,21 +212,21 @@ class Pruner(Configured):
     """Where the rule is from: the number of its paper on arXiv, or `ours`."""
     merges: bool = False
     """Retained tokens absorb dropped ones: it gives new values."""
-    exact: bool = True
+    exact_count: bool = True
     """It retains exactly the budget. Others count for themselves, which costs the host a look at the device."""
     differentiable: bool = False
     """A gradient reaches its scores."""
-    calibrates: bool = False
+    uses_token_sizes: bool = False
     """What it retains carries sizes or other positions, which the layers behind the stage must honour."""
-    learns_gathered: bool = False
+    trainable_when_cut: bool = False
     """If it has weights, a gradient reaches them on gathered tokens, too; others learn at full length alone."""
-    acts: bool = True
+    trains_through_model: bool = True
     """If it has weights, what the model says in training depends on them; else only a loss on its choice teaches it."""
     gates: bool = False
     """In training it may act inside the attention of the layers behind the stage: by value gates or biases of keys."""
-    withdraws: ClassVar[bool] = False
+    keeps_none: ClassVar[bool] = False
     """It retains nothing: its budget is 0, and no other pruner's is."""
-    starts_as: ClassVar[str | None] = None
+    untrained_equivalent: ClassVar[str | None] = None
     """The training-free pruner that a learned one equals before its training: its control in comparisons."""
 
     @property

@@ -24,7 +24,7 @@ def facts(rule: Pruner) -> dict[str, str]:
         "asks": "yes" if rule.prompt_dependent else "-",
         "grad": "learns" if rule.learned else "yes" if rule.differentiable else "-",
         "merges": "yes" if rule.merges else "-",
-        "exact": "yes" if rule.exact else "-",
+        "exact": "yes" if rule.exact_count else "-",
         "serving": "A" if unserved(rule) is None else "-",
         "paper": rule.paper,
     }
@@ -39,15 +39,15 @@ def site(rule: Pruner) -> str:
 
 def unserved(rule: Pruner) -> str | None:
     """Why an engine cannot take a pruner before the language model as a property of its encoder; None if it can."""
-    if rule.withdraws:
+    if rule.keeps_none:
         return f"'{rule.name}' leaves the language model no vision token"
     if rule.needs & LAYER_VIEWS:
         return f"'{rule.name}' reads layers of the language model"
     if rule.prompt_dependent:
         return f"'{rule.name}' reads the prompt, so an image is pruned anew for every question"
-    if not rule.exact:
+    if not rule.exact_count:
         return f"'{rule.name}' counts for itself, so an image has no fixed count"
-    if rule.calibrates:
+    if rule.uses_token_sizes:
         return f"'{rule.name}' gives sizes or positions, which the layers of the language model would have to honour"
     return None
 

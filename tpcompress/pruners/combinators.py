@@ -42,12 +42,12 @@ class Composed(Pruner):
                     f"{self.name} does not import '{given}' from outside tpcompress; write {{type: {given}}} instead."
                 )
             part = create(given, allow_outside=False)
-            reasons = {"retains nothing": part.withdraws}
+            reasons = {"retains nothing": part.keeps_none}
             if self.only_rank:
                 reasons |= {
                     "merges tokens": part.merges,
                     "learns by gates of its own": part.learned,
-                    "counts for itself": not part.exact,
+                    "counts for itself": not part.exact_count,
                 }
             for reason, holds in reasons.items():
                 if holds:

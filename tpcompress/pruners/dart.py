@@ -86,7 +86,7 @@ class DART(Pruner):
         self.vision_pivots, self.text_pivots, self.pivot, self.largest = vision_pivots, text_pivots, pivot, largest
         self.norm_power, self.space, self.words, self.seed = norm_power, space, words, seed
         self.compat, self.reduction = compat, reduction
-        self.exact = not compat
+        self.exact_count = not compat
 
     @property
     def needs(self) -> frozenset[str]:

@@ -27,7 +27,7 @@ class DivPrune(Pruner):
     def __init__(self, compat: bool = False) -> None:
         super().__init__()
         self.compat = compat
-        self.exact = not compat
+        self.exact_count = not compat
 
     @torch.no_grad()
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:

@@ -44,7 +44,7 @@ class DTD(Pruner):
             possible = "a cosine between -1 and 1" if level == "feature" else "a difference of at least 0"
             raise ValueError(f"dtd at level {level} needs a threshold that is {possible}, got {threshold}.")
         self.level, self.threshold = level, threshold
-        self.exact = threshold is None
+        self.exact_count = threshold is None
 
     @property
     def needs(self) -> frozenset[str]:

@@ -56,7 +56,7 @@ class Scores:
 class Scorer(Part):
     """`TokenView -> Scores`."""
 
-    starts_as: ClassVar[str | None] = None
+    untrained_equivalent: ClassVar[str | None] = None
     """The training-free pruner whose order it has before training; None for one that starts without knowledge."""
 
     @property
@@ -101,7 +101,7 @@ class Choice:
 class Selector(Part):
     """Scores and a count to a `Choice`."""
 
-    exact: ClassVar[bool] = True
+    exact_count: ClassVar[bool] = True
     """It retains exactly the count."""
     votes: ClassVar[bool] = False
     """It counts votes, so its scorer must give `Scores.votes_BVV`."""
@@ -130,7 +130,7 @@ class Applier(Part):
     """Its gates want the whole sequence (mode `mask`)."""
     merges: ClassVar[bool] = False
     """Retained tokens absorb dropped ones, in inference as well."""
-    acts: ClassVar[bool] = True
+    trains_through_model: ClassVar[bool] = True
     """What the model says in training depends on the gates."""
     gates: ClassVar[bool] = False
     """It acts inside the attention of the layers behind the stage."""

@@ -48,7 +48,7 @@ class HoloV(Pruner):
                 f"holov needs crops >= 1, alpha and beta >= 0, got {crops}, {alpha}, {beta}; correct them."
             )
         self.crops, self.alpha, self.beta, self.attention, self.compat = crops, alpha, beta, attention, compat
-        self.exact = not compat
+        self.exact_count = not compat
 
     @property
     def needs(self) -> frozenset[str]:

@@ -53,7 +53,7 @@ class LearnedGate(Pruner):
         self.reserve = reserve
         if reserve and self.selector.votes:
             raise ValueError(f"Selector '{self.selector.name}' counts votes and knows no reserve; set reserve: 0.")
-        if self.applier.merges and not self.selector.exact:
+        if self.applier.merges and not self.selector.exact_count:
             raise ValueError(
                 f"Applier '{self.applier.name}' merges, so every row needs its exact count; selector "
                 f"'{self.selector.name}' counts for itself. Take applier value, noise or log_bias."
@@ -81,24 +81,24 @@ class LearnedGate(Pruner):
         return any(part.learned for part in self.chain)
 
     @property
-    def starts_as(self) -> str | None:  # type: ignore[override]
-        return None if self.reserve else self.scorer.starts_as
+    def untrained_equivalent(self) -> str | None:  # type: ignore[override]
+        return None if self.reserve else self.scorer.untrained_equivalent
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return self.selector.exact
+    def exact_count(self) -> bool:  # type: ignore[override]
+        return self.selector.exact_count
 
     @property
     def merges(self) -> bool:  # type: ignore[override]
         return self.applier.merges
 
     @property
-    def learns_gathered(self) -> bool:  # type: ignore[override]
+    def trainable_when_cut(self) -> bool:  # type: ignore[override]
         return not self.applier.full_length
 
     @property
-    def acts(self) -> bool:  # type: ignore[override]
-        return self.applier.acts
+    def trains_through_model(self) -> bool:  # type: ignore[override]
+        return self.applier.trains_through_model
 
     @property
     def gates(self) -> bool:  # type: ignore[override]

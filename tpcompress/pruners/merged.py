@@ -42,7 +42,7 @@ class Merged(Composed):
         if weights not in WEIGHTS:
             raise ValueError(f"merged has no weights '{weights}'; choose one of {', '.join(WEIGHTS)}.")
         self.metric, self.weights, self.proportional = metric, weights, proportional
-        self.differentiable, self.calibrates = self.parts[0].differentiable, proportional
+        self.differentiable, self.uses_token_sizes = self.parts[0].differentiable, proportional
 
     @property
     def needs(self) -> frozenset[str]:

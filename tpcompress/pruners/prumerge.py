@@ -67,7 +67,7 @@ class PruMerge(Pruner):
             raise ValueError(f"prumerge merges 0 or more neighbours, got {neighbours}; 32 is the paper's.")
         self.plus, self.adaptive, self.uniform, self.neighbours = plus, adaptive, uniform, neighbours
         self.attention, self.merge_at, self.compat = attention, merge_at, compat
-        self.exact = not (adaptive or compat)
+        self.exact_count = not (adaptive or compat)
 
     @property
     def needs(self) -> frozenset[str]:

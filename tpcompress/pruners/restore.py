@@ -61,7 +61,7 @@ class Restore(Composed):
             if given not in known:
                 raise ValueError(f"restore has no {argument} '{given}'; choose one of {', '.join(known)}.")
         self.differentiable = self.parts[0].differentiable
-        self.calibrates = proportional or place == "median"
+        self.uses_token_sizes = proportional or place == "median"
         self.anchors, self.weights, self.place, self.proportional = anchors, weights, place, proportional
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:

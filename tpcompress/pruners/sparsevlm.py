@@ -67,7 +67,7 @@ class SparseVLM(Pruner):
         if heads < 0:
             raise ValueError(f"sparsevlm averages its strongest `heads`, got {heads}; set 1 or more, or 0 for all.")
         self.recycle, self.heads, self.compat = recycle, heads, compat
-        self.merges, self.exact = recycle, not (recycle and compat)
+        self.merges, self.exact_count = recycle, not (recycle and compat)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -55,7 +55,7 @@ class ToFu(Pruner):
         check_rounds(self.name, rounds)
         self.mode, self.metric, self.proportional, self.rounds = mode, metric, proportional, rounds
         self.merges = mode == "merge"
-        self.calibrates = self.merges and proportional
+        self.uses_token_sizes = self.merges and proportional
 
     @property
     def needs(self) -> frozenset[str]:

@@ -48,7 +48,7 @@ class ToMe(Pruner):
         check_metric(self.name, metric)
         check_rounds(self.name, rounds)
         self.metric, self.proportional, self.rounds = metric, proportional, rounds
-        self.calibrates = proportional
+        self.uses_token_sizes = proportional
 
     @property
     def needs(self) -> frozenset[str]:

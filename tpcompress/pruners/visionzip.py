@@ -56,7 +56,7 @@ class VisionZip(Pruner):
         check_merge_at(self.name, merge_at)
         check_share(self.name, "contextual", contextual)
         self.contextual, self.attention, self.merge_at, self.compat = contextual, attention, merge_at, compat
-        self.exact = not compat
+        self.exact_count = not compat
 
     @property
     def needs(self) -> frozenset[str]:

@@ -26,7 +26,7 @@ class VTW(Pruner):
 
     name = "vtw"
     paper = "2405.05803"
-    withdraws = True
+    keeps_none = True
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         return Selection(

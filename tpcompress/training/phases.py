@@ -144,7 +144,9 @@ def phases_of(
                 "The pruner trains, but its gates carry a gradient at full length only and full_every is 0; set "
                 "full_every to 1, or to 4 for one step in four, or take applier gather_value."
             )
-        idle = plan is not None and any(stage.rule.learned and not stage.rule.acts for stage in plan.stages)
+        idle = plan is not None and any(
+            stage.pruner.learned and not stage.pruner.trains_through_model for stage in plan.stages
+        )
         if phase.pruner and idle and not any("gate" in loss.needs for loss in phase.losses):
             raise ValueError(NOBODY_TEACHES)
     return found
@@ -188,12 +190,12 @@ def _without_gates(phase: Phase) -> Phase:
 
 def is_learned(plan: PruningPlan | None) -> bool:
     """Whether a pruner of the plan has weights."""
-    return plan is not None and any(stage.rule.learned for stage in plan.stages)
+    return plan is not None and any(stage.pruner.learned for stage in plan.stages)
 
 
 def wants_full_length(plan: PruningPlan | None) -> bool:
     """Whether a learned pruner of the plan gets its gradient at full length only."""
-    return plan is not None and any(s.rule.learned and not s.rule.learns_gathered for s in plan.stages)
+    return plan is not None and any(s.pruner.learned and not s.pruner.trainable_when_cut for s in plan.stages)
 
 
 def check_full_every(value: int) -> int:

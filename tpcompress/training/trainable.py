@@ -84,7 +84,7 @@ def check_packing(plan: PruningPlan | None, attention: str | None) -> None:
         ValueError: a pruner reads the question, or the attention implementation does not take such a mask.
     """
     if plan is not None and plan.reads_prompt:
-        name = next(stage.rule.name for stage in plan.stages if stage.rule.prompt_dependent)
+        name = next(stage.pruner.name for stage in plan.stages if stage.pruner.prompt_dependent)
         raise ValueError(
             f"Pruner '{name}' scores tokens by the question, but packed sequences hold several; set data pack: false."
         )

@@ -217,7 +217,7 @@ class Run:
         if plan is None:
             return total, total
         stage = plan.stages[-1]
-        if len(plan.stages) == 1 and not stage.rule.exact and bias.retained is not None:
+        if len(plan.stages) == 1 and not stage.pruner.exact_count and bias.retained is not None:
             return bias.retained, (total * stage.layer + bias.retained * (depth - stage.layer)) / depth
         return plan.counts(total)[-1], plan.layer_average(total, depth)
 
@@ -233,7 +233,7 @@ class Run:
         """A trained row with its paired differences to the training-free one and to the control."""
         row = replace(row, gain=self._over(self.report.twin(row, "training_free"), scores))
         control = control_plan(plan)
-        start = None if control is None else control.stages[-1].rule.name
+        start = None if control is None else control.stages[-1].pruner.name
         same = self.report.find("dense_ft", start, row.keep_tokens, row.layer, 0)
         if start is None or same is None:
             return row

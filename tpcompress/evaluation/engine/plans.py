@@ -19,18 +19,18 @@ def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
             f"{recipe}: a comparison sets the budget of plans with one stage, this has {len(plan.stages)}."
         )
     stage = plan.stages[0]
-    new = Stage(stage.rule.config(), stage.layer, budget.keep_ratio, budget.keep_tokens)
+    new = Stage(stage.pruner.config(), stage.layer, budget.keep_ratio, budget.keep_tokens)
     return PruningPlan([new], plan.positions, plan.scope)
 
 
 def control_plan(plan: PruningPlan) -> PruningPlan | None:
     """The plan without training: itself, or what its learned pruner starts as; None if that is nothing."""
     stage = plan.stages[-1]
-    if not stage.rule.learned:
+    if not stage.pruner.learned:
         return plan
-    if stage.rule.starts_as is None:
+    if stage.pruner.untrained_equivalent is None:
         return None
-    start = Stage(stage.rule.starts_as, stage.layer, stage.keep_ratio, stage.keep_tokens)
+    start = Stage(stage.pruner.untrained_equivalent, stage.layer, stage.keep_ratio, stage.keep_tokens)
     return PruningPlan([start], plan.positions, plan.scope)
 
 
@@ -44,4 +44,4 @@ def key_of(plan: PruningPlan | None) -> tuple[str | None, int, float | None]:
     if plan is None:
         return None, 0, None
     stage = plan.stages[-1]
-    return stage.rule.name, stage.layer, stage.keep_ratio if stage.keep_tokens is None else stage.keep_tokens
+    return stage.pruner.name, stage.layer, stage.keep_ratio if stage.keep_tokens is None else stage.keep_tokens

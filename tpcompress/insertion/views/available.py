@@ -23,11 +23,11 @@ def check_views(parts: Parts, plan: PruningPlan) -> None:
         ValueError: one does not; the message says why, and which pruners would work there.
     """
     for stage in plan.stages:
-        reason = missing(parts, stage.rule, stage.layer)
+        reason = missing(parts, stage.pruner, stage.layer)
         if reason is not None:
-            others = {name: cls for name, cls in list_pruners().items() if not cls.withdraws}
+            others = {name: cls for name, cls in list_pruners().items() if not cls.keeps_none}
             fit = [name for name, cls in others.items() if missing(parts, cls(), stage.layer) is None]
-            raise ValueError(f"Pruner '{stage.rule.name}' needs {reason}, or use one of: {', '.join(fit)}.")
+            raise ValueError(f"Pruner '{stage.pruner.name}' needs {reason}, or use one of: {', '.join(fit)}.")
 
 
 def check_layers(parts: Parts, layers: Sequence[int]) -> None:
@@ -62,9 +62,9 @@ def check_moved(parts: Parts, plan: PruningPlan, layers: Sequence[int]) -> None:
         raise ValueError(f"Layers of stages must rise, got {list(layers)}.")
     check_layers(parts, layers)
     for stage, layer in zip(plan.stages, layers, strict=True):
-        reason = missing(parts, stage.rule, layer)
+        reason = missing(parts, stage.pruner, layer)
         if reason is not None:
-            raise ValueError(f"Pruner '{stage.rule.name}' cannot move to layer {layer}: it needs {reason}.")
+            raise ValueError(f"Pruner '{stage.pruner.name}' cannot move to layer {layer}: it needs {reason}.")
 
 
 def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:

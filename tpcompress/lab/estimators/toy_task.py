@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpcompress.bundled import PACKAGE
 from tpcompress.pruners import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import slots, take
 
-WEIGHTS = Path(__file__).parents[1] / "assets" / "retrieval.npz"
+WEIGHTS = PACKAGE / "assets" / "retrieval.npz"
 WIDTH, HEADS, LAYERS = 48, 4, 2
 TOKENS, FACTS, KEYS, VALUES = 24, 4, 8, 8
 FLAG, NOISE = 0.45, 0.9

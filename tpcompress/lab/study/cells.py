@@ -186,9 +186,9 @@ def _cell(
     plan = gate = None
     if tested is not None:
         plan = plan_for(tested, tested_budget, seed)
-        if plan.stages[-1].rule.learned and way is None:
+        if plan.stages[-1].pruner.learned and way is None:
             plan = control_plan(plan)  # what a learned pruner starts as stands in for it where none was trained
-        elif plan.stages[-1].rule.learned:
+        elif plan.stages[-1].pruner.learned:
             own = tested is contender
             gate = training if own else training_of(study, tested, study.ways[0], tested_budget, seed)
     label = FREE if free else CONTROL if way is None else way.name
@@ -209,6 +209,6 @@ def _ablated(study: Study, ablation: Ablation, seed: int) -> Cell:
     name = slug(f"ablation-{ablation.name}-{way.name}-{contender.name}-{study.focus}-seed{seed}")
     plan = plan_for(changed, study.focus, seed)
     training = Training(name, recipe, plan, seed)
-    gate = training if plan.stages[-1].rule.learned else None
+    gate = training if plan.stages[-1].pruner.learned else None
     label, budget = f"{way.name}: {ablation.name}", study.focus
     return Cell(name, "ablations", contender.name, label, budget, seed, contender.name, budget, training, gate, plan)

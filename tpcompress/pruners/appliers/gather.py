@@ -17,7 +17,7 @@ class Gather(Applier):
     """
 
     name = "gather"
-    acts = False
+    trains_through_model = False
 
     def forward(self, tokens: TokenView, choice: Choice) -> Selection:
         return cut(tokens, choice)

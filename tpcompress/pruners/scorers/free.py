@@ -43,8 +43,8 @@ class Free(Scorer):
         reasons = {
             "has weights of its own": self.pruner.learned,
             "merges tokens": self.pruner.merges,
-            "counts for itself": not self.pruner.exact,
-            "retains nothing": self.pruner.withdraws,
+            "counts for itself": not self.pruner.exact_count,
+            "retains nothing": self.pruner.keeps_none,
         }
         for reason, holds in reasons.items():
             if holds:

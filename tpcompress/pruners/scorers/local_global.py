@@ -40,7 +40,7 @@ class LocalGlobal(WeightedScorer):
     """
 
     name = "local_global"
-    starts_as = "novelty"
+    untrained_equivalent = "novelty"
 
     def __init__(self, width: int = 64, question: bool = False) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class ArgmaxUnion(Selector):
     """
 
     name = "argmax_union"
-    exact = False
+    exact_count = False
     votes = True
 
     def __init__(self, noise: str = "gumbel", cap: float | None = 1.0) -> None:

@@ -30,7 +30,7 @@ class LearnedBudget(Annealed):
     """
 
     name = "learned_budget"
-    exact = False
+    exact_count = False
 
     def __init__(
         self,

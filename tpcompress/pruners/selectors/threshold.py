@@ -32,7 +32,7 @@ class Threshold(Annealed):
     """
 
     name = "threshold"
-    exact = False
+    exact_count = False
 
     def __init__(
         self,

@@ -108,7 +108,7 @@ def known_not_to_learn(module: PruningModule) -> list[str]:
 
     A recipe that repeats a published one, defects and all, is not warned of.
     """
-    gates = [s.rule for s in module.plan.stages if isinstance(s.rule, LearnedGate)] if module.plan else []
+    gates = [s.pruner for s in module.plan.stages if isinstance(s.pruner, LearnedGate)] if module.plan else []
     found = [
         f"{rule.selector.name} with {rule.applier.name}, {training_of(phase.full_every)}, was found not to teach a "
         f"scorer (tpcompress estimators); take another selector or applier, or set model.reproduction: true."

@@ -165,7 +165,7 @@ class AsMany(Pruner):
     """
 
     name = "as_many"
-    exact = False
+    exact_count = False
 
     def __init__(self, counts: list[int], seed: int) -> None:
         super().__init__()
@@ -187,9 +187,9 @@ def choosing_at_random(model: nn.Module, trace: Trace | None = None) -> Iterator
     pruners, stages = controller_of(model).pruners, {} if trace is None else {one.stage: one for one in trace.stages}
     own = list(pruners)
     for number, pruner in enumerate(own):
-        if not pruner.exact and number in stages:
+        if not pruner.exact_count and number in stages:
             pruners[number] = AsMany(stages[number].vision_out, number).eval()
-        elif not pruner.withdraws:
+        elif not pruner.keeps_none:
             pruners[number] = create({"type": "random", "seed": number}).eval()
     try:
         yield

@@ -66,7 +66,7 @@ class Imitate(Loss):
         if of not in OF:
             raise ValueError(f"Loss 'imitate' is of {' or '.join(OF)}, got {of!r}.")
         self.guide: Pruner = create(pruner)
-        if self.guide.learned or self.guide.withdraws:
+        if self.guide.learned or self.guide.keeps_none:
             raise ValueError(f"Loss 'imitate': pruner '{self.guide.name}' must have no weights, and retain something.")
         self.pruner, self.of, self.temperature = pruner, of, checked_temperature(temperature, self.name)
 
@@ -77,13 +77,14 @@ class Imitate(Loss):
     def prepare(self, module: Any) -> None:
         """See that the learned pruners show the guide what it needs."""
         for stage in module.plan.stages if module.plan is not None else []:
-            lacking = sorted(self.guide.needs - stage.rule.needs)
-            if self.guide.needs & TOWER_FIELDS.keys() and self.guide.tower_layers != stage.rule.tower_layers:
+            lacking = sorted(self.guide.needs - stage.pruner.needs)
+            if self.guide.needs & TOWER_FIELDS.keys() and self.guide.tower_layers != stage.pruner.tower_layers:
                 lacking.append(f"layers {self.guide.tower_layers} of the tower")
-            if stage.rule.learned and lacking:
+            if stage.pruner.learned and lacking:
                 raise ValueError(
-                    f"Loss 'imitate': pruner '{self.guide.name}' needs {', '.join(lacking)}, which '{stage.rule.name}' "
-                    f"at layer {stage.layer} does not read; take a guide of its views, e.g. novelty."
+                    f"Loss 'imitate': pruner '{self.guide.name}' needs {', '.join(lacking)}, which "
+                    f"'{stage.pruner.name}' at layer {stage.layer} does not read; "
+                    f"take a guide of its views, e.g. novelty."
                 )
 
     def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:

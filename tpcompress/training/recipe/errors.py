@@ -80,7 +80,7 @@ def _classes(key: str) -> list[str]:
     open_sets: dict[str, type] = {"schedule": schedules.Schedule, "losses": losses.Loss, "teacher": teachers.Teacher}
     base = next((cls for word, cls in open_sets.items() if word in key), datamodule.RowsData)
     # Classes of elsewhere go by their path.
-    return sorted(cls.__name__ for cls in _below(base) if cls.__module__.startswith(f"{__package__}."))
+    return sorted(cls.__name__ for cls in _below(base) if cls.__module__.startswith("tpcompress.training."))
 
 
 def _below(base: type) -> set[type]:

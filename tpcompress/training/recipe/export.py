@@ -69,7 +69,7 @@ def export_free(
         FileExistsError: `out` exists.
     """
     chosen = plan_in(plan)
-    untrained = [stage.rule.name for stage in chosen.stages if stage.rule.learned]
+    untrained = [stage.pruner.name for stage in chosen.stages if stage.pruner.learned]
     if untrained:
         raise ValueError(f"Pruner '{untrained[0]}' has weights to train; run `tpcompress fit` and export with --ckpt.")
     model = attach(load_base(base), chosen).eval()
