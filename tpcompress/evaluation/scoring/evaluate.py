@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import Progress
@@ -24,8 +24,14 @@ from tpcompress.insertion.trace import Trace
 
 __all__ = ["Prepared", "Scores", "evaluate", "evaluate_by_generation", "learnt_families", "prepare"]
 
-Rows = Sequence[Mapping[str, Any]]
-"""A `datasets.Dataset` of rows, or a list of them."""
+
+class Rows(Protocol):
+    """A `datasets.Dataset` of rows, a list of them, or anything else with a length and an index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
 
 Watch = Callable[[Trace, BatchMeta], None]
 """Gets the record of every batch, and what the batch knows beside the model's inputs."""

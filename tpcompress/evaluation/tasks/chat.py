@@ -1,0 +1,80 @@
+"""Chat data of the user: any held-out file that recipes can train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tpcompress.data.chat import load_chat
+from tpcompress.data.rows import OnBadRow
+from tpcompress.evaluation.scoring.evaluate import Rows
+from tpcompress.evaluation.tasks.base import Task
+
+FAMILY = "all"
+"""Family of every question in data without a `families` column."""
+
+
+class Chat(Task):
+    """Conversations of a file, folder or data set, see `tpcompress.data.load_chat` for the formats.
+
+    A column `families` (one name per conversation of a row) groups the questions; without it all of them are one
+    family. Give rows that the model is not trained on.
+
+    Args:
+        data: file, folder, or name on the hub.
+        image_folder: folder that relative image paths start from; default: the folder of the file.
+        split: split of a data set that has several.
+        num_images: number of rows, from the first; default: all.
+        on_bad_row: `skip` leaves out broken rows, `raise` stops at the first.
+    """
+
+    name = "chat"
+
+    def __init__(
+        self,
+        data: str,
+        image_folder: str | None = None,
+        split: str = "train",
+        num_images: int | None = None,
+        on_bad_row: OnBadRow = "skip",
+    ) -> None:
+        if num_images is not None and (isinstance(num_images, bool) or not isinstance(num_images, int)):
+            raise ValueError(f"num_images must be a whole number, got {num_images!r}.")
+        if num_images is not None and num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}; leave it out to take all rows.")
+        self.data, self.image_folder, self.split = str(data), image_folder, split
+        self.num_images, self.on_bad_row = num_images, on_bad_row
+
+    def load(self) -> Rows:
+        """Read the data; images are decoded when a row is used.
+
+        Raises:
+            FileNotFoundError: no such file or image folder.
+            ValueError: unknown format, split or columns, or no usable row.
+        """
+        rows, _ = load_chat(self.data, self.image_folder, self.split, self.on_bad_row)
+        if self.num_images is not None:
+            rows = rows.select(range(min(self.num_images, len(rows))))
+        return rows if "families" in rows.column_names else _OneFamily(rows)
+
+    @property
+    def description(self) -> str:
+        """Path or name of the data."""
+        return self.data
+
+
+class _OneFamily:
+    """Rows whose conversations all belong to one family; nothing is copied."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {**row, "families": [FAMILY] * len(row["conversations"])}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
