@@ -106,14 +106,14 @@ def deep():
 
 def test_every_method_has_a_plan():
     """What learns has recipes that train it instead."""
-    plans = [PruningPlan.from_file(p.values[0]) for p in of("plan")]
+    plans = [PruningPlan.of(p.values[0]) for p in of("plan")]
     rules = {m.name for plan in plans for s in plan.stages for m in s.pruner.modules() if isinstance(m, Pruner)}
     assert {name for name, cls in list_pruners().items() if not cls().learned} <= rules
 
 
 @pytest.mark.parametrize("path", of("plan"))
 def test_a_plan_runs_at_the_papers_depth(path, deep):
-    plan = PruningPlan.from_file(path)
+    plan = PruningPlan.of(path)
     ids = torch.tensor([[5, 6, *[IMAGE] * 576, 7, 8, 9, 10, 11]])
     pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     attach(deep, plan)

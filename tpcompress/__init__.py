@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tpcompress.export import export, load, load_processor, verify
 from tpcompress.families import list_families
-from tpcompress.insertion.attach import attach, budgets, detach, mode, plan_of, record
+from tpcompress.insertion.attach import attach, budgets, detach, disabled, is_attached, mode, plan_of, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.insertion.trace import StageTrace, Trace
 from tpcompress.pruners import Pruner, Selection, TokenView, list_pruners
@@ -25,6 +25,6 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 __all__ = [
     "Budget", "Pruner", "PruningPlan", "Selection", "Stage", "StageTrace", "TokenView", "Trace", "attach", "budgets",
-    "detach", "export", "list_families", "list_pruners", "load", "load_processor", "mode", "plan_of", "record",
-    "verify",
+    "detach", "disabled", "export", "is_attached", "list_families", "list_pruners", "load", "load_processor", "mode",
+    "plan_of", "record", "verify",
 ]  # fmt: skip

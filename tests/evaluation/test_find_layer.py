@@ -122,11 +122,11 @@ def test_the_command_on_the_bundled_base(tmp_path):
     assert "chosen" in text
     assert "From layer 0 of 2 on" in text
     written = tmp_path / "deep" / "vtw.yaml"
-    assert PruningPlan.from_file(written).to_dict() == search.plan().to_dict()
+    assert PruningPlan.of(written).to_dict() == search.plan().to_dict()
     assert written.read_text().startswith("# tiny_llava: all vision tokens leave before layer 0 of 2")
     again, _ = run(out=str(tmp_path / "vtw.json"), threshold=100.0)
     assert again == search, "the same samples, the same figures"
-    assert PruningPlan.from_file(tmp_path / "vtw.json").to_dict() == search.plan().to_dict()
+    assert PruningPlan.of(tmp_path / "vtw.json").to_dict() == search.plan().to_dict()
     with pytest.raises(ValueError, match="reads its picture to the end"):
         run(out=str(tmp_path / "none.yaml"))
     assert not (tmp_path / "none.yaml").exists()

@@ -29,7 +29,6 @@ from tpcompress.evaluation.inspect import (
     chat_inputs,
     inspect_prefill,
     load_subject,
-    plan_from,
     run_inspection,
 )
 from tpcompress.families import Layout, list_families
@@ -133,7 +132,7 @@ def coloured(picture: np.ndarray) -> np.ndarray:
 
 
 def looked_at(family: str, processor: Any, image: Image.Image, plan: str):
-    model = tp.attach(model_of(family), plan_from(plan))
+    model = tp.attach(model_of(family), tp.PruningPlan.of(plan))
     found = inspect_prefill(model, processor, image, "w5 w6")
     pictures = pictures_of(found.image, found.inputs, grids_of(found.stages[0]), processor.image_processor)
     return found, pictures, stage_panels(found.stages, ["s"] * len(found.stages), pictures)
@@ -271,7 +270,7 @@ def test_many_panels_stand_on_several_rows(tmp_path):
 
 
 def test_short_plans():
-    plan = plan_from("divprune:0.5,dart:64@8")
+    plan = tp.PruningPlan.of("divprune:0.5,dart:64@8")
     assert [(s.pruner.name, s.layer, s.keep_ratio, s.keep_tokens) for s in plan.stages] == [
         ("divprune", 0, 0.5, None), ("dart", 8, None, 64)
     ]  # fmt: skip
@@ -315,7 +314,7 @@ def test_an_exported_folder_brings_its_plan(tmp_path, image):
     (tmp_path / "plan.yaml").write_text("{pruner: uniform, keep_tokens: 16}")
     export_free("tiny_llava", tmp_path / "plan.yaml", tmp_path / "export")
     for given, kept in ((None, 16), ("random:9", 9)):
-        model, processor = load_subject(str(tmp_path / "export"), given and plan_from(given), "float32", "cpu")
+        model, processor = load_subject(str(tmp_path / "export"), given and tp.PruningPlan.of(given), "float32", "cpu")
         found = inspect_prefill(model, processor, Image.open(image), "what ?")
         assert found.stages[0].vision_out == [kept]
 
@@ -329,8 +328,11 @@ def test_an_exported_folder_brings_its_plan(tmp_path, image):
         ({"prompt": " "}, "asks nothing; give a question"),
         ({"prompt": "<image> or <image>"}, "The prompt has 2 <image> for one image; leave one or none."),
         ({"plan": None}, "tiny_llava has no plan of its own; give --plan"),
-        ({"plan": "gone.yaml"}, "No plan at gone.yaml; give a plan file or a recipe."),
-        ({"plan": "divprune"}, "No plan 'divprune'; give a plan file, a recipe, or PRUNER:TOKENS@LAYER"),
+        ({"plan": "gone.yaml"}, "No plan at gone.yaml; give a pruner with a budget"),
+        (
+            {"plan": "divprune"},
+            "Pruner 'divprune' needs a budget; give keep_tokens or",
+        ),
         ({"plan": "divprun:9"}, "Did you mean divprune?"),
         ({"plan": "uniform:9@2"}, "Stage 0 acts at layer 2, but the model has 2"),
         ({"plan": "learned_gate:9"}, "Pruner 'learned_gate' has weights to train; inspect an exported folder"),
@@ -350,7 +352,7 @@ def test_mistakes_are_one_line(change, message, image, tmp_path):
 
 
 def test_folders_that_hold_no_model_of_ours(tmp_path):
-    plan = plan_from("uniform:9")
+    plan = tp.PruningPlan.of("uniform:9")
     LlamaConfig().save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="'llama' is not a known family"):
         load_subject(str(tmp_path / "text"), plan, "float32", "cpu")
@@ -374,7 +376,7 @@ def test_templates_that_cannot_write_an_image():
 
 
 def test_a_processor_of_another_model_is_noticed():
-    model = tp.attach(model_of("qwen2_5_vl"), plan_from("uniform:9"))
+    model = tp.attach(model_of("qwen2_5_vl"), tp.PruningPlan.of("uniform:9"))
     with pytest.raises(ValueError, match="No vision token reached the language model"):
         inspect_prefill(model, TextOnly(), red(8, 8), "w5")
 

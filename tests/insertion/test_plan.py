@@ -27,8 +27,8 @@ def test_round_trips(config: dict[str, Any], tmp_path: Path) -> None:
         PruningPlan.from_yaml(plan.to_yaml()),
         PruningPlan.from_json(plan.to_json()),
         PruningPlan.from_yaml(plan.to_json()),
-        PruningPlan.from_file(tmp_path / "plan.yaml"),
-        PruningPlan.from_file(str(tmp_path / "plan.json")),
+        PruningPlan.of(tmp_path / "plan.yaml"),
+        PruningPlan.of(str(tmp_path / "plan.json")),
     ):
         assert again.to_dict() == values
         assert again.positions == "compact"
@@ -81,9 +81,9 @@ def test_refused(values: Any, message: str) -> None:
 
 
 def test_stages_must_rise_and_never_grow() -> None:
-    with pytest.raises(ValueError, match="Stage 1 acts at layer 2 after stage 0 at layer 2; layers must rise"):
+    with pytest.raises(ValueError, match="Stage 1 acts at layer 2 after stage 0 at layer 2; layers must increase"):
         PruningPlan([Stage("dart", 2, keep_tokens=9), Stage("random", 2, keep_tokens=3)])
-    with pytest.raises(ValueError, match="layers must rise"):
+    with pytest.raises(ValueError, match="layers must increase"):
         PruningPlan([Stage("dart", 3, keep_tokens=9), Stage("random", 2, keep_tokens=3)])
     with pytest.raises(
         ValueError, match=r"Stage 1 \(layer 3\) keeps 10 .* after stage 0 kept 9; budgets must not grow"
@@ -99,8 +99,8 @@ def test_stages_must_rise_and_never_grow() -> None:
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No plan file at .*give a YAML or JSON file"):
-        PruningPlan.from_file(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="No plan at .*none.yaml; give a pruner with a budget, PRUNER"):
+        PruningPlan.of(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(("ratio", "tokens", "count"), [(0.111, 576, 64), (0.25, 64, 16), (0.001, 64, 1), (1.0, 7, 7)])

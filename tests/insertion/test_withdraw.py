@@ -183,7 +183,7 @@ def test_a_prompt_of_nothing_else_is_refused(model: Any) -> None:
         ([{"pruner": "dart", "keep_tokens": -1}], "whole number of at least 1, got -1"),
         (
             [{"pruner": "vtw", "keep_tokens": 0}, {"pruner": "vtw", "layer": 2, "keep_tokens": 0}],
-            r"Stage 1 has nothing to choose from: stage 0 \('vtw'\) withdraws all tokens; make that the last stage",
+            r"Stage 1 has no tokens to choose from: stage 0 \('vtw'\) drops all of them; make that the last stage",
         ),
     ],
 )
@@ -198,7 +198,7 @@ def test_arithmetic_of_a_plan() -> None:
     assert plan.counts(64) == [8, 0]
     assert plan.layer_average(64, 8) == (64 + 3 * 8) / 8
     assert PruningPlan.from_yaml(plan.to_yaml()).to_dict() == plan.to_dict()
-    assert PruningPlan.from_file("recipes/free/vtw.yaml").layer_average(576, 32) == 270
+    assert PruningPlan.of("recipes/free/vtw.yaml").layer_average(576, 32) == 270
 
 
 def test_a_budget_of_a_run_is_checked_like_that_of_a_plan(model: Any) -> None:

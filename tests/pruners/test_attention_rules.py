@@ -306,7 +306,7 @@ def test_rater_score(heads: int) -> None:
     [("fastv", [2], [288]), ("pyramiddrop", [8, 16, 24], [288, 144, 72]), ("sparsevlm", [3, 7, 16], [82, 32, 18])],
 )
 def test_recipes(name: str, layers: list[int], counts: list[int]) -> None:
-    plan = PruningPlan.from_file(RECIPES / f"{name}.yaml")
+    plan = PruningPlan.of(RECIPES / f"{name}.yaml")
     assert {stage.pruner.name for stage in plan.stages} == {name}
     assert [stage.layer for stage in plan.stages] == layers
     assert plan.counts(576) == counts

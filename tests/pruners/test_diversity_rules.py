@@ -26,7 +26,7 @@ RULES = ("divprune", "cdpruner", "scope", "tops", "eadp", "sieve")
 
 @pytest.mark.parametrize("name", RULES)
 def test_recipe(name: str) -> None:
-    plan = PruningPlan.from_file(Path(__file__).parents[2] / "recipes" / "free" / f"{name}.yaml")
+    plan = PruningPlan.of(Path(__file__).parents[2] / "recipes" / "free" / f"{name}.yaml")
     assert {stage.pruner.name for stage in plan.stages} == {name}
 
 

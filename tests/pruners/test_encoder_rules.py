@@ -138,7 +138,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("recipe", COUNTS)
 def test_recipes_have_the_papers_counts(recipe: str) -> None:
-    (stage,) = PruningPlan.from_file(RECIPES / f"{recipe}.yaml").stages
+    (stage,) = PruningPlan.of(RECIPES / f"{recipe}.yaml").stages
     assert stage.layer == 0
     x = torch.randn(1, 576, 16, generator=torch.Generator().manual_seed(0))
     view = make_view(stage.pruner, x, (24, 24))

@@ -8,9 +8,10 @@ from training.helpers import Interrupt, callback
 
 from tpcompress.export import load, verify
 from tpcompress.insertion.attach import record
+from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.checkpoints import state
 from tpcompress.training.checkpoints.load import load_trained
-from tpcompress.training.recipe.export import export_free, export_run, plan_in
+from tpcompress.training.recipe.export import export_free, export_run
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4, "lora_dropout": 0.2}, "train": ["projector"]}
@@ -148,8 +149,8 @@ def test_a_plan_without_training_is_exported(work, tmp_path):
     recipe = work.recipe(model={"plan": {"pruner": "divprune", "keep_tokens": 16}})
     assert verify(export_free(str(work.base), recipe, tmp_path / "out")).ok
     plan = tmp_path / "plan.yaml"
-    plan.write_text(plan_in(recipe).to_yaml())
-    assert plan_in(plan).to_dict() == plan_in(recipe).to_dict()
+    plan.write_text(PruningPlan.of(recipe).to_yaml())
+    assert PruningPlan.of(plan).to_dict() == PruningPlan.of(recipe).to_dict()
     gate = work.recipe("gate", model={"plan": GATE})
     with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' has weights to train;[^\n]*$"):
         export_free(str(work.base), gate, tmp_path / "gate")
@@ -157,8 +158,8 @@ def test_a_plan_without_training_is_exported(work, tmp_path):
     with pytest.raises(ValueError, match=r"has no model.plan: it trains the dense model.$"):
         export_free(str(work.base), dense, tmp_path / "dense")
     with pytest.raises(FileNotFoundError, match="^No plan at"):
-        plan_in(tmp_path / "gone.yaml")
+        PruningPlan.of(tmp_path / "gone.yaml")
     plan.write_text("stages: [")
     with pytest.raises(ValueError, match=r"^\S*plan.yaml is not YAML[^\n]*$"):
-        plan_in(plan)
+        PruningPlan.of(plan)
     shutil.rmtree(tmp_path / "out")

@@ -17,7 +17,7 @@ from tpcompress.bundled import base_path
 from tpcompress.data.benchmark import load_benchmark
 from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.scoring.evaluate import Rows, evaluate, learnt_families
-from tpcompress.export.budgets import CurvePoint, check_number, ranges_of, was_trained, with_budgets, words
+from tpcompress.export.budgets import CurvePoint, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.load import load, load_processor
 from tpcompress.files import write_atomic
 from tpcompress.insertion.attach import budgets
@@ -77,7 +77,6 @@ class BudgetCurve:
         """
         plan = PruningPlan.from_dict(manifest["plan"])
         for values in self.asked:
-            check_number(plan, values)
             with_budgets(plan, values)
         questions = questions_of(folder, manifest["trained_with"].get("base"))
         key = {"export": _fingerprint(folder), "data": questions.what, "rows": len(questions.rows)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,12 +23,9 @@ from tpcompress.export.registry import PREFIX
 from tpcompress.families import family_of
 from tpcompress.inference import inference
 from tpcompress.insertion.attach import attach, controller_of, detach, is_attached, record
-from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.models import load_base, load_processor
-from tpcompress.training.recipe.export import plan_in
-
-SHORT_STAGE = re.compile(r"(?P<pruner>[\w.]+):(?P<keep>\d+|\d*\.\d+)(?:@(?P<layer>\d+))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +108,7 @@ def run_inspection(
     """
     if Path(out).suffix.lower() != ".png" or Path(out).is_dir():
         raise ValueError(f"--out {out} is no name of a PNG file; give one such as inspect.png.")
-    chosen = None if plan is None else plan_from(plan)
+    chosen = None if plan is None else PruningPlan.of(plan)
     picture = read_image(image)
     subject, processor = load_subject(model, chosen, dtype, device)
     found = inspect_prefill(subject, processor, picture, prompt)
@@ -198,24 +194,6 @@ def read_image(path: str) -> Image.Image:
         ) from None
 
 
-def plan_from(text: str) -> PruningPlan:
-    """A plan from a file, a recipe, or a short form: `divprune:64`, `dart:0.25@2`, `divprune:0.5@0,dart:64@8`.
-
-    Raises:
-        FileNotFoundError: neither a file nor a short form.
-        ValueError: anything that the plan refuses.
-    """
-    if not Path(text).is_file():
-        matches = [SHORT_STAGE.fullmatch(part) for part in text.split(",")]
-        if all(matches):
-            return PruningPlan([_stage(match) for match in matches if match])
-        if not text.endswith((".yaml", ".yml", ".json")):
-            raise FileNotFoundError(
-                f"No plan '{text}'; give a plan file, a recipe, or PRUNER:TOKENS@LAYER such as divprune:64@0."
-            )
-    return plan_in(text)
-
-
 def load_subject(name: str, plan: PruningPlan | None, dtype: str, device: str) -> tuple[Any, Any]:
     """A model with a plan on it, in eval mode, and its processor.
 
@@ -250,13 +228,6 @@ def _check_family(folder: Path) -> str:
         raise ValueError(f"No model at '{folder}': {first_line(error)}. Give a folder with a whole model.") from error
     family_of(config)
     return str(config.model_type)
-
-
-def _stage(match: re.Match[str]) -> Stage:
-    keep, layer = match["keep"], int(match["layer"] or 0)
-    if "." in keep:
-        return Stage(match["pruner"], layer, keep_ratio=float(keep))
-    return Stage(match["pruner"], layer, keep_tokens=int(keep))
 
 
 def _templated(processor: Any, before: str, behind: str) -> str:

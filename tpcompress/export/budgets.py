@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.budget import Budget
+from tpcompress.insertion.plan import PruningPlan
 
 Range = tuple[Budget, Budget]
 """The lowest and the highest budget that a stage was trained at."""
@@ -48,49 +49,18 @@ class CurvePoint:
 
 
 def with_budgets(plan: PruningPlan, budgets: Sequence[Budget] | None) -> PruningPlan:
-    """The plan with other budgets.
+    """The plan with other budgets (None keeps its own), checked to be writable as JSON.
 
     Raises:
-        ValueError: not one budget per stage, budgets that grow or that a pruner does not take, or arguments of a pruner
-            that JSON cannot hold.
+        ValueError: not one budget per stage, budgets that grow or that a pruner does not accept, or arguments of a
+            pruner that JSON cannot hold.
     """
-    if budgets is not None:
-        check_number(plan, budgets)
-        stages = [
-            replace(stage, keep_ratio=b.keep_ratio, keep_tokens=b.keep_tokens)
-            for stage, b in zip(plan.stages, budgets, strict=True)
-        ]
-        plan = replace(plan, stages=stages)
+    plan = plan if budgets is None else plan.with_budgets(budgets)
     try:
         json.dumps(plan.to_dict())
     except TypeError as error:
         raise ValueError(f"The plan cannot be written ({error}); pruners take plain values only.") from error
     return plan
-
-
-def check_number(plan: PruningPlan, given: Sequence[Any]) -> None:
-    """Raises ValueError unless there is one for each stage of the plan."""
-    if len(given) != len(plan.stages):
-        raise ValueError(f"The plan has {len(plan.stages)} stages, got {len(given)} budgets; give one each.")
-
-
-def asked_budgets(
-    keep_tokens: int | Sequence[int] | None, keep_ratio: float | Sequence[float] | None
-) -> list[Budget] | None:
-    """Budgets by one of two names, a single value or one per stage; None if neither is given.
-
-    Raises:
-        ValueError: both names, or a value that is no budget.
-    """
-    if keep_tokens is not None and keep_ratio is not None:
-        raise ValueError("Both keep_tokens and keep_ratio are given; give one of them.")
-    if keep_tokens is not None:
-        counts = keep_tokens if isinstance(keep_tokens, Sequence) else [keep_tokens]
-        return [Budget(keep_tokens=count) for count in counts]
-    if keep_ratio is not None:
-        ratios = keep_ratio if isinstance(keep_ratio, Sequence) else [keep_ratio]
-        return [Budget(keep_ratio=ratio) for ratio in ratios]
-    return None
 
 
 def own_budgets(plan: PruningPlan) -> list[Budget]:
@@ -134,7 +104,8 @@ def probed_budgets(plan: PruningPlan, ranges: Sequence[Range] | None, total: int
     """The ends of the range of training, where they keep other counts than the plan: what a probe holds as well."""
     if ranges is None:
         return []
-    check_number(plan, ranges)
+    if len(ranges) != len(plan.stages):
+        raise ValueError(f"The plan has {len(plan.stages)} stages, got {len(ranges)} ranges of budgets; give one each.")
     seen, found = [[b.count(total) for b in own_budgets(plan)]], []
     for end in ([low for low, _ in ranges], [high for _, high in ranges]):
         counts = [b.count(total) for b in end]

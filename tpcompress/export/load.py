@@ -11,12 +11,13 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from tpcompress.errors import first_line
-from tpcompress.export.budgets import asked_budgets, own_budgets, ranges_of, was_trained, with_budgets, words
+from tpcompress.export.budgets import own_budgets, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, read_manifest, unusable_files
 from tpcompress.export.registry import PREFIX, register_model
 from tpcompress.export.verify import check
 from tpcompress.insertion.attach import budgets
-from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.budget import Budget, read_budgets
+from tpcompress.insertion.plan import PruningPlan
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def load(
         ValueError: not an export, damaged, a pruner from outside, an impossible budget, or (with `verify`) other
             behaviour than in training.
     """
-    asked = asked_budgets(keep_tokens, keep_ratio)
+    asked = read_budgets(None, keep_tokens, keep_ratio)
     local = Path(folder).is_dir()
     if local:
         _check_local(Path(folder))

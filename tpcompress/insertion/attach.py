@@ -1,52 +1,71 @@
 """HOW the choice reaches the model: `attach` and `detach`, in place, on unmodified transformers classes.
 
-attach(model, PruningPlan([Stage("divprune", keep_tokens=64)]))
+attach(model, "divprune", keep_tokens=64)
 model.generate(...)                     # 64 vision tokens per image
-with mode(model, "off"): ...            # the base
+with disabled(model): ...               # the base
 detach(model)                           # the base, bit for bit
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from tpcompress.families import resolve
+from tpcompress.insertion.budget import Budget, read_budgets
 from tpcompress.insertion.gates import check_gates
 from tpcompress.insertion.hooks import MODES, Controller
 from tpcompress.insertion.nested import check_nestable
-from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.trace import Trace, recording
 from tpcompress.insertion.views.available import check_layers, check_moved, check_views
+from tpcompress.pruners import Pruner
 
 CONTROLLER = "_tpcompress"
 PRUNERS = "token_pruners"
 
 
-def attach(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module:
-    """Put a plan to work on a model: hooks only, its class and parameter names stay.
+def attach(
+    model: nn.Module,
+    plan: PruningPlan | Stage | Pruner | str | Path | Mapping[str, Any] | Sequence[Any],
+    mode: str = "drop",
+    *,
+    keep_tokens: int | Sequence[int] | None = None,
+    keep_ratio: float | Sequence[float] | None = None,
+    layer: int | None = None,
+) -> nn.Module:
+    """Attach a pruning plan to a model in place; only hooks are added, its class and parameter names stay.
 
-    Pruners become the submodule `token_pruners` of the model, as copies of the plan's: weights belong to the model,
-    the plan stays a plan.
+    Copies of the plan's pruners become the submodule `token_pruners` of the model.
+
+        attach(model, "divprune", keep_tokens=64)
+        attach(model, "divprune:64@0,dart:0.25@8")
+        attach(model, "recipes/free/dart.yaml")
 
     Args:
         model: a transformers vision-language model, or a PEFT model around one.
-        plan: the stages.
-        mode: `drop` shortens the sequence, `mask` hides dropped tokens at full length, `off` does nothing.
+        plan: any form that `PruningPlan.of` reads: a pruner with a budget, a short form, a mapping, a path, a plan.
+        mode: `drop` shortens the sequence, `mask` hides dropped tokens at full length, `off` disables pruning.
+        keep_tokens: see `PruningPlan.of`.
+        keep_ratio: see `PruningPlan.of`.
+        layer: see `PruningPlan.of`.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: unknown family, a plan already attached, a layer beyond the model's depth, a pruner whose views do
-            not exist at its layer or whose gates cannot act behind it, unknown mode.
+        FileNotFoundError: no such plan file.
+        ValueError: not a plan, unknown family, a plan already attached, a layer beyond the model's depth, a pruner
+            whose views do not exist at its layer or whose gates cannot act after it, or an unknown mode.
     """
+    plan = PruningPlan.of(plan, keep_tokens=keep_tokens, keep_ratio=keep_ratio, layer=layer)
     base = base_of(model)
     if hasattr(base, CONTROLLER):
         raise ValueError("This model already carries a plan; call tpcompress.detach(model) first.")
@@ -121,12 +140,40 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
         controller.set_mode(before)
 
 
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """Run a block without pruning, as the base model: `mode(model, "off")`.
+
+    Raises:
+        ValueError: no plan attached.
+    """
+    return mode(model, "off")
+
+
 @contextmanager
-def budgets(model: nn.Module, values: Sequence[Budget]) -> Iterator[None]:
-    """Run a block with other budgets than the plan's, one per stage (curricula, any-budget evaluation)."""
+def budgets(
+    model: nn.Module,
+    values: Budget | float | Sequence[Budget | float] | None = None,
+    *,
+    keep_tokens: int | Sequence[int] | None = None,
+    keep_ratio: float | Sequence[float] | None = None,
+) -> Iterator[None]:
+    """Run a block with budgets other than the plan's: `with budgets(model, keep_tokens=32): ...`.
+
+    Args:
+        model: with a plan attached.
+        values: one `Budget`, count (int) or ratio (float) per stage.
+        keep_tokens: count of the plan's only stage, or one per stage.
+        keep_ratio: the same as ratios.
+
+    Raises:
+        ValueError: none or several of the three, not one value per stage, or no plan attached.
+    """
+    chosen = read_budgets(values, keep_tokens, keep_ratio)
+    if chosen is None:
+        raise ValueError("No budget is given; give keep_tokens, keep_ratio, or one Budget per stage.")
     controller = controller_of(model)
     before = controller.budgets
-    controller.set_budgets(values)
+    controller.set_budgets(chosen)
     try:
         yield
     finally:
@@ -194,6 +241,6 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 __all__ = [
-    "MODES", "Controller", "attach", "base_of", "budgets", "controller_of", "detach", "including", "layers", "mode",
-    "plan_of", "record",
+    "MODES", "Controller", "attach", "base_of", "budgets", "controller_of", "detach", "disabled", "including", "layers",
+    "mode", "plan_of", "record",
 ]  # fmt: skip

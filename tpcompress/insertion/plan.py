@@ -1,83 +1,39 @@
-"""The plan: which pruner acts before which layer, on which budget. Validated, versioned, YAML and JSON both ways."""
+"""Pruning plans: which pruner acts before which decoder layer, with which budget."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tpcompress.insertion.budget import Budget, check_budget, check_number, read_budgets
+from tpcompress.insertion.plan_source import FORMS, read_source
 from tpcompress.pruners import Pruner, create
 
 VERSION = 1
 POSITIONS = ("original", "compact")
 SCOPES = ("image", "prompt")
+STAGE_KEYS = ("pruner", "layer", "keep_ratio", "keep_tokens")
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How many vision tokens a stage keeps: exactly one of the two fields is set.
-
-    Attributes:
-        keep_ratio: share, in (0, 1], of the vision tokens that the projector produced, whatever came before.
-        keep_tokens: the count itself; rows with fewer tokens keep all. 0 is for a pruner that withdraws.
-    """
-
-    keep_ratio: float | None = None
-    keep_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        ratio, tokens = self.keep_ratio, self.keep_tokens
-        if (ratio is None) == (tokens is None):
-            given = "both" if ratio is not None else "neither"
-            raise ValueError(
-                f"A stage needs exactly one of keep_ratio and keep_tokens, got {given}; remove or add one."
-            )
-        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1):
-            raise ValueError(f"keep_ratio must be in (0, 1], got {ratio!r}; to keep all tokens, drop the stage.")
-        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
-            raise ValueError(f"keep_tokens must be a whole number of at least 1, got {tokens!r}.")
-
-    def count(self, num_tokens: int) -> int:
-        """Number to keep of `num_tokens`: the one place where a ratio is rounded, max(1, round(r V))."""
-        if self.keep_tokens is not None:
-            return min(self.keep_tokens, num_tokens)
-        assert self.keep_ratio is not None
-        return min(max(1, round(self.keep_ratio * num_tokens)), num_tokens)
-
-    def __str__(self) -> str:
-        return f"{self.keep_tokens} tokens" if self.keep_tokens is not None else f"{self.keep_ratio:g} of the tokens"
-
-
-def check_budget(pruner: Pruner, budget: Budget) -> None:
-    """See that a budget is 0 for a pruner that withdraws, and for no other.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if pruner.keeps_none and budget.keep_tokens != 0:
-        raise ValueError(f"Pruner '{pruner.name}' retains nothing, got a budget of {budget}; write keep_tokens: 0.")
-    if budget.keep_tokens == 0 and not pruner.keeps_none:
-        raise ValueError(
-            f"Pruner '{pruner.name}': keep_tokens must be a whole number of at least 1, got 0; a stage that drops "
-            f"every vision token is one of 'vtw'."
-        )
+__all__ = ["POSITIONS", "SCOPES", "VERSION", "Budget", "PruningPlan", "Stage", "check_budget"]
 
 
 @dataclass(frozen=True, init=False)
 class Stage:
-    """One pruner at one place. Layers 0 .. layer-1 see every vision token; `layer` is the first that sees fewer.
+    """One pruner before one decoder layer; `layer` is the first layer that sees fewer vision tokens.
 
     Attributes:
         pruner: a `Pruner`, its name, or `{"type": name, **arguments}`.
-        layer: index of that decoder layer; 0 is before the language model.
-        keep_ratio, keep_tokens: the budget, see `Budget`.
+        layer: decoder layer index; 0 prunes before the language model.
+        keep_ratio: see `Budget`.
+        keep_tokens: see `Budget`.
 
     Raises:
-        ValueError: unknown pruner, impossible budget, or a layer below 0.
+        ValueError: unknown pruner, impossible budget, or a negative layer.
     """
 
     pruner: Pruner
@@ -92,12 +48,7 @@ class Stage:
         keep_ratio: float | None = None,
         keep_tokens: int | None = None,
     ) -> None:
-        for name, value in (
-            ("pruner", create(pruner)),
-            ("layer", layer),
-            ("keep_ratio", keep_ratio),
-            ("keep_tokens", keep_tokens),
-        ):
+        for name, value in zip(STAGE_KEYS, (create(pruner), layer, keep_ratio, keep_tokens), strict=True):
             object.__setattr__(self, name, value)
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"layer must be a whole number of at least 0, got {layer!r}.")
@@ -116,16 +67,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Ordered stages and the policies they share.
+    """Ordered stages and the policies that they share.
 
     Attributes:
-        stages: at rising layers, with budgets that never grow; one that withdraws every token is the last.
-        positions: `original` keeps each token's position id; `compact` renumbers what is retained without gaps.
-        scope: the budget holds per `image`, or over all images of a `prompt`.
+        stages: at strictly increasing layers, with budgets that never grow; a stage that drops all tokens comes last.
+        positions: `original` keeps each token's position id; `compact` renumbers the retained tokens without gaps.
+        scope: the budget applies per `image`, or to all images of a `prompt` together.
 
     Raises:
-        ValueError: no stage, layers that do not rise, budgets that grow, a stage after all tokens were withdrawn,
-            unknown policy.
+        ValueError: no stage, layers that do not increase, budgets that grow, a stage after one that drops all tokens,
+            or an unknown policy.
     """
 
     stages: Sequence[Stage]
@@ -144,12 +95,12 @@ class PruningPlan:
             if after.layer <= before.layer:
                 raise ValueError(
                     f"Stage {i} acts at layer {after.layer} after stage {i - 1} at layer {before.layer}; "
-                    f"layers must rise."
+                    f"layers must increase."
                 )
             if before.pruner.keeps_none:
                 raise ValueError(
-                    f"Stage {i} has nothing to choose from: stage {i - 1} ('{before.pruner.name}') withdraws all "
-                    f"tokens; make that the last stage."
+                    f"Stage {i} has no tokens to choose from: stage {i - 1} ('{before.pruner.name}') drops all of "
+                    f"them; make that the last stage."
                 )
         for field in ("keep_ratio", "keep_tokens"):
             given = [
@@ -162,67 +113,120 @@ class PruningPlan:
                         f"budgets must not grow."
                     )
 
+    @classmethod
+    def of(
+        cls,
+        source: PruningPlan | Stage | Pruner | str | Path | Mapping[str, Any] | Sequence[Any],
+        *,
+        keep_tokens: int | Sequence[int] | None = None,
+        keep_ratio: float | Sequence[float] | None = None,
+        layer: int | None = None,
+    ) -> PruningPlan:
+        """Read a plan from any of its forms.
+
+        Args:
+            source: a plan or a list of stages; a pruner, its name, or `{"type": name, **arguments}`; the short form
+                `PRUNER:KEEP@LAYER,...` with a count or a decimal ratio (`divprune:64@0,dart:0.25@8`); a mapping as
+                `to_dict` returns it or of a single stage; the path of a plan file or of a recipe (YAML or JSON).
+            keep_tokens: count of the pruner; for a plan, one count for its single stage or one per stage, which
+                replaces its budgets.
+            keep_ratio: the same as ratios.
+            layer: decoder layer of the pruner (default 0); not for a plan, whose stages have layers.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: none of these forms, a pruner without a budget, or anything that `PruningPlan` refuses.
+        """
+        budgets = read_budgets(None, keep_tokens, keep_ratio)
+        if isinstance(source, str | Path):
+            source = read_source(source)
+        if isinstance(source, Mapping) and "type" in source:
+            source = create(dict(source))
+        if isinstance(source, Pruner | str):
+            return cls([_stage_of(create(source), budgets, layer or 0)])
+        if layer is not None:
+            raise ValueError(f"layer={layer} is for a single pruner, but a plan is given; set the layer of its stages.")
+        if isinstance(source, Mapping):
+            plan = cls.from_dict(source)
+        elif isinstance(source, Stage):
+            plan = cls([source])
+        elif isinstance(source, Sequence) and not isinstance(source, str):
+            plan = cls([stage if isinstance(stage, Stage) else _stage_from_dict(stage) for stage in source])
+        elif isinstance(source, cls):
+            plan = source
+        else:
+            raise ValueError(f"Not a plan: {source!r}; {FORMS}.")
+        return plan if budgets is None else plan.with_budgets(budgets)
+
     @property
     def prompt_dependent(self) -> bool:
-        """The retained tokens depend on the prompt."""
+        """Whether the retained tokens depend on the prompt."""
         return any(stage.layer > 0 or stage.pruner.prompt_dependent for stage in self.stages)
 
     @property
     def reads_prompt(self) -> bool:
-        """Some pruner scores tokens by the prompt, so a sequence must hold one question."""
+        """Whether a pruner scores tokens by the prompt, so that a sequence must hold one question."""
         return any(stage.pruner.prompt_dependent for stage in self.stages)
 
+    def with_budgets(self, budgets: Sequence[Budget]) -> PruningPlan:
+        """The plan with other budgets.
+
+        Args:
+            budgets: one per stage.
+
+        Raises:
+            ValueError: another number of budgets, budgets that grow, or one that its pruner does not accept.
+        """
+        check_number(budgets, len(self.stages))
+        pairs = zip(self.stages, budgets, strict=True)
+        stages = [replace(stage, keep_ratio=b.keep_ratio, keep_tokens=b.keep_tokens) for stage, b in pairs]
+        return replace(self, stages=stages)
+
     def counts(self, num_tokens: int) -> list[int]:
-        """Tokens that each stage retains of a row of `num_tokens`; what one that is not exact is asked to retain."""
+        """Nominal retained count of every stage, for a row of `num_tokens` vision tokens."""
         kept: list[int] = []
         for stage in self.stages:
             kept.append(min([stage.budget.count(num_tokens), *kept[-1:]]))
         return kept
 
     def layer_average(self, num_tokens: int, num_layers: int) -> float:
-        """Vision tokens seen by the average decoder layer."""
+        """Mean number of vision tokens per decoder layer."""
         seen = [num_tokens] * num_layers
         for stage, kept in zip(self.stages, self.counts(num_tokens), strict=True):
             seen[stage.layer :] = [kept] * (num_layers - stage.layer)
         return sum(seen) / num_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with a `version`; `from_dict` is the inverse."""
+        """Plain values with a `version`; the inverse of `from_dict`."""
         stages = [stage.to_dict() for stage in self.stages]
         return {"version": VERSION, "positions": self.positions, "scope": self.scope, "stages": stages}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], allow_outside: bool = True) -> PruningPlan:
-        """A plan from plain values. A mapping with `pruner` instead of `stages` is a plan of one stage.
+    def from_dict(cls, values: Mapping[str, Any], allow_outside: bool = True) -> PruningPlan:
+        """Build a plan from plain values; a mapping with `pruner` instead of `stages` is a plan of one stage.
 
         Args:
-            values: as `to_dict` gives them.
-            allow_outside: whether a pruner, or one inside another, may be the dotted path of a class elsewhere, which
-                is then imported.
+            values: as returned by `to_dict`.
+            allow_outside: whether a pruner, or one nested in it, may be the dotted path of a class outside the package,
+                which is then imported.
 
         Raises:
             ValueError: unknown key or version, a pruner from outside that is not allowed, or anything that
                 `PruningPlan` and `Stage` refuse.
         """
-        if not isinstance(values, dict):
+        if not isinstance(values, Mapping):
             raise ValueError(f"A plan is a mapping with `stages`, or with `pruner` and a budget, got {values!r}.")
         values = dict(values)
         version = values.pop("version", VERSION)
         if version != VERSION:
             raise ValueError(f"This plan has version {version!r}, this tpcompress reads {VERSION}; update tpcompress.")
         if "stages" not in values:
-            stage_keys = ("pruner", "layer", "keep_ratio", "keep_tokens")
-            values["stages"] = [{k: values.pop(k) for k in stage_keys if k in values}]
+            values["stages"] = [{k: values.pop(k) for k in STAGE_KEYS if k in values}]
         _no_other_keys(values, ("stages", "positions", "scope"), "plan")
-        if not isinstance(values["stages"], list | tuple):
-            raise ValueError(f"`stages` is a list of stages, got {values['stages']!r}; put a `-` before each in YAML.")
-        stages = []
-        for stage in values.pop("stages"):
-            if not isinstance(stage, dict) or "pruner" not in stage:
-                raise ValueError(f"A stage is a mapping with `pruner`, `layer` and a budget, got {stage!r}.")
-            _no_other_keys(stage, ("pruner", "layer", "keep_ratio", "keep_tokens"), "stage")
-            stages.append(Stage(**{**stage, "pruner": create(stage["pruner"], allow_outside)}))
-        return cls(stages, **values)
+        stages = values.pop("stages")
+        if not isinstance(stages, list | tuple):
+            raise ValueError(f"`stages` is a list of stages, got {stages!r}; put a `-` before each in YAML.")
+        return cls([_stage_from_dict(stage, allow_outside) for stage in stages], **values)
 
     def to_yaml(self) -> str:
         """The plan as YAML text."""
@@ -234,27 +238,33 @@ class PruningPlan:
 
     @classmethod
     def from_yaml(cls, text: str) -> PruningPlan:
-        """The inverse of `to_yaml`; reads JSON, too."""
+        """Parse the text of `to_yaml` or of `to_json`."""
         return cls.from_dict(yaml.safe_load(text))
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        """The inverse of `to_json`."""
+        """Parse the text of `to_json`."""
         return cls.from_dict(json.loads(text))
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> PruningPlan:
-        """A plan from a .yaml or .json file.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"No plan file at {path}; give a YAML or JSON file with `stages`.")
-        return cls.from_yaml(Path(path).read_text())
+def _stage_of(pruner: Pruner, budgets: Sequence[Budget] | None, layer: int) -> Stage:
+    """A stage for a pruner that is given by itself."""
+    if budgets is None:
+        raise ValueError(
+            f"Pruner '{pruner.name}' needs a budget; give keep_tokens or keep_ratio, or write {pruner.name}:64."
+        )
+    check_number(budgets, 1)
+    return Stage(pruner, layer, budgets[0].keep_ratio, budgets[0].keep_tokens)
 
 
-def _no_other_keys(values: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+def _stage_from_dict(values: Any, allow_outside: bool = True) -> Stage:
+    if not isinstance(values, Mapping) or "pruner" not in values:
+        raise ValueError(f"A stage is a mapping with `pruner`, `layer` and a budget, got {values!r}.")
+    _no_other_keys(values, STAGE_KEYS, "stage")
+    return Stage(**{**values, "pruner": create(values["pruner"], allow_outside)})
+
+
+def _no_other_keys(values: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"Unknown {what} key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")

@@ -22,10 +22,8 @@ TRAINABLE = ("vision_tower", "projector", "language_model")
 
 
 def read_plan(plan: dict[str, Any] | str | None) -> PruningPlan | None:
-    """A plan from a recipe: a mapping, the path of a file, or nothing."""
-    if plan is None:
-        return None
-    return PruningPlan.from_file(plan) if isinstance(plan, str) else PruningPlan.from_dict(plan)
+    """A plan from a recipe: any form that `PruningPlan.of` reads, or nothing."""
+    return None if plan is None else PruningPlan.of(plan)
 
 
 def check_train(train: list[str] | str, lora: dict[str, Any] | None, plan: PruningPlan | None) -> set[str]:

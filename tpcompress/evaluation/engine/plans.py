@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from tpcompress.bundled import find_config
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
-from tpcompress.training.recipe.export import plan_in
 
 
 def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
@@ -13,7 +11,7 @@ def recipe_plan(recipe: str, budget: Budget) -> PruningPlan:
     Raises:
         ValueError: the recipe has no plan, or one of several stages.
     """
-    plan = plan_in(find_config(recipe))
+    plan = PruningPlan.of(recipe)
     if len(plan.stages) != 1:
         raise ValueError(
             f"{recipe}: a comparison sets the budget of plans with one stage, this has {len(plan.stages)}."

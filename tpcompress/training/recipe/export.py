@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tpcompress.errors import read_yaml
 from tpcompress.export import export
 from tpcompress.export.bake import Measure
 from tpcompress.insertion.attach import attach
@@ -53,13 +52,13 @@ def export_run(
 
 
 def export_free(
-    base: str, plan: str | Path, out: str | Path, overwrite: bool = False, measure: Measure | None = None
+    base: str, plan: str | Path | PruningPlan, out: str | Path, overwrite: bool = False, measure: Measure | None = None
 ) -> Path:
     """Export a base with a plan that was never trained.
 
     Args:
         base: folder, hub id or bundled name.
-        plan: a plan file, or a recipe whose `model.plan` is taken.
+        plan: any form that `PruningPlan.of` reads: a plan file, a recipe, a short form such as divprune:64@0.
         out: folder to write.
         overwrite: replace an earlier export.
         measure: see `tpcompress.export.export`.
@@ -68,27 +67,10 @@ def export_free(
         ValueError: the plan has a pruner that must be trained first.
         FileExistsError: `out` exists.
     """
-    chosen = plan_in(plan)
+    chosen = PruningPlan.of(plan)
     untrained = [stage.pruner.name for stage in chosen.stages if stage.pruner.learned]
     if untrained:
         raise ValueError(f"Pruner '{untrained[0]}' has weights to train; run `tpcompress fit` and export with --ckpt.")
     model = attach(load_base(base), chosen).eval()
     facts = {"arm": "training_free", "base": base}
     return export(model, load_processor(base), out, trained_with=facts, measure=measure, overwrite=overwrite)
-
-
-def plan_in(path: str | Path) -> PruningPlan:
-    """The plan of a plan file or of a recipe.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no YAML, or a recipe without a plan.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No plan at {path}; give a plan file or a recipe.")
-    values = read_yaml(path)
-    if isinstance(values, dict) and "model" in values:
-        values = (values["model"] or {}).get("plan")
-        if values is None:
-            raise ValueError(f"The recipe {path} has no model.plan: it trains the dense model.")
-    return PruningPlan.from_dict(values)
