@@ -11,10 +11,10 @@ NEEDED = 0.995
 
 
 def main() -> int:
-    """Train, write, read back, and say how well it answers; exit code 1 if that is too little."""
+    """Train, save, load and evaluate the model; the exit code is 1 if its accuracy is too low."""
     save_weights(train_dense())
     right, _ = hard_scores(load_model(), None, batch=4096)
-    print(f"{WEIGHTS}: {100 * right:.2f} % right with all tokens, {WEIGHTS.stat().st_size / 1000:.0f} kB")
+    print(f"{WEIGHTS}: {100 * right:.2f} % accuracy with all tokens, {WEIGHTS.stat().st_size / 1000:.0f} kB")
     return 0 if right >= NEEDED else 1
 
 

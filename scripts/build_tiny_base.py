@@ -1,9 +1,9 @@
-"""Build the bundled base ``tpcompress/assets/tiny_llava`` from nothing, on one CPU core.
+"""Train the bundled base model `tpcompress/assets/tiny_llava` from scratch on one CPU core.
 
     python scripts/build_tiny_base.py
 
-The language and the tower stage do not need each other; run ``--only language`` and ``--only tower`` side by side, then
-without ``--only`` to finish.  Interrupted builds continue from ``--work``.
+The language and tower stages are independent: run `--only language` and `--only tower` in parallel, then without
+`--only` to finish. An interrupted build resumes from `--work`.
 """
 
 import argparse
@@ -28,11 +28,11 @@ def main() -> None:
     """Parse arguments and run the stages in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="checkpoints")
-    parser.add_argument("--out", type=Path, default=ASSET, help="folder of the finished base")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="checkpoint directory")
+    parser.add_argument("--out", type=Path, default=ASSET, help="output directory of the base model")
     parser.add_argument("--only", choices=("language", "tower"), help="run one stage and stop")
     arguments = parser.parse_args()
-    # One core is shared with nothing else; denormals would slow the last, nearly perfect steps down.
+    # Denormals would slow down the last steps, where the loss is nearly 0.
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -49,13 +49,13 @@ def main() -> None:
 
 
 def finish(model: torch.nn.Module, out: Path, seed: int, console: Console) -> None:
-    """Measure the finished model, publish it and try the published folder."""
+    """Evaluate the finished model, publish it and test the published folder."""
     measured = measure(model, TEST_IMAGES, console)
     if missed := below_floor(measured):
-        raise SystemExit(f"Not published: {missed} percent on test images is under the floor; try another --seed.")
+        raise SystemExit(f"Not published: {missed} percent on test images is below the floor; try another --seed.")
     publish(model, out)
     write_card(out, measured, TEST_IMAGES, f"python scripts/build_tiny_base.py --seed {seed}", seed)
-    console.print(f"published {out.name}; generate() answers {generated_accuracy(out):.1f} % of 40 images' questions")
+    console.print(f"published {out.name}; exact match of generate() on 40 images: {generated_accuracy(out):.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Pack the UCI handwritten digits that scikit-learn ships into ``tpcompress/assets/digits.npz``.
+"""Convert the UCI handwritten digits of scikit-learn to `tpcompress/assets/digits.npz`.
 
-Run once: ``python scripts/pack_digits.py`` (needs scikit-learn; the package itself does not).
+    python scripts/pack_digits.py
+
+Requires scikit-learn, which the package itself does not.
 """
 
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 ASSET = Path(__file__).resolve().parents[1] / "tpcompress" / "assets" / "digits.npz"
-# Samples are ordered by writer, so cutting the end off mostly holds out writers, not only drawings.
+# Samples are ordered by writer, so the last ones are mostly by writers that are not in the training split.
 TRAIN, VALIDATION = 1400, 1598
 
 

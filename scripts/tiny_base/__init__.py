@@ -1,1 +1,1 @@
-"""Stages that build the bundled base from nothing; ``scripts/build_tiny_base.py`` runs them in order."""
+"""Training stages of the bundled base model; `scripts/build_tiny_base.py` runs them in order."""

@@ -1,4 +1,4 @@
-"""Measures the published base on held-out test images and writes its model card."""
+"""Evaluate the published base on held-out test images and write its model card."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ license: cc-by-4.0
 
 # tiny_llava
 
-A stock `LlavaForConditionalGeneration` of 0.81 M parameters, trained from nothing on procedural 96x96 images with a
-closed vocabulary. It exists to show what vision-token pruning costs, within minutes on a CPU; it knows nothing else.
+A stock `LlavaForConditionalGeneration` of 0.81 M parameters, trained from scratch on procedural 96x96 images with a
+closed vocabulary. It is a test bed for the cost of vision-token pruning, within minutes on a CPU, and nothing else.
 CLIP tower (3 layers, width 128), two-layer projector, two Llama layers, 144 vision tokens.
 
 Exact match in percent on {images} held-out test images; "blind" is the same model with every image blanked.
@@ -33,8 +33,8 @@ Exact match in percent on {images} held-out test images; "blind" is the same mod
 {rows}
 
 Built with `{command}` (joint seed {seed}). The handwritten digits are those of the UCI set (E. Alpaydin and C. Kaynak,
-CC BY 4.0; see `../DIGITS_LICENSE.txt`); test digits are drawings the model never saw, cut off the end of a set that is
-ordered by writer.
+CC BY 4.0; see `../DIGITS_LICENSE.txt`). Test digits are unseen samples from the end of the set, which is ordered by
+writer.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -49,7 +49,7 @@ print(processor.decode(answer, skip_special_tokens=True))
 
 
 def measure(model: LlavaForConditionalGeneration, images: int, console: Console) -> dict[str, tuple[float, float]]:
-    """Exact match per family, (dense, blind), printed as a table."""
+    """Measure the exact match per family, (dense, blind), and print it as a table."""
     dense = exact_match(model, "test", images)
     blind = exact_match(model, "test", images, blind=True)
     table = Table("family", "dense", "blind", title=f"exact match on {images} held-out images, percent")
@@ -60,7 +60,7 @@ def measure(model: LlavaForConditionalGeneration, images: int, console: Console)
 
 
 def below_floor(measured: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Families that miss the agreed floor."""
+    """Families below the required accuracy."""
     return {family: dense for family, (dense, _) in measured.items() if dense < FLOORS[family]}
 
 
@@ -73,7 +73,7 @@ def write_card(folder: Path, measured: dict[str, tuple[float, float]], images: i
 
 @torch.no_grad()
 def generated_accuracy(folder: Path, images: int = 40) -> float:
-    """Percent of questions that the published folder answers right through its own processor and ``generate``."""
+    """Percent of questions answered correctly by the published folder with its own processor and `generate`."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     right = []

@@ -1,4 +1,4 @@
-"""Joint stage: plug the tower into the language model by ridge regression, then train the whole model."""
+"""Joint stage: initialise the projector by ridge regression, then train the whole model."""
 
 from copy import deepcopy
 
@@ -18,7 +18,7 @@ _RIDGE = 1e-4
 
 
 class JointStage:
-    """Trains the whole model, started from the two finished stages."""
+    """Trains the whole model, starting from the language and tower stages."""
 
     name = "joint"
 
@@ -29,7 +29,7 @@ class JointStage:
         self._scenes, self._others, self._plugged = scenes, others, plugged
 
     def learner(self, seed: int) -> "JointLearner":
-        """Start at a seed: same two parts, other pictures."""
+        """Create the learner of a seed; the seed changes the images, not the two trained parts."""
         model = build_model(seed)
         model.model.vision_tower.load_state_dict(self._tower.tower.state_dict())
         model.model.language_model.load_state_dict(self._language.language_model.state_dict())
@@ -39,7 +39,7 @@ class JointStage:
 
 
 class JointLearner:
-    """The joint stage at one seed."""
+    """State of the joint stage for one seed."""
 
     def __init__(
         self, model: LlavaForConditionalGeneration, image_head: nn.Linear, seed: int, scenes: int, others: int
@@ -51,7 +51,7 @@ class JointLearner:
         self.optimizers = Optimizers(trained)
 
     def loss(self, step: int, steps: int) -> Tensor:
-        """Answers from pixels, while the projector's first layer and the CLS token go on naming labels."""
+        """Answer loss from pixels, plus label losses on the projector's first layer and the CLS token."""
         projector = self.model.model.multi_modal_projector
         answers, naming = torch.zeros(()), torch.zeros(())
         for part, (kinds, size) in enumerate(self._sizes):
@@ -66,21 +66,21 @@ class JointLearner:
             naming = naming + label_loss(named[..., : len(LABELS)], batch.labels) + IMAGE_WEIGHT * image
         return answers + _LABEL_WEIGHT * naming / len(self._sizes)
 
-    def evaluate(self, pictures: int) -> dict[str, float]:
-        """Percent of answers right on held-out images."""
-        return exact_match(self.model, "validation", pictures)
+    def evaluate(self, images: int) -> dict[str, float]:
+        """Exact match in percent on held-out images."""
+        return exact_match(self.model, "validation", images)
 
 
 @torch.no_grad()
 def exact_match(
-    model: LlavaForConditionalGeneration, split: str, pictures: int, seed: int = 0, blind: bool = False
+    model: LlavaForConditionalGeneration, split: str, images: int, seed: int = 0, blind: bool = False
 ) -> dict[str, float]:
-    """Exact match per family in percent on rendered images, half of them scenes; ``blind`` blanks every image."""
+    """Exact match per family in percent on rendered images, half of them scenes; `blind` blanks every image."""
     model.eval()
     matches: dict[str, list[bool]] = {family: [] for family in FAMILIES}
-    for start in range(0, pictures // 2, 32):
+    for start in range(0, images // 2, 32):
         for kinds in (SCENE, OTHERS):
-            batch = make_batch(split, seed, range(start, min(start + 32, pictures // 2)), kinds, drawn=True)
+            batch = make_batch(split, seed, range(start, min(start + 32, images // 2)), kinds, drawn=True)
             pixels = batch.pixels * 0 if blind else batch.pixels
             vision = model.model.multi_modal_projector(patch_features(model, pixels))
             where = torch.arange(VISION_TOKENS).expand(len(pixels), -1)
@@ -91,10 +91,10 @@ def exact_match(
 
 @torch.no_grad()
 def plug(model: LlavaForConditionalGeneration, head: nn.Linear, table: Tensor, seed: int, images: int) -> None:
-    """Set the projector without a gradient step.
+    """Initialise the projector without gradient steps.
 
-    Its first layer takes over the tower's label head; its second is the ridge regression from there onto the ideal
-    vision tokens the language model was trained on.
+    The first layer is the label head of the tower; the second is the ridge regression from its outputs to the ideal
+    vision tokens that the language model was trained on.
     """
     model.eval()
     projector = model.model.multi_modal_projector

@@ -1,4 +1,4 @@
-"""Language stage: learn every family from symbolic patches, before any vision tower exists."""
+"""Language stage: train the language model on patch labels instead of vision features."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ _FEWEST_SHOWN = 28
 
 
 class LabelTable(nn.Module):
-    """An ideal vision token is the sum of the vectors of its labels; vectors start as the words they mean."""
+    """Ideal vision tokens: the sum of the vectors of a patch's labels, initialised to the embeddings of their words."""
 
     def __init__(self, model: LlavaForConditionalGeneration):
         super().__init__()
@@ -41,12 +41,12 @@ class LanguageStage:
         self._scenes, self._others = scenes, others
 
     def learner(self, seed: int) -> "LanguageLearner":
-        """Start at a seed."""
+        """Create the learner of a seed."""
         return LanguageLearner(seed, self._scenes, self._others)
 
 
 class LanguageLearner:
-    """The language stage at one seed."""
+    """State of the language stage for one seed."""
 
     def __init__(self, seed: int, scenes: int, others: int):
         self._seed, self._sizes = seed, ((SCENE, scenes), (OTHERS, others))
@@ -57,10 +57,10 @@ class LanguageLearner:
         self.optimizers = Optimizers(dict(self.modules.named_parameters()), adam_gain=2.5)
 
     def loss(self, step: int, steps: int) -> Tensor:
-        """Answers from a few patches with damaged labels: later steps show more of the background.
+        """Answer loss from a few patches with noisy labels; later steps include more of the background.
 
-        Counting appears last and only if the share of an object among the shown patches is stable, so the first half
-        keeps the number of patches fixed.
+        Counting is learned last, and only if the fraction of patches per object is stable; the first half therefore
+        uses a fixed number of patches.
         """
         shown = _FEWEST_SHOWN
         if step >= 0.55 * steps:
@@ -72,12 +72,12 @@ class LanguageLearner:
         return total / len(FAMILIES)
 
     @torch.no_grad()
-    def evaluate(self, pictures: int) -> dict[str, float]:
-        """Percent of answers right from all patches with clean labels."""
+    def evaluate(self, images: int) -> dict[str, float]:
+        """Exact match in percent from all patches with clean labels."""
         self.modules.eval()
         matches: dict[str, list[bool]] = {family: [] for family in FAMILIES}
         everywhere = torch.arange(VISION_TOKENS)
-        for start in range(0, pictures, 32):
+        for start in range(0, images, 32):
             for kinds in (SCENE, OTHERS):
                 batch = make_batch("validation", 0, range(start, start + 32), kinds, drawn=False)
                 logits = answer_logits(self._model, self.table(batch.labels), everywhere.expand(32, -1), batch.pack)

@@ -1,4 +1,4 @@
-"""Runs a stage to its gate: resumable steps, then more steps, then the next seed."""
+"""Train a stage until it reaches the required accuracy: resumable steps, then extra steps, then the next seed."""
 
 import os
 import time
@@ -17,11 +17,16 @@ _SMOOTHING = 0.97
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a stage may learn, and how well it must.
+    """Training length and required accuracy of a stage.
 
-    ``extension`` steps are added, at half the learning rate, up to ``extensions`` times when a family misses its
-    ``gate`` (percent) on ``exam`` pictures; then up to ``attempts`` seeds are tried.  ``gates`` overrides single
-    families.
+    Attributes:
+        flat: fraction of the steps at the peak learning rate.
+        extension: steps added, at half the learning rate, if a family is below its gate.
+        extensions: maximum number of such additions.
+        attempts: maximum number of seeds.
+        gate: required accuracy of every family in percent.
+        gates: (family, percent) pairs that override `gate`.
+        exam: number of held-out images of the test against the gate.
     """
 
     steps: int
@@ -38,38 +43,38 @@ class Budget:
     exam: int = 512
 
     def missed(self, scores: dict[str, float]) -> dict[str, float]:
-        """Families under their gate."""
+        """Families below their gate."""
         floors = dict(self.gates)
         return {family: score for family, score in scores.items() if score < floors.get(family, self.gate)}
 
 
 class Learner(Protocol):
-    """A stage at one seed: modules with all its state, and losses that depend on the step number only."""
+    """State of a stage for one seed: its modules, and losses that depend on the step number only."""
 
     modules: nn.Module
     optimizers: Optimizers
 
     def loss(self, step: int, steps: int) -> Tensor:
-        """Loss of a step on pictures that no other step sees."""
+        """Loss of a step on images that no other step uses."""
 
-    def evaluate(self, pictures: int) -> dict[str, float]:
-        """Percent right per family on held-out pictures."""
+    def evaluate(self, images: int) -> dict[str, float]:
+        """Accuracy per family in percent on held-out images."""
 
 
 class Stage(Protocol):
-    """A named part of the build."""
+    """A named training stage."""
 
     name: str
 
     def learner(self, seed: int) -> Learner:
-        """Start at a seed."""
+        """Create the learner of a seed."""
 
 
 def run_stage(stage: Stage, budget: Budget, seed: int, work: Path, console: Console) -> Learner:
-    """Train a stage until every family passes; a finished or interrupted stage continues from its checkpoint.
+    """Train a stage until every family passes its gate; resumes from the checkpoint if there is one.
 
     Raises:
-        RuntimeError: if no attempt passes the gate.
+        RuntimeError: no attempt passes.
     """
     missed: dict[str, float] = {}
     for attempt in range(budget.attempts):
@@ -79,7 +84,7 @@ def run_stage(stage: Stage, budget: Budget, seed: int, work: Path, console: Cons
             return run.learner
     raise RuntimeError(
         f"Stage {stage.name!r} missed its gate with seeds {seed}-{seed + budget.attempts - 1}: {missed} percent after "
-        f"every extension; raise its steps or start from another --seed."
+        f"every extension; increase its steps or use another --seed."
     )
 
 
@@ -97,7 +102,7 @@ class _Run:
         self._clock = time.process_time()
 
     def finish(self) -> dict[str, float]:
-        """Train, extend while a family misses its gate, and return what is missed in the end."""
+        """Train, extend while a family is below its gate, and return the families that still are."""
         progress, budget = self._progress, self._budget
         while True:
             if progress["missed"] is None:

@@ -1,4 +1,4 @@
-"""The network of the bundled base: a stock LLaVA at the smallest size that answers every family."""
+"""Build the untrained base model: a stock LLaVA at the smallest size that can learn every family."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ PAD_ID, BOS_ID, EOS_ID, IMAGE_ID = (WORDS.index(word) for word in (PAD, BOS, EOS
 
 
 def build_model(seed: int) -> LlavaForConditionalGeneration:
-    """A fresh model; the seed decides every weight."""
+    """Build a model with random weights that depend on the seed only."""
     torch.manual_seed(seed)
     shared = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 4}
     vision = CLIPVisionConfig(
@@ -41,20 +41,21 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").float()
-    _attend_to_the_like(model)
+    _init_similarity_attention(model)
     return model
 
 
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """What LLaVA's "default" strategy feeds its projector: the last tower layer without CLS, (B, V, D)."""
+    """Input of the projector under LLaVA's "default" strategy: the last tower layer without CLS, (B, V, D)."""
     return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
 @torch.no_grad()
-def _attend_to_the_like(model: LlavaForConditionalGeneration) -> None:
-    """Start attention as "look where tokens resemble mine and copy": from-scratch look-ups then appear early.
+def _init_similarity_attention(model: LlavaForConditionalGeneration) -> None:
+    """Initialise attention to attend to similar tokens and copy them, so that look-ups are learned early.
 
-    Large embeddings let residual streams start as word identities; the small final norm keeps first logits sane.
+    Large embeddings make word identity dominate the residual stream at first; the small final norm keeps the first
+    logits in a normal range.
     """
     for layer in model.model.language_model.layers:
         attention = layer.self_attn

@@ -1,4 +1,4 @@
-"""Muon in fp32 for hidden matrices, AdamW for the rest, one learning-rate schedule for both."""
+"""Optimizers of the base model: Muon in fp32 for hidden matrices, AdamW for the rest, one learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-# Gradients of these are not those of a matrix between hidden spaces.
+# Parts of the names of matrices that do not map between hidden spaces; AdamW updates them.
 _NOT_HIDDEN = ("embed", "position", "table", "head")
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is orthogonalised (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum with orthogonalised updates (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon).
 
-    ``torch.optim.Muon`` iterates in bfloat16, which CPUs without bfloat16 units emulate some 25 times slower.
+    `torch.optim.Muon` iterates in bfloat16, which is about 25 times slower on CPUs without native support.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.02, momentum: float = 0.95):
@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
             for weight in group["params"]:
@@ -50,7 +50,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Optimizers:
-    """Muon and AdamW over one set of named parameters, driven by one learning rate."""
+    """Muon and AdamW over one set of named parameters with a common learning rate."""
 
     def __init__(self, named: dict[str, nn.Parameter], adam_gain: float = 1.0):
         hidden = {name for name, p in named.items() if p.ndim == 2 and not any(part in name for part in _NOT_HIDDEN)}
@@ -78,13 +78,13 @@ class Optimizers:
         return {"adam": self._adam.state_dict(), "muon": self._muon.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the result of `state_dict`."""
         self._adam.load_state_dict(state["adam"])
         self._muon.load_state_dict(state["muon"])
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, flat: float) -> float:
-    """Linear warm-up, a flat share of the steps, then a cosine to 1 % of the peak."""
+    """Learning rate of a step: linear warm-up, a constant phase, then a cosine decay to 1 % of the peak."""
     progress = step / steps
     decay = 1.0 if progress < flat else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - flat) / (1 - flat)))
     return peak * min(1.0, (step + 1) / warmup) * decay

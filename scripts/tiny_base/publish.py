@@ -1,4 +1,4 @@
-"""Writes the base in hub layout: weights, tokenizer, processor, chat template."""
+"""Save the base model in the layout of the hub: weights, tokenizer, processor, chat template."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tiny_base.batches import IMAGE_MEAN, IMAGE_STD
 from tiny_base.model import BOS_ID, EOS_ID, PAD_ID
 from tpcompress.data.benchmark.vocabulary import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH, UNKNOWN, WORDS
 
-# "<image><bos> question ? answer <eos>" per turn; images come before the turn's <bos>, wherever the content puts them.
+# "<image><bos> question ? answer <eos>" per turn; images come before the turn's <bos>, regardless of their position.
 CHAT_TEMPLATE = """
 {%- for message in messages -%}
     {%- set turn = namespace(images='', text='') -%}
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; question marks need no space before them."""
+    """Build a word-level tokenizer that splits off question marks."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?]"), behavior="isolated")]
@@ -64,7 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """The processor; its image half needs no torchvision."""
+    """Build the processor; its image processor does not require torchvision."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -82,7 +82,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def publish(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Save everything ``from_pretrained`` needs."""
+    """Save everything that `from_pretrained` needs."""
     model = model.eval().to(torch.float32)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False, max_new_tokens=8

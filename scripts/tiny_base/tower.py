@@ -1,4 +1,4 @@
-"""Tower stage: name every object-level label of every patch, from pixels."""
+"""Tower stage: train the vision tower to predict the object-level labels of every patch."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from tiny_base.optim import Optimizers
 from tpcompress.data.benchmark.symbolic import Kind
 from tpcompress.data.benchmark.vocabulary import LABELS
 
-# Digits and documents are hardest to read, so the tower sees more of them than the benchmark has.
+# Digits and documents are the hardest kinds and are therefore more frequent than in the benchmark.
 KINDS: tuple[Kind, ...] = ("scene", "digits", "document", "digits", "chart", "document", "scene", "digits")
 _COVERED_WEIGHT = 8.0
 IMAGE_WEIGHT = 0.1
@@ -25,18 +25,18 @@ class TowerStage:
         self._images = images
 
     def learner(self, seed: int) -> "TowerLearner":
-        """Start at a seed."""
+        """Create the learner of a seed."""
         return TowerLearner(seed, self._images)
 
 
 class TowerLearner:
-    """The tower stage at one seed."""
+    """State of the tower stage for one seed."""
 
     def __init__(self, seed: int, images: int):
         self._seed, self._images = seed, images
         self.tower = build_model(seed).model.vision_tower
         self.head = nn.Linear(WIDTH, len(LABELS))
-        # The CLS token learns which labels occur anywhere, so that its attention means something to CLS-based pruners.
+        # The CLS token predicts which labels occur in the image, so that CLS-based pruners get meaningful attention.
         self.image_head = nn.Linear(WIDTH, len(LABELS))
         nn.init.constant_(self.head.bias, -3.0)
         nn.init.constant_(self.image_head.bias, -1.0)
@@ -45,7 +45,7 @@ class TowerLearner:
         self.optimizers = Optimizers(trained)
 
     def loss(self, step: int, steps: int) -> Tensor:
-        """Patch labels, and a little of which labels the image has at all."""
+        """Loss on the patch labels, plus a small loss on the labels of the image."""
         indices = range(step * self._images, (step + 1) * self._images)
         batch = make_batch("train", self._seed, indices, KINDS, drawn=True)
         hidden = self.tower(jitter(batch.pixels, self._seed, step)).last_hidden_state
@@ -53,11 +53,11 @@ class TowerLearner:
         return label_loss(self.head(hidden[:, 1:]), batch.labels) + IMAGE_WEIGHT * image
 
     @torch.no_grad()
-    def evaluate(self, pictures: int) -> dict[str, float]:
-        """Percent of patches whose labels of a group are all right, among patches bearing a label of the group."""
+    def evaluate(self, images: int) -> dict[str, float]:
+        """Percent of patches with all labels of a group correct, among patches with a label of the group."""
         self.modules.eval()
         right, seen = dict.fromkeys(_groups(), 0.0), dict.fromkeys(_groups(), 0.0)
-        for start in range(0, pictures, 32):
+        for start in range(0, images, 32):
             batch = make_batch("validation", 0, range(start, start + 32), KINDS, drawn=True)
             found = (self.head(self.tower(batch.pixels).last_hidden_state[:, 1:]) > 0).float()
             for group, columns in _groups().items():
@@ -68,13 +68,13 @@ class TowerLearner:
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy summed over labels; patches of items weigh more than the many background ones."""
+    """Binary cross entropy summed over labels; patches of items have a larger weight than background patches."""
     weight = torch.where(is_covered(labels), _COVERED_WEIGHT, 1.0)[..., None]
     return (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weight).sum() / weight.sum()
 
 
 def image_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy of which labels occur anywhere in the image; logits (B, K), labels (B, V, K)."""
+    """Binary cross entropy on the labels that occur in the image; logits (B, K), labels (B, V, K)."""
     return F.binary_cross_entropy_with_logits(logits, labels.amax(1))
 
 

@@ -8,20 +8,20 @@ import pytest
 from tpcompress.data.benchmark import FAMILIES, TinyVQA, draw_benchmark, load_benchmark, make_row, stream_benchmark
 from tpcompress.data.benchmark.digits import SPLITS, digit_samples
 from tpcompress.data.benchmark.render import render
-from tpcompress.data.benchmark.symbolic import Bar, Card, Field, Picture, Shape, Tag, draw_picture, patch_labels
+from tpcompress.data.benchmark.symbolic import Bar, Card, Field, ImageSpec, Shape, Tag, draw_image_spec, patch_labels
 from tpcompress.data.benchmark.vocabulary import DIGITS, LABELS, WORDS
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return [draw_picture(Random(f"test of answers/{i}"), limit=3) for i in range(600)]
+def pictures() -> list[ImageSpec]:
+    return [draw_image_spec(Random(f"test of answers/{i}"), limit=3) for i in range(600)]
 
 
 def fingerprint(row: dict) -> str:
     return hashlib.sha256(np.asarray(row["images"][0]).tobytes()).hexdigest()
 
 
-def answer_from_items(picture: Picture, family: str, text: str) -> str:
+def answer_from_items(picture: ImageSpec, family: str, text: str) -> str:
     """Read the answer off the items again, by other means than the generator's."""
     words = text.split()
     of = {kind: [item for item in picture.items if isinstance(item, kind)] for kind in (Shape, Tag, Field, Bar, Card)}
@@ -129,7 +129,7 @@ def test_held_out_digits_never_occur_in_training():
 
 
 def test_digits_are_drawn_from_the_split_asked_for():
-    picture = draw_picture(Random(1), "digits")
+    picture = draw_image_spec(Random(1), "digits")
     train, test = (render(picture, Random(0), split) for split in ("train", "test"))
     assert (train != test).any()
 

@@ -185,7 +185,7 @@ def test_errors_are_one_line(llava_json, record, folder, tmp_path, cache):
         (ValueError, "is empty", (tmp_path / "empty.json", folder)),
         (ValueError, "no record has|holds no rows", (tmp_path / "list.json", folder)),
         (ValueError, "no record has 'conversations'", (tmp_path / "other.json", folder)),
-        (ValueError, "known are .json", (tmp_path / "notes.txt", folder)),
+        (ValueError, "supported are .json", (tmp_path / "notes.txt", folder)),
         (ValueError, "neither parquet files nor", (tmp_path / "bare", folder)),
         (ValueError, "has the columns text", (tmp_path / "plain", folder)),
         (ValueError, "has no split 'train'; it has test", (tmp_path / "tests", folder)),

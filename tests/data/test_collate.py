@@ -267,7 +267,7 @@ def test_templates_that_rewrite_the_past_are_refused(spoiled):
 def test_processors_that_cannot_serve_are_refused(spoiled, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(spoiled), "model_input_names", ["input_ids", "mm_token_type_ids"])
-        with pytest.raises(ValueError, match="wants mm_token_type_ids"):
+        with pytest.raises(ValueError, match="requires mm_token_type_ids"):
             ChatCollator(spoiled)
     spoiled.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="ends no answer and the tokenizer has no eos_token"):

@@ -349,7 +349,7 @@ def test_it_gives_up_on_nothing_but_bad_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "GIVE_UP_AFTER", 50)
     shards = lines(tmp_path, 7)
     everything = Names(bad=tuple(f"r{i}" for i in range(7)))
-    with pytest.raises(ValueError, match=r"^50 rows of [^\n]* in a row are unusable; the last: corrupt image: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^50 consecutive rows of [^\n]* are unusable; the last: corrupt image: [^\n]*$"):
         take(ChatStream(shards, everything, 2), 1)
     assert len(rows_of(take(ChatStream(shards, Names(bad=everything.bad[1:]), 2), 4))) == 8
 
@@ -366,7 +366,7 @@ def test_errors_are_one_line(tmp_path, photo_folder):
         (FileNotFoundError, "No file or folder .*gone.jsonl", tmp_path / "gone.jsonl"),
         (
             FileNotFoundError,
-            r"No file or folder .*part-001.jsonl; it is one of 3 that",
+            r"No file or folder .*part-001.jsonl; it is one of the 3 files of",
             tmp_path / "part-{000..002}.jsonl",
         ),
         (FileNotFoundError, "No files", tmp_path / "gone-*.jsonl"),

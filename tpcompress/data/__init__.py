@@ -1,4 +1,4 @@
-"""Data: chat data sets and the procedural benchmark as rows, and the collators that make batches of them."""
+"""Data sets as rows (`chat`, `stream`, `benchmark`) and the collators that turn rows into batches (`collate`)."""
 
 from tpcompress.data.chat import load_chat
 from tpcompress.data.collate import BatchMeta, ChatCollator, PromptCollator, packed_mask

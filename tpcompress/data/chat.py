@@ -1,13 +1,13 @@
-"""Readers of chat data as users have it: LLaVA JSON and JSONL, and Hugging Face data sets.
+"""Read chat data sets as rows: LLaVA JSON and JSONL, parquet, saved data sets, and data sets on the Hugging Face hub.
 
     load_chat("mix665k.json", image_folder="images")     # [{"image": ..., "conversations": [{"from", "value"}]}]
     load_chat("folder_of_save_to_disk")                  # columns images (or image) and messages
     load_chat("data.parquet")                            # a file, or a folder of them
     load_chat("HuggingFaceH4/llava-instruct-mix-vsft")   # a name on the hub
 
-Nothing is held in Python lists: JSON is parsed record by record into an Arrow file, other formats are mapped from
-disk, and texts become rows when they are accessed. Images stay paths or undecoded bytes. One pass over the data
-finds broken rows beforehand, reading the header of every image file.
+Memory use does not grow with the data: JSON is parsed record by record into an Arrow file, other formats are
+memory-mapped, and rows are built on access. Images stay paths or undecoded bytes. `load_chat` scans the data once for
+broken rows and reads the header of every image file.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ from tpcompress.data.rows import (
     open_image,
 )
 
-SCAN_BATCH = 64  # rows whose image bytes are in memory at once while looking for broken ones
+SCAN_BATCH = 64  # rows whose image bytes are in memory at once during the scan for broken rows
 
 
 def load_chat(
@@ -46,25 +46,25 @@ def load_chat(
     """Read chat data as rows.
 
     Args:
-        source: JSON or JSONL file, parquet file or folder of them, folder written by ``save_to_disk``, or the name of
+        source: JSON or JSONL file, parquet file or folder of them, folder written by `save_to_disk`, or the name of
             a data set on the hub.
-        image_folder: What relative image paths start from; by default the folder of `source`.
-        split: Split of a data set that has several; JSON files have none.
-        on_bad_row: ``skip`` leaves broken rows out, ``raise`` stops at the first.
-        check_images: Whether the pass opens every image's header; without it, missing and corrupt images are found
-            when a row is used.
-        cache_dir: Where Arrow files go; by default the cache folder of `datasets`.
+        image_folder: folder that relative image paths are resolved against; by default the folder of `source`.
+        split: split to read if the data set has several; ignored for JSON files.
+        on_bad_row: `skip` leaves broken rows out, `raise` stops at the first.
+        check_images: read the header of every image during the scan; if False, missing and corrupt images are only
+            detected when their row is used.
+        cache_dir: folder for Arrow files; by default the cache folder of `datasets`.
 
     Returns:
-        A data set whose items are rows, with their ``id`` beside, and the report on the rows left out.
+        data set whose items are rows with an additional `id`, and the report of the rows left out.
 
     Raises:
-        FileNotFoundError: If `source` or `image_folder` does not exist.
-        ValueError: If the format, split or columns are unknown, no row is usable, or a row is broken under ``raise``.
+        FileNotFoundError: `source` or `image_folder` does not exist.
+        ValueError: the format, split or columns are unknown, no row is usable, or a row is broken under `raise`.
     """
     check_on_bad_row(on_bad_row)
     if image_folder is not None and not Path(image_folder).is_dir():
-        raise FileNotFoundError(f"No image folder {image_folder}; give the folder that the image paths start from.")
+        raise FileNotFoundError(f"No image folder {image_folder}; give the folder that image paths are relative to.")
     table = _open_table(source, split, cache_dir)
     if not len(table):
         raise ValueError(f"{source} holds no rows; give a data set with at least one conversation.")
@@ -79,14 +79,14 @@ def load_chat(
 
 
 def _open_table(source: str | Path, split: str, cache_dir: str | Path | None) -> datasets.Dataset:
-    """The undecoded table behind `source`, whatever its format."""
+    """Open `source` as an undecoded table, whatever its format."""
     path, cache = Path(source), None if cache_dir is None else str(cache_dir)
     if path.is_file() and path.suffix in (".json", ".jsonl"):
         return read_llava_json(path, cache)
     if path.is_file() and path.suffix == ".parquet":
         return load_table(source, split, path="parquet", data_files=str(path), split="train", cache_dir=cache)
     if path.is_file():
-        raise ValueError(f"Cannot read {path}: known are .json, .jsonl and .parquet files; convert it to one of them.")
+        raise ValueError(f"Cannot read {path}: supported are .json, .jsonl and .parquet files; convert it to one.")
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         saved = datasets.load_from_disk(str(path))
         return _pick_split(saved, split, source) if isinstance(saved, datasets.DatasetDict) else saved
@@ -100,10 +100,10 @@ def _open_table(source: str | Path, split: str, cache_dir: str | Path | None) ->
 
 
 def load_table(source: str | Path, wanted: str, **arguments: Any) -> Any:
-    """`datasets.load_dataset` with its failures in one line."""
+    """Call `datasets.load_dataset`, with failures reduced to one line."""
     try:
         return datasets.load_dataset(**arguments)
-    except Exception as error:  # the hub client, Arrow and the file system each bring their own
+    except Exception as error:  # the hub client, Arrow and the file system raise unrelated types
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         message = f"Cannot load split {wanted!r} of {source} with datasets.load_dataset: {lines[0]}"
         hint = "give a file or folder that exists, a hub name that can be reached, or another split."
@@ -118,13 +118,13 @@ def _pick_split(saved: datasets.DatasetDict, split: str, source: str | Path) -> 
 
 
 def _folder_of(source: str | Path) -> Path:
-    """Where relative image paths start when no folder is given."""
+    """The folder that relative image paths are resolved against if none is given."""
     path = Path(source)
     return path.parent if path.is_file() else path if path.is_dir() else Path()
 
 
 def _prepare(table: datasets.Dataset, source: str | Path, base: Path) -> tuple[datasets.Dataset, Any]:
-    """Keep the columns that rows are made of, with images undecoded; also the transform that makes the rows."""
+    """Select the columns that rows need, with images undecoded, and build the transform from columns to rows."""
     names = table.column_names
     turns = next((name for name in TURN_COLUMNS if name in names), None)
     if turns is None:
@@ -142,7 +142,7 @@ def _prepare(table: datasets.Dataset, source: str | Path, base: Path) -> tuple[d
 
 
 def _rows_of_batch(batch: dict[str, list], turns: str, images: str | None, base: str) -> dict[str, list]:
-    """Columns of a batch as columns of rows; the transform that runs on access."""
+    """Convert the columns of a batch to columns of rows; runs on access."""
     conversations = [conversations_of(value) for value in batch[turns]]
     num_rows = len(conversations)
     families = batch.get("families") or [["chat"] * len(row) for row in conversations]
@@ -155,14 +155,14 @@ def _rows_of_batch(batch: dict[str, list], turns: str, images: str | None, base:
 
 
 def conversations_of(turns: Any) -> list[list[dict[str, str]]]:
-    """One conversation, or a list of them if the data set is in rows already."""
+    """The conversations of a record: one, or several if the data set already has the format of rows."""
     turns = turns or []
     several = turns and isinstance(turns[0], list)
     return [[chat_message(turn) for turn in conversation] for conversation in (turns if several else [turns])]
 
 
 def images_of(value: Any, base: str) -> list[Any]:
-    """Images of a row: a path joined to its folder, or a PIL image that has not been decoded."""
+    """The images of a row, each as a path joined to `base` or as a PIL image that is not decoded yet."""
     entries = [] if value is None else value if isinstance(value, list) else [value]
     return [_image(entry, base) for entry in entries]
 
@@ -175,7 +175,7 @@ def _image(entry: Any, base: str) -> Any:
 
 
 def _scan(table: datasets.Dataset, to_rows: Any, on_bad_row: OnBadRow, check_images: bool) -> tuple[list[int], BadRows]:
-    """Indices of the usable rows and the report. Not cached: image files change behind a data set's back."""
+    """Indices of the usable rows, and the report. Not cached, because image files can change independently."""
     report, good = BadRows(total=len(table)), []
     images = to_rows.keywords["images"]
     with ThreadPoolExecutor() as pool:
@@ -199,7 +199,7 @@ def _scan(table: datasets.Dataset, to_rows: Any, on_bad_row: OnBadRow, check_ima
 def problem_of(
     conversations: list[list[dict[str, str]]], families: list[str], entry: Any, base: str, check_images: bool
 ) -> BadRow | None:
-    """Why a row is broken, or None."""
+    """Return why a row is broken, or None if it is usable."""
     entries = [] if entry is None else entry if isinstance(entry, list) else [entry]
     try:
         if not conversations or not conversations[0]:
@@ -209,7 +209,7 @@ def problem_of(
         if len(families) != len(conversations):
             raise BadRow(f"families: {len(families)} for {len(conversations)} conversations")
         for image in entries if check_images else []:
-            open_image(_image(image, base), decode=False).close()  # the entry itself stays as it is
+            open_image(_image(image, base), decode=False).close()
     except BadRow as bad:
         return bad
     return None

@@ -1,6 +1,6 @@
-"""Collators: rows to what a model's ``forward`` takes, for training and for generation.
+"""Collators that turn rows into model inputs: `ChatCollator` for training, `PromptCollator` for generation.
 
-Shapes: B sequences, S tokens of the longest.
+Shapes: B sequences in the batch, S tokens in the longest sequence.
 """
 
 from dataclasses import dataclass, field
@@ -18,17 +18,19 @@ Batch = dict[str, Any]
 
 @dataclass
 class BatchMeta:
-    """What a batch knows beside the model's inputs; every list has one entry per sequence.
+    """Metadata of a batch that is not passed to the model; every list has one entry per sequence.
 
-    `families` and `answers` list the conversations of a sequence (one unless packed): the question family, and the
-    reference answer, which is the content of the last assistant turn. `rows` are indices into the data set (into the
-    batch if rows were collated directly; -1 in a stream). `ids` identify the sequences by their content, see
-    `encode.identify`: the same in every order and run, so that what was computed about one can be found again.
-    `num_answers` counts the tokens to predict in the whole batch: labels that are not -100, without the first position,
-    which nothing predicts. `segments` (B, S) is 0 on a packed sequence's shared prefix, k on its k-th
-    conversation, -1 on padding. `num_conversations` counts the batch. `dropped` counts what `max_length` cut:
-    conversations of packed sequences, otherwise sequences cut short. `bad_rows` lists ``(row id, BadRow)`` of the
-    rows that others stood in for.
+    Attributes:
+        families: question families of the conversations of a sequence (one unless packed).
+        answers: reference answers of these conversations: the content of the last assistant turn.
+        rows: indices into the data set (into the batch if rows were collated directly; -1 in a stream).
+        segments: int (B, S): 0 on the shared prefix of a packed sequence, k on its k-th conversation, -1 on padding.
+        num_conversations: conversations in the batch.
+        ids: hashes of the content of the sequences (see `encode.identify`), which do not depend on order or run, so
+            that values cached for a sequence can be found again.
+        num_answers: predicted tokens in the batch: labels other than -100, without the first position of a sequence.
+        dropped: conversations (packed) or sequences (not packed) that `max_length` truncated.
+        bad_rows: `(row id, BadRow)` of the rows that were replaced by others.
     """
 
     families: list[list[str]]
@@ -43,24 +45,25 @@ class BatchMeta:
 
 
 class ChatCollator:
-    """Rows to training batches, padded on the right.
+    """Turns rows into training batches, padded on the right.
 
-    A batch has ``input_ids`` (B, S), ``labels`` (B, S), the processor's image inputs such as ``pixel_values``
-    (absent if no row has an image), ``attention_mask`` and, for the caller to pop, ``meta`` (`BatchMeta`). Labels are
-    -100 but on answers and the tokens that end them. Images are processed once per row.
+    A batch has `input_ids` (B, S), `labels` (B, S), the processor's image inputs such as `pixel_values` (absent if no
+    row has an image), `attention_mask`, and `meta` (`BatchMeta`), which the caller pops. Labels are -100 except on
+    answers and their end tokens. Images are processed once per row.
 
-    Without `pack` every conversation is a sequence of its own and ``attention_mask`` is (B, S) of 0 and 1.
+    Without `pack`, every conversation is a sequence of its own, and `attention_mask` (B, S) holds 0 and 1.
 
-    With `pack` a row is one sequence: the tokens that all its conversations start with, images included, then the
-    rest of each. ``attention_mask`` (B, 1, S, S) is boolean, causal, and lets each rest see the prefix and itself;
-    ``position_ids`` (B, S) go on from the prefix in every rest, so logits equal those of separate conversations. Use
-    with ``sdpa`` attention: eager attention *adds* masks, and flash attention takes none of four dimensions.
+    With `pack`, a row is one sequence: the common prefix of its conversations, images included, followed by the
+    remainder of each. `attention_mask` (B, 1, S, S) is boolean and causal, and each remainder attends to the prefix
+    and itself; `position_ids` (B, S) continue from the prefix in every remainder, so that logits equal those of
+    separate conversations. Requires `sdpa` attention: eager attention *adds* masks, and flash attention does not
+    accept 4-d masks.
 
     Args:
-        processor: Processor with a chat template and a fast tokenizer.
-        max_length: Longest sequence in tokens. Longer conversations are cut behind their images, keeping at least one
-            answer token; packed sequences lose conversations from the end. What cannot be cut so is a bad row.
-        pack: One sequence per row instead of one per conversation.
+        processor: processor with a chat template and a fast tokenizer.
+        max_length: maximum sequence length in tokens. Longer conversations are truncated after their images and at
+            least one answer token; packed sequences lose conversations from the end. Otherwise the row is bad.
+        pack: one sequence per row instead of one per conversation.
     """
 
     def __init__(self, processor: ProcessorMixin, max_length: int | None = None, pack: bool = False) -> None:
@@ -75,12 +78,12 @@ class ChatCollator:
         """Collate rows.
 
         Raises:
-            BadRow: If a row is broken; inside a `GoodRows` such a row gives way to another instead.
+            BadRow: a row is broken (`GoodRows` replaces such rows instead).
         """
         return self.pad([(self.encode(row, index), []) for index, row in enumerate(rows)])
 
     def encode(self, row: dict[str, Any], index: int = 0) -> list[EncodedSequence]:
-        """The sequences of one row, for `GoodRows`; `pad` makes batches of them."""
+        """Encode one row to its sequences; `GoodRows` calls this, and `pad` makes batches of the results."""
         images, placeholders = self.encoder.images(row["images"])
         sequences = []
         for messages, family in zip(row["conversations"], row["families"], strict=True):
@@ -106,10 +109,10 @@ class ChatCollator:
         return batch | {"meta": _meta(sequences, segments, [bad for _, passed_over in samples for bad in passed_over])}
 
     def _packed(self, conversations: list[EncodedSequence]) -> EncodedSequence:
-        """One sequence of a row's conversations: the shared prefix, then the rest of each."""
-        first_learnt = min(_first_learnt(c.labels) for c in conversations)
-        # Every rest starts with a token that is not learnt: the one before it in the sequence belongs to another.
-        prefix = min(common_prefix([c.input_ids for c in conversations]), first_learnt - 1)
+        """Pack the conversations of a row into one sequence: the common prefix, then the remainder of each."""
+        first_target = min(_first_target(c.labels) for c in conversations)
+        # Each remainder starts with an unlabelled token, because its predecessor belongs to another conversation.
+        prefix = min(common_prefix([c.input_ids for c in conversations]), first_target - 1)
         first = conversations[0]
         if max(self._images_end(c.input_ids) for c in conversations) > prefix:
             raise BadRow("conversations differ before their images end; put the images first, or set pack to false")
@@ -133,11 +136,11 @@ class ChatCollator:
         return packed
 
     def _cut(self, sequence: EncodedSequence) -> EncodedSequence:
-        """Cut a sequence to `max_length`, never inside its images nor before its first answer token."""
+        """Truncate a sequence to `max_length`, never inside its images or before its first answer token."""
         length, limit = len(sequence.input_ids), self.max_length
         if limit is None or length <= limit:
             return sequence
-        needed = max(self._images_end(sequence.input_ids), _first_learnt(sequence.labels) + 1)
+        needed = max(self._images_end(sequence.input_ids), _first_target(sequence.labels) + 1)
         if needed > limit:
             raise BadRow(f"too long: images and first answer token need {needed} tokens; raise max_length ({limit})")
         for name in ("input_ids", "labels", "segments", "positions"):
@@ -146,18 +149,18 @@ class ChatCollator:
         return sequence
 
     def _images_end(self, ids: list[int]) -> int:
-        """Index behind the last placeholder, 0 without images."""
+        """Index after the last placeholder; 0 without images."""
         return max((index + 1 for index, token in enumerate(ids) if token in self.encoder.image_ids), default=0)
 
 
 class PromptCollator:
-    """Rows to prompts for generation, padded on the left: one per conversation, up to its last answer.
+    """Turns rows into prompts for generation, padded on the left: one per conversation, without its last answer.
 
-    A batch has ``input_ids`` and ``attention_mask`` (B, S), the processor's image inputs, and ``meta`` (`BatchMeta`)
+    A batch has `input_ids` and `attention_mask` (B, S), the processor's image inputs, and `meta` (`BatchMeta`)
     with the reference answers.
 
     Args:
-        processor: Processor with a chat template and a fast tokenizer.
+        processor: processor with a chat template and a fast tokenizer.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -168,12 +171,12 @@ class PromptCollator:
         """Collate rows.
 
         Raises:
-            BadRow: If a row is broken.
+            BadRow: a row is broken.
         """
         return self.pad([(self.encode(row, index), []) for index, row in enumerate(rows)])
 
     def encode(self, row: dict[str, Any], index: int = 0) -> list[EncodedSequence]:
-        """The prompts of one row, for `GoodRows`; `pad` makes batches of them."""
+        """Encode one row to its prompts; `GoodRows` calls this, and `pad` makes batches of the results."""
         images, placeholders = self.encoder.images(row["images"])
         sequences = []
         for messages, family in zip(row["conversations"], row["families"], strict=True):
@@ -195,10 +198,16 @@ class PromptCollator:
 
 
 def packed_mask(segments: Tensor) -> Tensor:
-    """Boolean mask (B, 1, S, S) of packed sequences from their segment ids (B, S); True where a query may look.
+    """Attention mask of packed sequences.
 
-    Tokens see earlier ones of the prefix (0) and of their own segment. Padding (-1) sees itself only, as a query
-    without any key makes softmax return nan.
+    Tokens attend to earlier tokens of the prefix (0) and of their own segment. Padding (-1) attends to itself only,
+    because softmax over an empty set of keys returns nan.
+
+    Args:
+        segments: int (B, S): segment ids.
+
+    Returns:
+        bool (B, 1, S, S): True where a query attends to a key.
     """
     query, key = segments[:, :, None], segments[:, None, :]
     order = torch.arange(segments.shape[1], device=segments.device)
@@ -208,7 +217,11 @@ def packed_mask(segments: Tensor) -> Tensor:
 
 
 def pad_token_id(processor: ProcessorMixin) -> int:
-    """Id to pad with: the tokenizer's, or its eos where it has none (padding is neither seen nor learnt)."""
+    """The tokenizer's padding id, or its eos id if it has none; padding is masked and has no labels.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
     tokenizer = processor.tokenizer
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
@@ -216,7 +229,7 @@ def pad_token_id(processor: ProcessorMixin) -> int:
     return pad_id
 
 
-def _first_learnt(labels: list[int]) -> int:
+def _first_target(labels: list[int]) -> int:
     return next(index for index, label in enumerate(labels) if label != IGNORED)
 
 
@@ -227,7 +240,7 @@ def _padded(lists: list[list[int]], value: int, left: bool = False) -> Tensor:
 
 
 def _joined_images(sequences: list[EncodedSequence]) -> dict[str, Tensor]:
-    """Image inputs of all sequences, one after another."""
+    """Concatenate the image inputs of all sequences."""
     owners = [sequence.images for sequence in sequences if sequence.images]
     joined = {}
     for name in owners[0] if owners else ():

@@ -1,8 +1,8 @@
-"""How long rows will be, from their texts' characters and number of images: what batches of equal length need.
+"""Estimate the token length of rows from characters and image counts, to batch rows of similar length.
 
     length = characters * tokens per character + images * tokens per image
 
-The two rates are measured on a few rows. No picture is opened for the others.
+Both rates are measured on a few rows; the images of all other rows are not opened.
 """
 
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ import pyarrow as pa
 from tpcompress.data.encode import ChatEncoder
 from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
 
-SAMPLE = 32  # rows that the rates are measured on
-READ_ROWS = 1000  # at a time
+SAMPLE = 32  # rows on which the rates are measured
+READ_ROWS = 1000  # rows read at a time
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Rates:
     per_image: float = 0.0
 
     def length(self, characters: Any, images: Any) -> Any:
-        """Estimated tokens of a row, or of an array of rows."""
+        """Estimated token count of a row, or of an array of rows."""
         return characters * self.per_character + images * self.per_image
 
 
 def measure_rates(rows: Iterable[dict[str, Any]], encoder: ChatEncoder) -> Rates:
-    """Rates of the first few usable rows."""
+    """Measure the rates on the first usable rows."""
     characters = tokens = images = vision = 0
     for row in islice(rows, SAMPLE):
         text = "\n".join(message["content"] for messages in row["conversations"] for message in messages)
@@ -50,14 +50,14 @@ def measure_rates(rows: Iterable[dict[str, Any]], encoder: ChatEncoder) -> Rates
 
 
 def estimate_lengths(rows: datasets.Dataset, encoder: ChatEncoder) -> np.ndarray:
-    """Estimated tokens of every row.
+    """Estimate the token count of every row.
 
     Args:
-        rows: What `load_chat` returns.
-        encoder: Of the processor that the rows will be encoded with.
+        rows: data set as returned by `load_chat`.
+        encoder: encoder that the rows will be encoded with.
 
     Returns:
-        One number a row, in their order; the same on every rank.
+        float (rows,): estimated token counts, the same on every rank.
     """
     step = max(1, len(rows) // SAMPLE)
     rates = measure_rates((_row(rows, index) for index in range(0, len(rows), step)), encoder)
@@ -72,7 +72,7 @@ def estimate_lengths(rows: datasets.Dataset, encoder: ChatEncoder) -> np.ndarray
 
 
 def characters_of(conversations: list[list[dict[str, str]]]) -> int:
-    """Bytes of the texts of one row, as `estimate_lengths` counts them."""
+    """Number of text bytes of one row, counted as in `estimate_lengths`."""
     return sum(len(turn["content"].encode()) + len(turn["role"]) for turns in conversations for turn in turns)
 
 
@@ -88,13 +88,13 @@ def _count(encoder: ChatEncoder, texts: list[str]) -> int:
 
 
 def _sum(table: pa.Table, names: tuple[str, ...], count: Any) -> np.ndarray:
-    """`count` of the columns of these names that the table has."""
+    """Sum of `count` over those of the named columns that the table has."""
     columns = [table[name].combine_chunks() for name in names if name in table.column_names]
     return sum((count(column) for column in columns), np.zeros(len(table)))
 
 
 def _characters(array: pa.Array) -> np.ndarray:
-    """Bytes of text inside every entry, however deep."""
+    """Number of text bytes of every entry, including nested fields."""
     kind = array.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.compute.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(float)
@@ -106,14 +106,14 @@ def _characters(array: pa.Array) -> np.ndarray:
 
 
 def _entries(array: pa.Array) -> np.ndarray:
-    """Images of every entry: of a list its length, otherwise one."""
+    """Number of images of every entry: the length of a list, else 1."""
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         return _per_list(array, np.ones(len(array.flatten())))
     return array.is_valid().to_numpy(zero_copy_only=False).astype(float)
 
 
 def _per_list(array: pa.Array, values: np.ndarray) -> np.ndarray:
-    """Sums of `values`, one an element, over the lists."""
+    """Sum `values`, which has one number per list element, over each list."""
     lengths = pa.compute.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
     ends = lengths.cumsum()
     running = np.concatenate([[0.0], values.cumsum()])

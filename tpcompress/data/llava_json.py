@@ -1,4 +1,4 @@
-"""LLaVA's JSON and JSONL files, streamed into Arrow: the file is never in memory as a whole."""
+"""Parse LLaVA's JSON and JSONL files into an Arrow table, record by record."""
 
 import json
 from collections.abc import Iterator
@@ -10,30 +10,30 @@ from datasets.exceptions import DatasetGenerationError
 
 from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, chat_message
 
-READ_CHARS = 1 << 20  # of the file at a time
-GIVE_UP_AFTER = 100  # records without a conversation
-LAYOUT = 1  # raise when `_llava_records` changes what it yields: part of the cache key
+READ_CHARS = 1 << 20  # characters read at a time
+GIVE_UP_AFTER = 100  # records without a conversation after which the file is rejected
+LAYOUT = 1  # part of the cache key; increase it when the output of `_llava_records` changes
 
 
 def read_llava_json(path: Path, cache_dir: str | None) -> datasets.Dataset:
-    """JSON or JSONL as an Arrow table.
+    """Read a JSON or JSONL file as an Arrow table.
 
-    `datasets` reads JSON itself, but infers one type per column: LLaVA's files mix numbers and strings in ``id``,
-    and strings and lists in ``image``.
+    The JSON reader of `datasets` infers one type per column and therefore fails on LLaVA's files, which mix numbers
+    and strings in `id`, and strings and lists in `image`.
 
     Args:
-        path: File with a list of records, or with one record after another.
-        cache_dir: Where the Arrow file goes; by default the cache folder of `datasets`.
+        path: file with a list of records (JSON) or consecutive records (JSONL).
+        cache_dir: folder for the Arrow file; by default the cache folder of `datasets`.
 
     Returns:
-        A table with the columns ``id``, ``images`` (paths as written) and ``messages``.
+        table with the columns `id`, `images` (paths as written) and `messages`.
 
     Raises:
-        ValueError: If the file is empty, is no JSON, or has no conversations.
+        ValueError: the file is empty, is not JSON, or has no conversations.
     """
     turns = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
     features = {"id": datasets.Value("string"), "images": datasets.List(datasets.Value("string")), "messages": turns}
-    stamp = path.stat()  # in the cache key, so that an edited file is read anew
+    stamp = path.stat()  # part of the cache key, so that an edited file is read again
     arguments = {"path": str(path.resolve()), "stamp": (stamp.st_size, stamp.st_mtime_ns), "layout": LAYOUT}
     if not stamp.st_size:
         raise ValueError(f"{path} is empty; give a list of records with 'conversations'.")
@@ -46,7 +46,7 @@ def read_llava_json(path: Path, cache_dir: str | None) -> datasets.Dataset:
 
 
 def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[dict]:
-    """The records of a file in one schema. What is malformed inside a record is left for the scan to count."""
+    """Yield the records of a file in one schema. Malformed records are kept; the scan in `load_chat` counts them."""
     known = False
     for number, record in enumerate(_values_of(path)):
         if not isinstance(record, dict):
@@ -55,7 +55,7 @@ def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[d
         images: Any = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), [])
         known = known or any(name in record for name in TURN_COLUMNS)
         if not known and number >= GIVE_UP_AFTER:
-            break  # not this kind of file: no use in reading the rest
+            break
         yield {
             "id": str(record.get("id", number)),
             "images": [str(image) for image in (images if isinstance(images, list) else [images])],
@@ -71,14 +71,14 @@ def _values_of(path: str) -> Iterator[Any]:
 
 
 def json_values(file: TextIO, path: str) -> Iterator[Any]:
-    """Elements of a JSON list, or values written one after another (JSONL), without holding the file.
+    """Yield the elements of a JSON list, or consecutive values (JSONL), without reading the whole file at once.
 
     Args:
-        file: Open text file.
-        path: Its name, for the message.
+        file: open text file.
+        path: file name for error messages.
 
     Raises:
-        ValueError: Where the text is no JSON.
+        ValueError: the text is not JSON.
     """
     decoder = json.JSONDecoder()
     text, at, done, in_list = file.read(READ_CHARS), 0, False, False
@@ -99,7 +99,7 @@ def json_values(file: TextIO, path: str) -> Iterator[Any]:
             return
         elif done:
             if in_list:
-                raise ValueError(f"{path} is not valid JSON near its end: the list is not closed, the file may be cut.")
+                raise ValueError(f"{path} is not valid JSON near its end: the list is not closed (truncated file?).")
             return
         more = file.read(READ_CHARS)
         text, at, done = text[at:] + more, 0, not more

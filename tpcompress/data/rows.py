@@ -1,9 +1,9 @@
-"""Rows: the one shape in which every data set reaches the collators.
+"""The row format that all data sets share, with its checks: roles, image markers, broken images.
 
-A row is a dict ``{"images": [PIL.Image or path, ...], "conversations": [[{"role", "content"}, ...], ...],
-"families": [str, ...]}``. The conversations are independent of one another and share the images;
-``families[i]`` names the question family of conversation ``i``. The literal ``<image>`` in a user content says
-where an image belongs; a conversation without any gets all images at the start of its first user turn.
+A row is a dict `{"images": [PIL.Image or path, ...], "conversations": [[{"role", "content"}, ...], ...],
+"families": [str, ...]}`. The conversations are independent and share the images; `families[i]` is the question family
+of conversation `i`. The literal `<image>` in the content of a user turn marks the position of an image; without
+markers, all images are placed at the start of the first user turn.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,28 +17,31 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 IMAGE_MARKER = "<image>"
-TURN_COLUMNS = ("messages", "conversations")  # where chat data keeps its turns, in order of preference
+TURN_COLUMNS = ("messages", "conversations")  # column names for turns in chat data, in order of preference
 IMAGE_COLUMNS = ("images", "image")
-ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names; others pass unchanged
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's role names; others are kept
 OnBadRow = Literal["skip", "raise"]
 Sample = TypeVar("Sample")
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: ``str()`` is ``<reason>`` or ``<reason>: <detail>``, one line."""
+    """A row that cannot be trained on: `str()` is `<reason>` or `<reason>: <detail>`, one line."""
 
     @property
     def reason(self) -> str:
-        """The countable part, such as ``missing image``."""
+        """The category of the problem, such as `missing image`."""
         return str(self).partition(": ")[0]
 
 
 @dataclass
 class BadRows:
-    """How many rows were left out of `total`, by reason; ``str()`` is the one-line report.
+    """Counts of the rows left out, by reason; `str()` is the one-line report.
 
-    `examples` keeps the first few row ids of each reason, with the detail where there is one. `total` is 0 where
-    nobody knows it, in a stream.
+    Attributes:
+        total: rows in the data set; 0 if unknown (streams).
+        counts: rows left out, by reason.
+        examples: the first few row ids of each reason, with the detail if there is one.
+        max_examples: row ids that are kept per reason.
     """
 
     total: int = 0
@@ -47,7 +50,7 @@ class BadRows:
     max_examples: int = 3
 
     def add(self, row_id: str, bad: BadRow) -> None:
-        """Count one bad row."""
+        """Add one bad row to the counts."""
         self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
         shown = self.examples.setdefault(bad.reason, [])
         if len(shown) < self.max_examples:
@@ -67,19 +70,19 @@ class BadRows:
 
 
 class GoodRows(Dataset, Generic[Sample]):
-    """Encoded samples of a data set of rows, where a row that turns out bad gives way to the next good one.
+    """Encoded samples of a data set of rows, where a bad row is replaced by the next good one.
 
-    Item ``i`` is ``(samples, bad)``: what `encode` made of the first good row from ``i`` on, and the
-    ``(row id, BadRow)`` of those passed over. The bad rows travel with the sample because a loader's worker
-    processes cannot count for the main one.
+    Item `i` is `(sample, bad)`: the encoded sample of the first good row from `i` on, and `(row id, BadRow)` of each
+    row skipped before it. Bad rows are returned with the sample because worker processes of a data loader cannot
+    update counters of the main process.
 
     Args:
-        rows: Data set of rows.
-        encode: From a row and its index to a sample; raises `BadRow`.
-        on_bad_row: ``skip`` takes the next good row, ``raise`` stops.
+        rows: data set of rows.
+        encode: function (row, index) -> sample that raises `BadRow` for a row it cannot encode.
+        on_bad_row: `skip` takes the next good row, `raise` stops.
 
     Raises:
-        ValueError: If `rows` is empty; on access, if the row is bad under ``raise``, or if no row is good.
+        ValueError: `rows` is empty; on access: the row is bad under `raise`, or no row is good.
     """
 
     def __init__(
@@ -96,34 +99,34 @@ class GoodRows(Dataset, Generic[Sample]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Sample, list[tuple[str, BadRow]]]:
-        passed_over: list[tuple[str, BadRow]] = []
+        skipped: list[tuple[str, BadRow]] = []
         for step in range(len(self.rows)):
             candidate = (index + step) % len(self.rows)
             row_id = str(candidate)
             try:
                 row = self.rows[candidate]
                 row_id = row.get("id") or row_id
-                return self.encode(row, candidate), passed_over
+                return self.encode(row, candidate), skipped
             except BadRow as bad:
                 if self.on_bad_row == "raise":
                     raise bad_row_error(row_id, bad) from None
-                passed_over.append((row_id, bad))
-        raise ValueError(f"None of the {len(self.rows)} rows is usable; the last one: {passed_over[-1][1]}.")
+                skipped.append((row_id, bad))
+        raise ValueError(f"None of the {len(self.rows)} rows is usable; the last one: {skipped[-1][1]}.")
 
 
 def check_on_bad_row(on_bad_row: str) -> None:
-    """Raise a one-line ValueError unless `on_bad_row` is ``skip`` or ``raise``."""
+    """Raise a one-line ValueError unless `on_bad_row` is `skip` or `raise`."""
     if on_bad_row not in ("skip", "raise"):
         raise ValueError(f"on_bad_row must be 'skip' or 'raise', got {on_bad_row!r}.")
 
 
 def bad_row_error(row_id: str, bad: BadRow) -> ValueError:
-    """The fatal, one-line form of a bad row."""
+    """The error that is raised for a bad row under `on_bad_row: raise`."""
     return ValueError(f"Row {row_id} is broken: {bad}. Repair or remove it, or set on_bad_row to 'skip'.")
 
 
 def chat_message(turn: Any) -> dict[str, str]:
-    """``{"role", "content"}`` of a turn in LLaVA's or the Hugging Face form; what is not text becomes empty."""
+    """Convert a turn in LLaVA's or the Hugging Face format to `{"role", "content"}`; other content becomes empty."""
     turn = turn if isinstance(turn, dict) else {}
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
@@ -135,15 +138,16 @@ def chat_message(turn: Any) -> dict[str, str]:
 def check_conversation(messages: Sequence[dict[str, str]], num_images: int) -> None:
     """Check the roles, contents and image markers of one conversation.
 
-    Legal is an optional system turn, then user and assistant turns in alternation, ending with an assistant turn.
+    A valid conversation has an optional system turn, then alternating user and assistant turns, and ends with an
+    assistant turn.
 
     Args:
-        messages: Turns of the conversation.
-        num_images: Number of images of its row.
+        messages: turns of the conversation.
+        num_images: number of images in the row.
 
     Raises:
-        BadRow: With the reasons ``unknown role``, ``no assistant turn``, ``role order``, ``empty content``,
-            ``image marker in an answer`` or ``image markers``.
+        BadRow: the conversation is not valid; the reason is `unknown role`, `no assistant turn`, `role order`,
+            `empty content`, `image marker in an answer` or `image markers`.
     """
     roles = [message["role"] for message in messages]
     unknown = next((role for role in roles if role not in ("system", "user", "assistant")), None)
@@ -167,11 +171,11 @@ def open_image(image: Any, decode: bool = True) -> Image.Image:
     """Open one image of a row, by default decoded to upright RGB.
 
     Args:
-        image: PIL image, path, or the ``{"bytes", "path"}`` dict of an undecoded `datasets.Image`.
-        decode: False reads no more than the header.
+        image: PIL image, path, or the `{"bytes", "path"}` dict of an undecoded `datasets.Image`.
+        decode: decode the pixels; if False, only the header is read.
 
     Raises:
-        BadRow: With the reasons ``missing image`` or ``corrupt image``, naming the file.
+        BadRow: the image is missing or corrupt; the reason is `missing image` or `corrupt image`, with the file name.
     """
     name, source = _image_source(image)
     try:
@@ -180,12 +184,12 @@ def open_image(image: Any, decode: bool = True) -> Image.Image:
     except FileNotFoundError:
         raise BadRow(f"missing image: {name}") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # PIL answers damage with any of these, some with text of several lines.
+        # PIL raises any of these for damaged files, some with a message of several lines.
         raise BadRow(f"corrupt image: {name} ({type(error).__name__})") from None
 
 
 def _image_source(image: Any) -> tuple[str, Any]:
-    """Name for messages, and what `Image.open` takes."""
+    """A name for error messages, and the argument for `Image.open`."""
     if isinstance(image, Image.Image):
         return getattr(image, "filename", "") or "image in memory", image
     if isinstance(image, dict) and image.get("bytes") is not None:

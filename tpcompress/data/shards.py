@@ -1,12 +1,12 @@
-"""Where a stream comes from: the shards of a source, and the records of each, neither held nor decoded.
+"""Find the shards of a streamed data set and read their records one by one, with images undecoded.
 
-    open_shards("data/part-*.jsonl")                              # LLaVA's records, one file a shard
-    open_shards("https://host/data/{00000..00127}.tar")           # pictures and a JSON of the same name
+    open_shards("data/part-*.jsonl")                              # LLaVA's records, one file per shard
+    open_shards("https://host/data/{00000..00127}.tar")           # images and a JSON of the same name
     open_shards("data/*.parquet")                                 # columns images (or image) and messages
     open_shards("HuggingFaceH4/llava-instruct-mix-vsft")          # a name on the hub
 
-Parquet files and names on the hub are read by ``datasets.load_dataset(..., streaming=True)``. JSON and tar files are
-read here, through the file systems of fsspec: `datasets` gives every column one type, which LLaVA's records break.
+Parquet files and hub data sets are read by `datasets.load_dataset(..., streaming=True)`. JSON and tar files are read
+here through fsspec, because `datasets` requires one type per column, which LLaVA's records do not have.
 """
 
 import json
@@ -27,14 +27,20 @@ from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
 from tpcompress.errors import first_line
 
 Record = dict[str, Any]
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
-READ_ROWS = 16  # of a parquet file at a time
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+READ_ROWS = 16  # rows of a parquet file read at a time
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a source: `names` are files, or numbers of the shards of `hub`."""
+    """The shards of a source.
+
+    Attributes:
+        source: file, folder, pattern or hub name as given.
+        names: file names, or shard numbers of `hub`.
+        hub: streamed data set on the hub; None for files.
+    """
 
     source: str
     names: tuple[str, ...]
@@ -44,11 +50,12 @@ class Shards:
         return len(self.names)
 
     def read(self, index: int) -> Iterator[Record | BadRow]:
-        """The records of a shard in their order, as ``{"id", "images", "messages"}`` or with the names that the
-        source gives them; `BadRow` in place of a record that cannot be read.
+        """Yield the records of a shard in order, with the column names of the source.
+
+        A `BadRow` is yielded in place of a record that cannot be parsed.
 
         Raises:
-            Exception: whatever the file system or format raises where the shard cannot be read (on).
+            Exception: the shard cannot be read (any exception of the file system or format).
         """
         if self.hub is not None:
             return _rows(self.hub.shard(len(self), index))
@@ -57,22 +64,22 @@ class Shards:
 
     @property
     def folder(self) -> Path:
-        """The folder that relative image paths start from: that of the files, where they are local."""
+        """The folder that relative image paths are resolved against: that of local files, else the current one."""
         local = self.hub is None and "://" not in self.names[0]
         return Path(self.source if Path(self.source).is_dir() else Path(self.names[0]).parent) if local else Path()
 
 
 def open_shards(source: str | Path, split: str = "train") -> Shards:
-    """Find the shards of a source, and look at its first record.
+    """Find the shards of a source and check its first record.
 
     Args:
-        source: File, folder, pattern with ``*`` or ``{00000..00127}``, remote address, or name on the hub. Files end in
-            .json, .jsonl, .parquet or .tar, the first two also in .gz.
-        split: Split of a data set on the hub.
+        source: file, folder, pattern with `*` or `{00000..00127}`, URL, or name on the hub. Supported suffixes: .json,
+            .jsonl (both also with .gz), .parquet and .tar.
+        split: split of a data set on the hub.
 
     Raises:
-        FileNotFoundError: If there are no such files, or one of a numbered series is missing.
-        ValueError: If the format is unknown, no shard has a record, or the records are no conversations.
+        FileNotFoundError: there are no such files, or one of a numbered series is missing.
+        ValueError: the format is unknown, no shard has a record, or the records have no conversations.
     """
     shards = _find(str(source), split)
     first = _first_record(shards)
@@ -92,7 +99,7 @@ def _find(source: str, split: str) -> Shards:
     if _kind(source):
         return Shards(source, tuple(_files(source)))
     if Path(source).is_file() or "://" in source or "*" in source:
-        raise ValueError(f"Cannot stream {source}: known are .json, .jsonl, .parquet and .tar files; name such files.")
+        raise ValueError(f"Cannot stream {source}: give files that end in .json, .jsonl, .parquet or .tar.")
     if Path(source).is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"No file or folder {source}; give files that exist, or a name on the hub.")
     hub = _undecoded(load_table(source, split, path=source, split=split, streaming=True))
@@ -100,19 +107,19 @@ def _find(source: str, split: str) -> Shards:
 
 
 def _files(source: str) -> list[str]:
-    """The files that a path, address or pattern means, in order."""
+    """The files that a path, URL or pattern matches, in order."""
     names = [expanded for part in _expand(source) for expanded in (_glob(part) if "*" in part else [part])]
     if not names:
-        raise FileNotFoundError(f"No files {source}; give a pattern that some file has.")
+        raise FileNotFoundError(f"No files match {source}; give another pattern.")
     missing = [name for name in names if "://" not in name and not Path(name).is_file()]
     if missing:
-        of = f"; it is one of {len(names)} that {source} means" if len(names) > 1 else ""
+        of = f"; it is one of the {len(names)} files of {source}" if len(names) > 1 else ""
         raise FileNotFoundError(f"No file or folder {missing[0]}{of}. Give files that exist.")
     return names
 
 
 def _expand(source: str) -> list[str]:
-    """``{08..11}`` written out."""
+    """Expand ranges such as `{08..11}`."""
     found = RANGE.search(source)
     if found is None:
         return [source]
@@ -128,7 +135,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    """The format by the end of a name, empty if unknown."""
+    """The format by the suffix of a name; empty if unknown."""
     suffixes = PurePosixPath(name.partition("?")[0]).suffixes
     last = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
     return {".tgz": ".tar"}.get(last, last if last in READERS else "")
@@ -140,7 +147,7 @@ def _first_record(shards: Shards) -> Record:
     for index in range(len(shards)):
         try:
             found = next((record for record in shards.read(index) if not isinstance(record, BadRow)), None)
-        except Exception as error:  # as in a stream: see ChatStream
+        except Exception as error:  # file systems, archives and Arrow raise unrelated types; reported below
             problem = f" The last shard: {first_line(error)}"
         else:
             if found is not None:
@@ -158,7 +165,7 @@ def _read_json(name: str) -> Iterator[Record | BadRow]:
 
 
 def _read_jsonl(name: str) -> Iterator[Record | BadRow]:
-    """Line by line: a broken line costs itself only."""
+    """Read line by line, so that a broken line affects no other record."""
     with fsspec.open(name, "rb", compression="infer") as file:
         for line in file:
             if line.strip():
@@ -174,7 +181,7 @@ def _parsed(text: bytes) -> Record | BadRow:
 
 
 def _read_tar(name: str) -> Iterator[Record | BadRow]:
-    """Files that share their name up to its first dot are a record: a JSON, and pictures in the order of the names."""
+    """Files with the same name up to the first dot form a record: a JSON, and images sorted by name."""
     with fsspec.open(name, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         key, members = "", dict[str, bytes]()
         for member in archive:
@@ -193,8 +200,8 @@ def _read_tar(name: str) -> Iterator[Record | BadRow]:
 
 
 def _record_of(key: str, members: dict[str, bytes]) -> Record | BadRow:
-    pictures = sorted(ending for ending in members if ending.rpartition(".")[2] in PICTURES)
-    images = [{"bytes": members[ending], "path": f"{key}.{ending}"} for ending in pictures]
+    endings = sorted(ending for ending in members if ending.rpartition(".")[2] in IMAGE_SUFFIXES)
+    images = [{"bytes": members[ending], "path": f"{key}.{ending}"} for ending in endings]
     text = members.get("json")
     if text is None:
         return BadRow(f"no conversation: {key} has {', '.join(members)}, but no json")
@@ -213,7 +220,7 @@ def _read_parquet(name: str) -> Iterator[Record | BadRow]:
 
 
 def _rows(table: datasets.IterableDataset) -> Iterator[Record | BadRow]:
-    for batch in table.iter(READ_ROWS):  # unlike iter(table) it does not share itself out to a loader's workers
+    for batch in table.iter(READ_ROWS):  # unlike iter(table), this does not split the data by DataLoader worker
         for number in range(len(next(iter(batch.values())))):
             yield {name: column[number] for name, column in batch.items()}
 

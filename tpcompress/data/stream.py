@@ -1,12 +1,12 @@
-"""A data set that is read as it is trained on: shared out, shuffled, encoded, and resumed at the same row.
+"""Streaming data set for training: distributed over ranks and workers, shuffled, and resumable at the same row.
 
-A *part* is what one worker of one rank reads. In every pass over the data the shards are put in an order drawn from
-(seed, pass). Every part takes as many whole shards as can be shared out equally; of those left over it takes every
-n-th row. So a pass of all parts covers every row once. Parts whose shards are short begin their next pass earlier: a
-stream never ends, all ranks have batches as long as they ask, and the run's length must come from its steps.
+A *part* is what one worker of one rank reads. In every pass (epoch) over the data, the shards are ordered by
+(seed, pass). The parts take equal numbers of whole shards; of each remaining shard, every part takes every n-th row.
+A pass of all parts therefore covers every row once. Parts with short shards start their next pass earlier: the stream
+is endless, no rank runs out of batches, and the length of a run must be given in steps.
 
-Rows are shuffled in blocks, each drawn from (seed, part, block), instead of in a running buffer: the place in the data
-is then a few numbers, and going on costs the reading of one block, not of all that was read before.
+Rows are shuffled in blocks seeded by (seed, part, block) instead of in a running buffer. The position in the data is
+then a few numbers, and resuming reads at most one block again.
 """
 
 import random
@@ -24,16 +24,20 @@ from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow, OnBadRow, 
 from tpcompress.data.shards import Record, Shards
 from tpcompress.errors import first_line
 
-GIVE_UP_AFTER = 10_000  # bad rows in a row
+GIVE_UP_AFTER = 10_000  # consecutive bad rows
 Place = dict[str, int]
-"""Of a part: the block it is in, where that starts (`epoch` passes, `shard` of the pass, `row` of the shard), and how
-many of its rows are `used`."""
+"""Position of a part in the data: `block` number, its start (`epoch`, `shard` of the pass, `row` of the shard), and the
+number of its rows `used` so far."""
 START: Place = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "used": 0}
 
 
 @dataclass
 class RawRow:
-    """A row whose images are paths or bytes still. `ends` the batch that it is in, in a stream with buckets."""
+    """A row with undecoded images (paths or bytes).
+
+    Attributes:
+        ends: the row is the last of its batch (streams with buckets).
+    """
 
     row_id: str
     conversations: list[list[dict[str, str]]]
@@ -44,7 +48,7 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which part of the data: that of rank `rank` of `num_ranks`, each with `slots` workers."""
+    """How the data is distributed: this rank is `rank` of `num_ranks`, and every rank has `slots` workers."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -52,28 +56,29 @@ class Sharing:
 
 
 class ChatStream(IterableDataset):
-    """Endless batches of a source's rows, as ``(slot, place, batch)``: `place` is that of the slot's part behind the
-    batch. Batches come from the slots in turn. Set `places` (one a slot) and `first`, the slot whose turn it is, before
-    iterating.
+    """Endless batches of streamed rows, as `(slot, place, batch)`; `place` is the slot's position after the batch.
+
+    Batches are taken from the slots (workers) in turn. To resume, set `places` (one per slot) and `first` (the next
+    slot) before iterating.
 
     Args:
-        shards: Where rows come from.
-        collator: With `encode` and `pad`, such as `ChatCollator`.
-        batch_size: Rows in a batch.
-        image_folder: What relative image paths start from; by default the folder of the files.
-        on_bad_row: ``skip`` leaves bad rows, and what cannot be read of a shard, out, and names them in the metadata
-            of the next batch; ``raise`` stops.
-        shuffle_buffer: Rows of a block, all held undecoded; 1 leaves their order.
-        bucket: Batches of a pool sorted by estimated length, 0 for none. Ranks go through their pools in one
-            order of lengths. A bad row makes a batch shorter here, and a block's end may.
-        rates: What lengths are estimated with.
-        seed: Of every order.
-        sharing: The rank and workers.
+        shards: shards to read.
+        collator: object with `encode` and `pad`, such as `ChatCollator`.
+        batch_size: rows per batch.
+        image_folder: folder that relative image paths are resolved against; by default the folder of the files.
+        on_bad_row: `skip` leaves out bad rows and unreadable shards and lists them in the metadata of the next batch;
+            `raise` stops.
+        shuffle_buffer: rows per shuffled block, held undecoded; 1 keeps the order of the data.
+        bucket: batches per pool that is sorted by estimated length; 0 disables sorting. All ranks go through their
+            pools in the same order of lengths. Batches can be shorter after a bad row and at the end of a block.
+        rates: rates for the estimated lengths.
+        seed: seed of all orders.
+        sharing: rank and number of workers.
 
     Raises:
-        ValueError: In one line: while iterating, if a row is bad under ``raise``, too many follow one another, or
-            a part has no rows.
-        FileNotFoundError: If there is no `image_folder`.
+        ValueError: while iterating: a row is bad under `raise`, too many consecutive rows are bad, or a part has no
+            rows.
+        FileNotFoundError: `image_folder` does not exist.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class ChatStream(IterableDataset):
     ) -> None:
         check_on_bad_row(on_bad_row)
         if image_folder is not None and not Path(image_folder).is_dir():
-            raise FileNotFoundError(f"No image folder {image_folder}; give the folder that the image paths start from.")
+            raise FileNotFoundError(
+                f"No image folder {image_folder}; give the folder that image paths are relative to."
+            )
         self.shards, self.collator, self.batch_size, self.on_bad_row = shards, collator, batch_size, on_bad_row
         self.base = str(image_folder if image_folder is not None else shards.folder)
         self.shuffle_buffer, self.bucket, self.rates, self.seed = shuffle_buffer, bucket, rates or Rates(), seed
@@ -121,7 +128,7 @@ class ChatStream(IterableDataset):
                     samples = []
 
     def some_rows(self) -> Iterator[dict[str, Any]]:
-        """Usable rows of the first pass, the same on every rank, for whoever wants to look at a few."""
+        """Yield usable rows of the first pass, the same on every rank, for measurements on a few rows."""
         for _, item in self._pass(0, 0, 0, 0):
             try:
                 row = self._opened(item) if isinstance(item, RawRow) else None
@@ -131,7 +138,7 @@ class ChatStream(IterableDataset):
                 yield row
 
     def _blocks(self, part: int, place: Place) -> Iterator[tuple[list[RawRow], list[tuple[str, BadRow]], Place]]:
-        """Blocks from a place on, in the order of training, with the bad rows met while reading them."""
+        """Yield blocks from a position on, in training order, each with the bad rows found while reading it."""
         at, place = (place["epoch"], place["shard"], place["row"]), dict(place)
         while True:
             whole, empty = at[1:] == (0, 0), True
@@ -150,7 +157,7 @@ class ChatStream(IterableDataset):
             if whole and empty:
                 raise ValueError(
                     f"{self.shards.source} has no rows for part {part + 1} of {self._parts}; "
-                    "take fewer workers or ranks."
+                    "use fewer workers or ranks."
                 )
             if block or bad:
                 yield self._ordered(block, part, place["block"]), bad, place
@@ -168,7 +175,7 @@ class ChatStream(IterableDataset):
     def _pass(
         self, part: int, epoch: int, shard: int, row: int
     ) -> Iterator[tuple[tuple[int, int], RawRow | tuple[str, BadRow]]]:
-        """What a part reads in a pass, from a row of a shard on, each with the (shard, row) behind it."""
+        """Yield what a part reads in a pass from a row of a shard on, each with the (shard, row) that follows."""
         for turn, (index, offset, stride) in islice(enumerate(self._turns(part, epoch)), shard, None):
             name = Path(self.shards.names[index]).name
             try:
@@ -176,11 +183,11 @@ class ChatStream(IterableDataset):
                 for number, record in islice(numbered, row if turn == shard else 0, None):
                     if number % stride == offset:
                         yield (turn, number + 1), self._row(record, f"{name}:{number}")
-            except Exception as error:  # file systems, archives and Arrow each bring their own
+            except Exception as error:  # file systems, archives and Arrow raise unrelated types
                 yield (turn + 1, 0), (name, BadRow(f"unreadable shard: {first_line(error)}"))
 
     def _turns(self, part: int, epoch: int) -> list[tuple[int, int, int]]:
-        """The (shard, first row, every how many rows) of a part in a pass."""
+        """The shards of a part in a pass, as (shard, first row, stride over rows)."""
         order = list(range(len(self.shards)))
         if self.shuffle_buffer > 1:
             random.Random(f"{self.seed} {epoch}").shuffle(order)
@@ -188,7 +195,7 @@ class ChatStream(IterableDataset):
         return [(i, 0, 1) for i in order[part : whole : self._parts]] + [(i, part, self._parts) for i in order[whole:]]
 
     def _row(self, record: Record | BadRow, fallback: str) -> RawRow | tuple[str, BadRow]:
-        """A record as a row, or why it is none."""
+        """Convert a record to a row; or return its id and why it is broken."""
         if isinstance(record, BadRow):
             return fallback, record
         row_id = fallback if record.get("id") is None else str(record["id"])
@@ -204,7 +211,7 @@ class ChatStream(IterableDataset):
         return {"id": row.row_id, "images": images_of(row.images, self.base), **families}
 
     def _ordered(self, block: list[RawRow], part: int, number: int) -> list[RawRow]:
-        """A block in the order of training."""
+        """Put the rows of a block in training order."""
         if self.shuffle_buffer > 1:
             random.Random(f"{self.seed} {part} {number}").shuffle(block)
         if not self.bucket:
@@ -221,16 +228,17 @@ class ChatStream(IterableDataset):
         missed += bad
         if len(missed) >= GIVE_UP_AFTER:
             raise ValueError(
-                f"{len(missed)} rows of {self.shards.source} in a row are unusable; the last: {missed[-1][1]}."
+                f"{len(missed)} consecutive rows of {self.shards.source} are unusable; the last: {missed[-1][1]}."
             )
 
 
 def _bucketed(
     block: list[RawRow], batch_size: int, bucket: int, length: Callable[[RawRow], float], seed: str
 ) -> list[RawRow]:
-    """Pools of `bucket` batches, each sorted and cut in batches; the batches of a pool come in a drawn order.
+    """Sort pools of `bucket` batches by length, split them into batches, and shuffle the batches of each pool.
 
-    That order depends on `seed` and the pool's place, not on the part: ranks reach long batches at the same step.
+    The order of batches depends on `seed` and the position of the pool, not on the part, so that all ranks process
+    long batches in the same step.
     """
     ordered: list[RawRow] = []
     for start in range(0, len(block), bucket * batch_size):

@@ -1,4 +1,4 @@
-"""A procedural visual-question-answering benchmark whose families stress different sides of vision-token pruning."""
+"""Procedural visual-question-answering benchmark whose question families stress different aspects of token pruning."""
 
 from tpcompress.data.benchmark.builder import (
     TinyVQA,

@@ -1,7 +1,7 @@
-"""The benchmark as rows: ``{"images": [picture], "conversations": [[question, answer], ...], "families": [...]}``.
+"""Build the benchmark as rows: `{"images": [image], "conversations": [[question, answer], ...], "families": [...]}`.
 
-Nothing is downloaded; picture ``index`` of a split depends on (split, seed, index) alone, so splits can be of any size
-and a growing split keeps the pictures it had.
+Nothing is downloaded. Image `index` of a split depends on (split, seed, index) alone, so splits can have any size, and
+a larger split starts with the images of a smaller one.
 """
 
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 
 from tpcompress.data.benchmark.digits import SPLITS
 from tpcompress.data.benchmark.render import render
-from tpcompress.data.benchmark.symbolic import draw_picture
+from tpcompress.data.benchmark.symbolic import draw_image_spec
 
 _FEATURES = datasets.Features(
     {
@@ -30,49 +30,49 @@ _FEATURES = datasets.Features(
 
 
 def make_row(split: str, seed: int, index: int) -> dict[str, Any]:
-    """One picture with its questions.
+    """Generate one image with its questions.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        seed: names a stream of pictures within the split.
-        index: position in that stream, without an upper end.
+        split: `train`, `validation` or `test`.
+        seed: seed of a series of images within the split.
+        index: index in that series, unbounded.
 
     Returns:
-        a row with a PIL image, 96x96 pixels.
+        row with one PIL image of 96x96 pixels.
 
     Raises:
-        ValueError: if there is no such split.
+        ValueError: there is no such split.
     """
-    rng = picture_rng(split, seed, index)
-    picture = draw_picture(rng)
+    rng = image_rng(split, seed, index)
+    spec = draw_image_spec(rng)
     return {
-        "images": [Image.fromarray(render(picture, rng, split))],
+        "images": [Image.fromarray(render(spec, rng, split))],
         "conversations": [
             [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
-            for question in picture.questions
+            for question in spec.questions
         ],
-        "families": [question.family for question in picture.questions],
+        "families": [question.family for question in spec.questions],
     }
 
 
 def load_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Dataset:
-    """The first ``num_images`` pictures of a split, held in memory.
+    """Generate the first `num_images` rows of a split and hold them in memory.
 
     Raises:
-        ValueError: if there is no such split, or ``num_images`` is not positive.
+        ValueError: there is no such split, or `num_images` is not positive.
     """
     _check_request(split, num_images)
     columns = _columns(_rows(split, seed, num_images))
-    # Encoded here, once and lightly: `datasets` would do it several times over.
+    # Encoded here with little compression; `datasets` would encode every image several times.
     columns["images"] = [[{"bytes": _png(image), "path": None} for image in images] for images in columns["images"]]
     return datasets.Dataset.from_dict(columns, features=_FEATURES, split=datasets.NamedSplit(split))
 
 
 def draw_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Dataset:
-    """The same rows as :func:`load_benchmark`, each drawn when it is read: for training in any order.
+    """The same rows as `load_benchmark`, each generated on access: for training in any order.
 
     Raises:
-        ValueError: if there is no such split, or ``num_images`` is not positive.
+        ValueError: there is no such split, or `num_images` is not positive.
     """
     _check_request(split, num_images)
     index = datasets.Dataset.from_dict({"index": list(range(num_images))}, split=datasets.NamedSplit(split))
@@ -80,17 +80,21 @@ def draw_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.Datas
 
 
 def stream_benchmark(split: str, num_images: int, seed: int = 0) -> datasets.IterableDataset:
-    """The same rows as :func:`load_benchmark`, drawn when they are read and never stored: for long training runs."""
+    """The same rows as `load_benchmark`, generated sequentially and never stored: for long training runs.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     _check_split(split)
     arguments = {"split": split, "seed": seed, "num_images": num_images}
     return datasets.IterableDataset.from_generator(_rows, features=_FEATURES, gen_kwargs=arguments)
 
 
-def picture_rng(split: str, seed: int, index: int) -> Random:
-    """Everything random about a picture.
+def image_rng(split: str, seed: int, index: int) -> Random:
+    """The random generator of one image.
 
-    The seed is text, which :class:`random.Random` hashes with SHA-512: streams of different splits and seeds never
-    meet, whatever their sizes.
+    The seed is a string, which `random.Random` hashes with SHA-512, so that different splits and seeds never share an
+    image.
     """
     _check_split(split)
     return Random(f"{split}/{seed}/{index}")
@@ -98,7 +102,7 @@ def picture_rng(split: str, seed: int, index: int) -> Random:
 
 @dataclass
 class TinyVQAConfig(datasets.BuilderConfig):
-    """Sizes of the splits in pictures, and the stream they are taken from."""
+    """Number of images per split, and the seed."""
 
     train: int = 4096
     validation: int = 512
@@ -107,9 +111,9 @@ class TinyVQAConfig(datasets.BuilderConfig):
 
 
 class TinyVQA(datasets.GeneratorBasedBuilder):
-    """The benchmark as a builder, for those who want it cached on disk: ``TinyVQA(train=100).download_and_prepare()``.
+    """The benchmark as a `datasets` builder, cached on disk: `TinyVQA(train=100).download_and_prepare()`.
 
-    The cache is keyed by the configuration, so other sizes or seeds never read stale files.
+    The cache key covers the configuration.
     """
 
     VERSION = datasets.Version("1.0.0")
@@ -158,7 +162,7 @@ def _png(image: Image.Image) -> bytes:
 
 def _check_request(split: str, num_images: int) -> None:
     if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; ask for at least one picture.")
+        raise ValueError(f"num_images is {num_images}; it must be at least 1.")
     _check_split(split)
 
 

@@ -1,4 +1,4 @@
-"""Real handwritten digits (UCI, CC BY 4.0; see ``assets/DIGITS_LICENSE.txt``) with a fixed split."""
+"""Handwritten digits for the benchmark (UCI, CC BY 4.0; see `assets/DIGITS_LICENSE.txt`) with a fixed split."""
 
 from functools import cache
 from importlib.resources import files
@@ -14,7 +14,7 @@ def digit_samples(split: str, digit: str) -> np.ndarray:
     """All samples of a digit in a split.
 
     Returns:
-        ink in [0, 1], shape (N, 8, 8), read-only.
+        float (N, 8, 8): ink in [0, 1], read-only.
     """
     with files("tpcompress").joinpath("assets/digits.npz").open("rb") as stream, np.load(stream) as packed:
         chosen = (packed["labels"] == int(digit)) & (packed["split"] == SPLITS.index(split))
@@ -24,6 +24,6 @@ def digit_samples(split: str, digit: str) -> np.ndarray:
 
 
 def digit_sample(split: str, digit: str, pick: float) -> np.ndarray:
-    """The sample of a digit that ``pick`` in [0, 1) points to, shape (8, 8)."""
+    """The sample (8, 8) of a digit selected by `pick` in [0, 1)."""
     samples = digit_samples(split, digit)
     return samples[int(pick * len(samples))]

@@ -1,4 +1,4 @@
-"""Draws symbolic pictures: 96x96 pixels, 12x12 patches of 8 pixels."""
+"""Render an image specification to pixels: 96x96, in 12x12 patches of 8 pixels."""
 
 from functools import cache
 from random import Random
@@ -7,27 +7,27 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tpcompress.data.benchmark.digits import digit_sample
-from tpcompress.data.benchmark.symbolic import Bar, Card, Field, Item, Picture, Shape, Tag
+from tpcompress.data.benchmark.symbolic import Bar, Card, Field, ImageSpec, Item, Shape, Tag
 from tpcompress.data.benchmark.vocabulary import COLOURS, DIGITS, IMAGE_SIZE, LETTERS, PATCH
 
 FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 _INK = (15, 15, 15)
 
 
-def render(picture: Picture, rng: Random, split: str) -> np.ndarray:
-    """Draw a picture.
+def render(spec: ImageSpec, rng: Random, split: str) -> np.ndarray:
+    """Render an image.
 
     Args:
-        picture: what to draw.
-        rng: decides tints, phases, fonts and sensor noise.
-        split: whose handwritten digits to use.
+        spec: specification of the image.
+        rng: generator for tints, phases, fonts and sensor noise.
+        split: split whose handwritten digits are used.
 
     Returns:
-        RGB pixels, uint8, shape (96, 96, 3).
+        uint8 (96, 96, 3): RGB pixels.
     """
-    canvas = _background(picture, rng)
+    canvas = _background(spec, rng)
     font = rng.choice(FONTS)
-    for item in picture.items:
+    for item in spec.items:
         if isinstance(item, Card):
             _draw_card(canvas, item, rng, split)
         else:
@@ -36,13 +36,13 @@ def render(picture: Picture, rng: Random, split: str) -> np.ndarray:
     return (canvas + noise).clip(0, 255).astype(np.uint8)
 
 
-def _background(picture: Picture, rng: Random) -> np.ndarray:
-    if picture.kind == "scene":
+def _background(spec: ImageSpec, rng: Random) -> np.ndarray:
+    if spec.kind == "scene":
         base = np.array([rng.uniform(50, 130) for _ in range(3)], np.float32)
-        pattern = _pattern(picture.texture, rng.randrange(PATCH // 2))[..., None]
+        pattern = _pattern(spec.texture, rng.randrange(PATCH // 2))[..., None]
         return base + pattern * (rng.choice((-1, 1)) * rng.uniform(25, 40))
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.uniform(205, 250), np.float32)
-    if picture.kind == "chart":
+    if spec.kind == "chart":
         canvas[::PATCH] -= 25
     return canvas
 
@@ -78,14 +78,14 @@ def _draw(canvas: np.ndarray, item: Item, font: str) -> None:
 
 
 def _draw_card(canvas: np.ndarray, card: Card, rng: Random, split: str) -> None:
-    """A card with a handwritten digit, enlarged twice; training digits are also slightly turned, slanted and moved."""
+    """Draw a card with a handwritten digit at twice its size; training digits are also rotated, sheared and shifted."""
     _fill(canvas, card.column, card.row, 2, COLOURS[card.colour])
     sample = Image.fromarray((digit_sample(split, card.digit, card.pick) * 255).astype(np.uint8))
     amount = 1.0 if split == "train" else 0.0
     turn, slant, zoom, right, down = (amount * rng.uniform(-1, 1) for _ in range(5))
     a, b = 0.5 * (1 + 0.12 * zoom), 0.5 * (0.15 * turn + 0.15 * slant)
     d, e = 0.5 * -0.15 * turn, 0.5 * (1 + 0.12 * zoom)
-    # Affine maps from the 16x16 card to the 8x8 sample keep the middle of one on the middle of the other.
+    # The affine map from the 16x16 card to the 8x8 sample preserves the centre.
     offsets = (4 - 8 * (a + b) + 0.6 * right, 4 - 8 * (d + e) + 0.6 * down)
     size, bilinear = (2 * PATCH, 2 * PATCH), Image.Resampling.BILINEAR
     ink = sample.transform(size, Image.Transform.AFFINE, (a, b, offsets[0], d, e, offsets[1]), bilinear)
@@ -97,7 +97,7 @@ def _fill(canvas: np.ndarray, column: int, row: int, side: int, colour: tuple[in
 
 
 def _paste(canvas: np.ndarray, mask: np.ndarray, column: int, row: int, colour: tuple[int, int, int]) -> None:
-    """Blend a colour in where the mask (H, W) is 1, its top left corner at a patch."""
+    """Blend a colour in by a mask (H, W) whose top left corner is at a patch."""
     height, width = mask.shape
     area = canvas[row * PATCH : row * PATCH + height, column * PATCH : column * PATCH + width]
     area += (np.array(colour, np.float32) - area) * mask[..., None]
@@ -105,7 +105,7 @@ def _paste(canvas: np.ndarray, mask: np.ndarray, column: int, row: int, colour: 
 
 @cache
 def _shape_mask(name: str) -> np.ndarray:
-    """Antialiased mask of a shape over 2x2 patches: drawn eight times larger, then averaged."""
+    """Antialiased mask of a shape over 2x2 patches, drawn at eight times the size and averaged."""
     side, size = 2 * PATCH, 16 * PATCH
     image = Image.new("L", (size, size))
     draw = ImageDraw.Draw(image)
@@ -129,11 +129,11 @@ def _shape_mask(name: str) -> np.ndarray:
 
 @cache
 def _glyph_mask(font: str, glyph: str) -> np.ndarray:
-    # matplotlib ships the DejaVu fonts; only its data folder is wanted, and only when something is drawn.
+    # matplotlib ships the DejaVu fonts; imported here because rendering alone needs it.
     import matplotlib
 
     if glyph not in DIGITS + LETTERS:
-        raise ValueError(f"No glyph {glyph!r}; the benchmark writes {''.join(DIGITS + LETTERS)} only.")
+        raise ValueError(f"No glyph {glyph!r}; the benchmark uses only {''.join(DIGITS + LETTERS)}.")
     truetype = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{font}", 9)
     image = Image.new("L", (PATCH, PATCH))
     ImageDraw.Draw(image).text((PATCH / 2, PATCH / 2), glyph, font=truetype, fill=255, anchor="mm")

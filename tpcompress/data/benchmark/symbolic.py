@@ -1,7 +1,7 @@
-"""Symbolic pictures: what is where, the questions about it, and per-patch labels - no pixels yet.
+"""Draw image specifications: the items of an image, the questions about them, and per-patch labels, without pixels.
 
-A picture is drawn from a :class:`random.Random` alone.  Keeping it symbolic lets answers be re-derived in tests and
-lets a language model be trained before any vision tower exists.
+A specification depends on a `random.Random` alone. With specifications, tests can derive the answers independently,
+and a language model can be trained before a vision tower exists.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ KIND_SHARES = (0.5, 0.2, 0.15, 0.15)
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a family with its only right answer; both are words separated by spaces."""
+    """One question of a family with its only correct answer; both are words separated by spaces."""
 
     family: str
     text: str
@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Shape:
-    """A coloured shape over 2x2 patches; ``column`` and ``row`` locate its top left patch."""
+    """A coloured shape over 2x2 patches; `column` and `row` are those of its top left patch."""
 
     name: str
     colour: str
@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tag:
-    """A coloured one-patch tag bearing a letter."""
+    """A coloured tag of one patch with a letter."""
 
     colour: str
     letter: str
@@ -59,7 +59,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Field:
-    """A document line: a coloured key patch at ``column``, its characters in the patches right of it."""
+    """A line of a document: a coloured key patch at `column`, and its characters in the patches to the right."""
 
     colour: str
     characters: tuple[str, ...]
@@ -69,7 +69,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Bar:
-    """A chart bar, ``value`` patches high, standing on the lower border."""
+    """A bar of a chart, `value` patches high, on the lower border."""
 
     colour: str
     value: int
@@ -78,7 +78,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Card:
-    """A coloured card over 2x2 patches with a real handwritten digit; ``pick`` in [0, 1) chooses the sample."""
+    """A coloured card over 2x2 patches with a handwritten digit; `pick` in [0, 1) selects the sample."""
 
     colour: str
     digit: str
@@ -91,10 +91,11 @@ Item = Shape | Tag | Field | Bar | Card
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Everything there is to know about a picture before it is drawn.
+class ImageSpec:
+    """Specification of an image.
 
-    ``texture`` is the background of a scene and empty for the other kinds.
+    Attributes:
+        texture: background of a scene; empty for the other kinds.
     """
 
     kind: Kind
@@ -103,35 +104,35 @@ class Picture:
     questions: tuple[Question, ...]
 
 
-def draw_picture(rng: Random, kind: Kind | None = None, limit: int = 2) -> Picture:
-    """Draw a picture and at most ``limit`` questions per family about it.
+def draw_image_spec(rng: Random, kind: Kind | None = None, limit: int = 2) -> ImageSpec:
+    """Draw the specification of an image.
 
     Args:
         rng: the only source of randomness.
-        kind: a kind of picture; drawn with the shares of ``KIND_SHARES`` if not given.
-        limit: most questions of one family.
+        kind: kind of image; drawn with the probabilities `KIND_SHARES` if None.
+        limit: maximum number of questions per family.
     """
     kind = kind or rng.choices(KINDS, KIND_SHARES)[0]
-    painters: dict[Kind, Callable[[Random, int], Picture]] = {
+    generators: dict[Kind, Callable[[Random, int], ImageSpec]] = {
         "scene": _scene,
         "document": _document,
         "chart": _chart,
         "digits": _digits,
     }
-    return painters[kind](rng, limit)
+    return generators[kind](rng, limit)
 
 
-def patch_labels(picture: Picture) -> tuple[dict[Cell, list[str]], list[str]]:
-    """Object-level labels of a picture.
+def patch_labels(spec: ImageSpec) -> tuple[dict[Cell, list[str]], list[str]]:
+    """Object-level labels of the patches of an image.
 
     Returns:
-        labels of each patch (column, row) covered by an item, and the labels of every other patch.
+        labels of each patch (column, row) that an item covers, and the labels of all other patches.
     """
-    tallest = max((item.value for item in picture.items if isinstance(item, Bar)), default=0)
+    tallest = max((item.value for item in spec.items if isinstance(item, Bar)), default=0)
     labels: dict[Cell, list[str]] = {}
-    for item in picture.items:
+    for item in spec.items:
         labels.update(_item_labels(item, tallest))
-    return labels, [f"texture:{picture.texture}"] if picture.texture else ["page"]
+    return labels, [f"texture:{spec.texture}"] if spec.texture else ["page"]
 
 
 def _item_labels(item: Item, tallest: int) -> dict[Cell, list[str]]:
@@ -159,7 +160,7 @@ def _square(column: int, row: int, side: int = 2) -> list[Cell]:
 
 
 def _place(rng: Random, taken: set[Cell], side: int) -> Cell:
-    """A free square of patches; the grid is never so full that none is left."""
+    """Draw a free square of patches; the items never fill the grid."""
     while True:
         column, row = rng.randrange(GRID - side + 1), rng.randrange(GRID - side + 1)
         if taken.isdisjoint(cells := _square(column, row, side)):
@@ -167,10 +168,11 @@ def _place(rng: Random, taken: set[Cell], side: int) -> Cell:
             return column, row
 
 
-def _scene(rng: Random, limit: int) -> Picture:
+def _scene(rng: Random, limit: int) -> ImageSpec:
     taken: set[Cell] = set()
     shapes: list[Shape] = []
-    # Some scenes repeat shapes, else nearly every count would be one; some hardly do, else few shapes were unique.
+    # Shapes repeat with different probabilities: without repetition nearly every count is 1; with too much of it few
+    # shapes are unique.
     repeat = rng.choice((0.0, 0.3, 0.6))
     for _ in range(rng.randint(3, 5)):
         name = rng.choice(shapes).name if shapes and rng.random() < repeat else rng.choice(SHAPES)
@@ -185,11 +187,11 @@ def _scene(rng: Random, limit: int) -> Picture:
         *_exist_questions(rng, shapes, limit),
         *_attr_questions(rng, shapes, limit),
     ]
-    return Picture("scene", texture, (*shapes, *tags), tuple(questions))
+    return ImageSpec("scene", texture, (*shapes, *tags), tuple(questions))
 
 
 def _ground_questions(rng: Random, shapes: list[Shape], limit: int) -> list[Question]:
-    """Ask for shapes that are alone in their column: the two words of an answer then name one shape at any point."""
+    """Questions about shapes that are alone in their column, so that either word of the answer identifies the shape."""
     pairs, columns = [(shape.name, shape.colour) for shape in shapes], [shape.column for shape in shapes]
     unique = [s for s in shapes if pairs.count((s.name, s.colour)) == 1 and columns.count(s.column) == 1]
     return [
@@ -199,11 +201,11 @@ def _ground_questions(rng: Random, shapes: list[Shape], limit: int) -> list[Ques
 
 
 def _count_questions(rng: Random, shapes: list[Shape], limit: int) -> list[Question]:
-    """Ask for shapes of different counts where possible, so that no single answer is a good guess."""
+    """Questions with different counts where possible, so that no single answer is a good guess."""
     names = [shape.name for shape in shapes]
     order = rng.sample(SHAPES, len(SHAPES))
     chosen = list({names.count(name): name for name in order}.values())
-    # An absent shape is asked for last and not always: "0" is as easy to say as "no".
+    # An absent shape comes last and not always, because "0" is as easy to answer as "no".
     chosen.sort(key=lambda name: (names.count(name) == 0, rng.random()))
     if names.count(chosen[-1]) == 0 and len(chosen) > 1 and rng.random() < 0.4:
         chosen.pop()
@@ -216,7 +218,7 @@ def _needle_questions(rng: Random, tags: list[Tag], limit: int) -> list[Question
 
 
 def _exist_questions(rng: Random, shapes: list[Shape], limit: int) -> list[Question]:
-    """Yes and no are equally likely; four of five absent pairs share both their shape and colour with the picture."""
+    """Yes and no are equally likely; for four of five absent pairs, shape and colour each occur in the image."""
     present = sorted({(shape.colour, shape.name) for shape in shapes})
     absent = [(colour, name) for colour in COLOURS for name in SHAPES if (colour, name) not in present]
     colours, names = {colour for colour, _ in present}, {name for _, name in present}
@@ -237,7 +239,7 @@ def _attr_questions(rng: Random, shapes: list[Shape], limit: int) -> list[Questi
     return [Question("attr", f"what colour is the {shape.name} ?", shape.colour) for shape in asked]
 
 
-def _document(rng: Random, limit: int) -> Picture:
+def _document(rng: Random, limit: int) -> ImageSpec:
     size = rng.randint(3, 4)
     fields = [
         Field(colour, tuple(rng.choices(DIGITS + LETTERS, k=FIELD_LENGTH)), rng.randrange(GRID - FIELD_LENGTH), row)
@@ -245,10 +247,10 @@ def _document(rng: Random, limit: int) -> Picture:
     ]
     asked = rng.sample(fields, min(limit, size))
     questions = [Question("ocr", f"read the {field.colour} field ?", " ".join(field.characters)) for field in asked]
-    return Picture("document", "", tuple(fields), tuple(questions))
+    return ImageSpec("document", "", tuple(fields), tuple(questions))
 
 
-def _chart(rng: Random, limit: int) -> Picture:
+def _chart(rng: Random, limit: int) -> ImageSpec:
     size = rng.randint(3, 4)
     columns, values = rng.sample(range(GRID), size), rng.sample(range(1, MAX_BAR + 1), size)
     bars = [Bar(*bar) for bar in zip(rng.sample(KEY_COLOURS, size), values, columns, strict=True)]
@@ -256,10 +258,10 @@ def _chart(rng: Random, limit: int) -> Picture:
     questions = [Question("chart", "what colour is the tallest bar ?", tallest.colour)]
     for bar in bars:
         questions.append(Question("chart", f"what is the value of the {bar.colour} bar ?", str(bar.value)))
-    return Picture("chart", "", tuple(bars), tuple(rng.sample(questions, min(limit, len(questions)))))
+    return ImageSpec("chart", "", tuple(bars), tuple(rng.sample(questions, min(limit, len(questions)))))
 
 
-def _digits(rng: Random, limit: int) -> Picture:
+def _digits(rng: Random, limit: int) -> ImageSpec:
     taken: set[Cell] = set()
     cards = [
         Card(colour, rng.choice(DIGITS), rng.random(), *_place(rng, taken, 2))
@@ -267,4 +269,4 @@ def _digits(rng: Random, limit: int) -> Picture:
     ]
     asked = rng.sample(cards, min(limit, len(cards)))
     questions = [Question("digits", f"what digit is on the {card.colour} card ?", card.digit) for card in asked]
-    return Picture("digits", "", tuple(cards), tuple(questions))
+    return ImageSpec("digits", "", tuple(cards), tuple(questions))

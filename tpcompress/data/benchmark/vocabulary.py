@@ -1,7 +1,7 @@
-"""Every word, colour, shape and label of the procedural benchmark.
+"""Words, colours, shapes and patch labels of the procedural benchmark.
 
-The benchmark is closed: each question and answer is a sequence of words listed in :data:`WORDS`, separated by single
-spaces, so a word-level tokenizer with this list never meets an unknown word.
+The vocabulary is closed: every question and answer consists of words in `WORDS`, separated by single spaces, so that a
+word-level tokenizer with this list has no unknown words.
 """
 
 from typing import Final
@@ -22,7 +22,7 @@ COLOURS: Final = {
     "cyan": (60, 210, 225),
     "white": (245, 245, 245),
 }
-# White would vanish on the paper of documents, charts and cards, so it is a colour of shapes only.
+# White is invisible on the background of documents, charts and cards, so only shapes use it.
 KEY_COLOURS: Final = tuple(colour for colour in COLOURS if colour != "white")
 PLURALS: Final = {
     "circle": "circles",
@@ -62,8 +62,8 @@ WORDS: Final = (
     *ROWS,
 )
 
-# Object-level label of a patch -> the word whose meaning it carries (None: no single word).  A patch of an object bears
-# everything a question may ask about the *whole* object, so that answering from patches is one look-up.
+# Object-level label of a patch -> the word with the same meaning (None: no single word). Every patch of an object has
+# the labels that questions about the *whole* object need, so that any of its patches is sufficient for the answer.
 LABELS: Final = {
     **{f"shape:{shape}": shape for shape in SHAPES},
     **{f"colour:{colour}": colour for colour in COLOURS},
