@@ -349,7 +349,8 @@ def test_it_gives_up_on_nothing_but_bad_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "GIVE_UP_AFTER", 50)
     shards = lines(tmp_path, 7)
     everything = Names(bad=tuple(f"r{i}" for i in range(7)))
-    with pytest.raises(ValueError, match=r"^50 consecutive rows of [^\n]* are unusable; the last: corrupt image: [^\n]*$"):
+    text = r"^50 consecutive rows of [^\n]* are unusable; the last: corrupt image: [^\n]*$"
+    with pytest.raises(ValueError, match=text):
         take(ChatStream(shards, everything, 2), 1)
     assert len(rows_of(take(ChatStream(shards, Names(bad=everything.bad[1:]), 2), 4))) == 8
 
@@ -375,7 +376,7 @@ def test_errors_are_one_line(tmp_path, photo_folder):
         (ValueError, "holds no rows", tmp_path / "list.json"),
         (ValueError, "holds no rows in 1 shards.* is not valid JSON near", tmp_path / "torn.json"),
         (ValueError, "has the columns text, label; chat data needs", tmp_path / "other.jsonl"),
-        (ValueError, "Cannot stream .*notes.txt: known are .json", tmp_path / "notes.txt"),
+        (ValueError, "Cannot stream .*notes.txt: give files that end in .json", tmp_path / "notes.txt"),
         (ValueError, "holds no .json, .jsonl, .parquet or .tar", tmp_path / "bare"),
         (ValueError, "holds files of the formats .json, .jsonl", tmp_path),
     ]
