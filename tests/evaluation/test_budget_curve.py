@@ -64,7 +64,7 @@ def test_the_curve_is_what_the_export_scores(export, work, tmp_path):
     scores = evaluate(model, processor, rows, batch_size=2)
     assert points[0].questions == int(scores.count_IF.sum()) > 0
     assert points[0].accuracy == pytest.approx(scores.score)
-    assert points[0].loss == pytest.approx(scores.loss_IF.sum() / scores.tokens_IF.sum(), rel=1e-5)
+    assert points[0].loss == pytest.approx(-scores.overall("log_likelihood"), rel=1e-5)
     assert abs(points[0].loss - points[2].loss) > 1e-4  # or the budgets did nothing
     card = (tmp_path / "out/README.md").read_text()
     assert "| 4 tokens * | 4.0 | " in card

@@ -66,20 +66,20 @@ def test_afterwards_model_and_processor_are_as_before(vqa, processor, rows):
     with pytest.raises(KeyError, match="inside"), downsampled(vqa, processor, 16):
         raise KeyError("inside")
     assert not resolve(vqa).vision_tower._forward_pre_hooks
-    assert (evaluate(vqa, processor, rows).right_IF == before.right_IF).all()
+    assert (evaluate(vqa, processor, rows).value_IF == before.value_IF).all()
     shown = repr(processor)
     with downsampled(vqa, processor, 16) as smaller:
         assert "LlavaProcessor" in repr(smaller.processor)
     assert repr(processor) == shown
     with downsampled(vqa, processor, 64) as smaller:  # the whole grid is the model as it is
-        assert (evaluate(vqa, smaller.processor, rows).loss_IF == before.loss_IF).all()
+        assert evaluate(vqa, smaller.processor, rows).overall("log_likelihood") == before.overall("log_likelihood")
 
 
 def test_scores_and_generation_agree(vqa, processor, rows):
     with downsampled(vqa, processor, 16) as smaller:
         scored = evaluate(vqa, smaller.processor, rows)
         generated = evaluate_by_generation(vqa, smaller.processor, rows)
-    assert (scored.right_IF == generated.right_IF).all()
+    assert (scored.value_IF == generated.value_IF).all()
 
 
 def test_a_plan_prunes_what_a_smaller_picture_has(vqa, processor, rows):

@@ -127,7 +127,7 @@ def test_evaluation_shows_every_batch_and_scores_the_same(vqa, processor, rows):
     attach(vqa, PruningPlan([Stage("divprune", keep_tokens=20)]))
     plain_scores, bias = evaluate(vqa, processor, rows, batch_size=5), PositionBias()
     scores = evaluate(vqa, processor, rows, batch_size=5, watch=lambda trace, meta: bias.add(trace, meta.rows))
-    assert (scores.right_IF == plain_scores.right_IF).all()
+    assert (scores.value_IF == plain_scores.value_IF).all()
     (one,) = bias.maps()
     assert one.num_images == len(rows)
     with record(vqa) as trace, torch.no_grad():

@@ -27,9 +27,9 @@ def attached(model, plan):
 def test_teacher_forcing_agrees_with_generation(vqa, processor, rows, name):
     model = attached(vqa, PLANS[name])
     scores, slow = evaluate(model, processor, rows), evaluate_by_generation(model, processor, rows)
-    assert np.array_equal(scores.right_IF, slow.right_IF)
+    assert np.array_equal(scores.value_IF, slow.value_IF)
     assert np.array_equal(scores.count_IF, slow.count_IF)
-    assert 0 < scores.right_IF.sum() < scores.count_IF.sum()
+    assert 0 < scores.value_IF.sum() < scores.count_IF.sum()
     assert scores.score == slow.score
     assert scores.ci95 == slow.ci95
 
@@ -39,9 +39,9 @@ def test_packed_scores_equal_separate_ones(vqa, processor, rows, name):
     model = attached(vqa, PLANS[name])
     packed = evaluate(model, processor, rows, pack=True)
     separate = evaluate(model, processor, rows, pack=False, batch_size=7)
-    assert np.array_equal(packed.right_tokens_IF, separate.right_tokens_IF)
-    assert np.array_equal(packed.tokens_IF, separate.tokens_IF)
-    assert np.allclose(packed.loss_IF, separate.loss_IF, rtol=1e-4)
+    for name, exact in (("exact_match", True), ("token_accuracy", True), ("log_likelihood", False)):
+        for together, alone in zip(packed.sums[name], separate.sums[name], strict=True):
+            assert np.array_equal(together, alone) if exact else np.allclose(together, alone, rtol=1e-4)
 
 
 def test_rows_and_families_are_counted_where_they_belong(vqa, processor, rows):
@@ -57,7 +57,7 @@ def test_rows_and_families_are_counted_where_they_belong(vqa, processor, rows):
 def test_batch_size_changes_nothing(vqa, processor, rows):
     model = attached(vqa, PLANS["divprune"])
     one, many = evaluate(model, processor, rows, batch_size=1), evaluate(model, processor, rows, batch_size=64)
-    assert np.array_equal(one.right_IF, many.right_IF)
+    assert np.array_equal(one.value_IF, many.value_IF)
 
 
 def test_prepared_batches_give_the_same_scores_as_often_as_wanted(vqa, processor, rows):
@@ -65,7 +65,7 @@ def test_prepared_batches_give_the_same_scores_as_often_as_wanted(vqa, processor
     scores = evaluate(vqa, processor, rows)
     for _ in range(2):
         again = evaluate(vqa, processor, ready)
-        assert np.array_equal(again.right_IF, scores.right_IF)
+        assert np.array_equal(again.value_IF, scores.value_IF)
     model = attached(vqa, PLANS["fastv"])
     with pytest.raises(ValueError, match="reads the prompt; evaluate with pack=False"):
         evaluate(model, processor, ready)
@@ -79,7 +79,7 @@ def test_blank_images_are_all_alike(vqa, processor, rows):
     blind = evaluate(vqa, processor, rows, blank=True)
     assert all((pixels == 0).all() for pixels in seen)
     assert len(seen)
-    assert blind.loss_IF.sum() != evaluate(vqa, processor, rows).loss_IF.sum()
+    assert blind.overall("log_likelihood") != evaluate(vqa, processor, rows).overall("log_likelihood")
 
 
 def test_modes_are_restored(vqa, processor, rows):
@@ -95,14 +95,10 @@ def test_chat_counts_tokens_and_loss(vqa, processor, rows):
     chat = [dict(row, families=["chat"] * len(row["families"])) for row in rows.select(range(4))]
     scores, closed = evaluate(vqa, processor, chat), evaluate(vqa, processor, rows.select(range(4)))
     assert scores.names == ("chat",)
-    assert (
-        scores.score
-        == scores.token_accuracy["chat"]
-        == pytest.approx(closed.right_tokens_IF.sum() / closed.tokens_IF.sum())
-    )
-    assert scores.exact_match["chat"] == pytest.approx(closed.right_IF.sum() / closed.count_IF.sum())
-    assert scores.exact_match["chat"] < scores.score
-    assert scores.answer_loss["chat"] == pytest.approx(closed.loss_IF.sum() / closed.tokens_IF.sum(), rel=1e-5)
+    assert scores.score == scores.by_family("token_accuracy")["chat"] == pytest.approx(closed.overall("token_accuracy"))
+    assert scores.by_family("exact_match")["chat"] == pytest.approx(closed.value_IF.sum() / closed.count_IF.sum())
+    assert scores.by_family("exact_match")["chat"] < scores.score
+    assert scores.overall("log_likelihood") == pytest.approx(closed.overall("log_likelihood"), rel=1e-5)
 
 
 def test_broken_rows_are_left_out_and_counted(vqa, processor, rows):

@@ -7,8 +7,7 @@ from tpcompress.evaluation.scoring.scores import Scores, learnt_families
 def make(right, count=None, names=("a", "b", "c"), **more) -> Scores:
     right = np.asarray(right, dtype=float)
     count = np.ones_like(right) if count is None else np.asarray(count, dtype=float)
-    zero = np.zeros_like(right)
-    return Scores(tuple(names[: right.shape[1]]), right, count, zero, zero, zero, **more)
+    return Scores(tuple(names[: right.shape[1]]), count, {"accuracy": (right, count)}, **more)
 
 
 def bernoulli(share, images=400, seed=0):
@@ -34,7 +33,7 @@ def test_interval_is_that_of_a_binomial_when_questions_are_independent():
 def test_interval_counts_images_not_questions():
     """Ten equal answers about one image are one observation."""
     once = make(bernoulli([0.5]))
-    tenfold = make(once.right_IF * 10, once.count_IF * 10)
+    tenfold = make(once.value_IF * 10, once.count_IF * 10)
     assert tenfold.ci95 == pytest.approx(once.ci95)
 
 

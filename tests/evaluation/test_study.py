@@ -20,7 +20,8 @@ from rich.console import Console
 from tpcompress.evaluation.engine.locks import claim
 from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.evaluation.scoring.scores import Scores
-from tpcompress.evaluation.scoring.stats import gain_of, pooled, score_of, t_quantile
+from tpcompress.evaluation.scoring.seeds import gain_of, pooled, score_of
+from tpcompress.evaluation.scoring.stats import t_quantile
 from tpcompress.insertion.attach import attach, budgets, plan_of
 from tpcompress.insertion.plan import Budget
 from tpcompress.lab.study import run as study_work
@@ -271,8 +272,9 @@ def test_a_cell_is_what_its_model_answers(workshop):
 
 def assert_same(folder, cell, expected: Scores) -> None:
     found = Scores.load(folder / "cells" / f"{cell.name}.npz")
-    np.testing.assert_array_equal(found.right_IF, expected.right_IF)
-    np.testing.assert_allclose(found.loss_IF, expected.loss_IF, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.value_IF, expected.value_IF)
+    loss, wanted = (s.sums["log_likelihood"][0] for s in (found, expected))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_pictures_are_encoded_once_for_all_runs(workshop):
@@ -377,8 +379,7 @@ def answers(right_IF, names=("a", "b"), **others) -> Scores:
     """Four questions of every family about every image."""
     right_IF = np.asarray(right_IF, dtype=float)
     count_IF = np.full(right_IF.shape, 4.0)
-    zero_IF = np.zeros(right_IF.shape)
-    return Scores(names, right_IF, count_IF, zero_IF, zero_IF, zero_IF, **others)
+    return Scores(names, count_IF, {"accuracy": (right_IF, count_IF)}, **others)
 
 
 def test_equal_images_leave_the_seeds_interval():
@@ -402,7 +403,7 @@ def test_equal_seeds_leave_the_images_interval():
 def test_a_gain_is_paired_by_seed_and_image():
     rng = np.random.default_rng(0)
     others = [answers(rng.integers(0, 4, (80, 2))) for _ in range(3)]
-    runs = [answers(other.right_IF + 1) for other in others]  # one of four questions more, whatever seed and image
+    runs = [answers(other.value_IF + 1) for other in others]  # one of four questions more, whatever seed and image
     found = gain_of(runs, others)
     assert found.mean == pytest.approx(0.25)
     assert found.half == pytest.approx(0, abs=1e-9)

@@ -176,14 +176,14 @@ def _point(
             model, processor, questions.rows, batch_size=questions.batch_size, learnt=questions.learnt,
             progress=progress, watch=watch,
         )  # fmt: skip
-    ranges, tokens = ranges_of(manifest), max(1.0, float(scores.tokens_IF.sum()))
+    ranges = ranges_of(manifest)
     return CurvePoint(
         budget=words(values),
         retained=sum(left) / max(1, len(left)),
         accuracy=scores.score,
         ci95=scores.ci95,
-        token_accuracy=float(scores.right_tokens_IF.sum()) / tokens,
-        loss=float(scores.loss_IF.sum()) / tokens,
+        token_accuracy=scores.overall("token_accuracy"),
+        loss=-scores.overall("log_likelihood"),
         questions=int(scores.count_IF.sum()),
         images=scores.num_images,
         data=questions.what,

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from tpcompress.evaluation.scoring.scores import Scores
+from tpcompress.evaluation.scoring.stats import Gain
 
 ARMS = ("dense", "downsample", "dense_ft", "training_free", "training_aware")
 """The base; the base on smaller pictures; the base after the same extra steps (pruned or not); pruned as it is; trained
 with its pruner."""
 
 UNIFORMITY = ("uniformity", "uniformity_ci95", "uniformity_thirds", "uniformity_thirds_ci95")
-
-
-class Gain(NamedTuple):
-    """A difference of two scores and its 95 % interval, as shares."""
-
-    delta: float
-    low: float
-    high: float
-
-    @property
-    def helps(self) -> bool:
-        """Above zero, outside the interval."""
-        return self.low > 0
-
-    @property
-    def hurts(self) -> bool:
-        """Below zero, outside the interval."""
-        return self.high < 0
-
-    def __str__(self) -> str:
-        points = f"{100 * self.delta:+.1f}"
-        return points if self.helps else f"worse {points}" if self.hurts else "n.s."
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Scoring: teacher-forced exact match of closed answers, and generation as the slow check of it.
+"""Scores a model on rows: teacher-forced answers in one forward pass, and generation as the slow check of it.
 
-All answer tokens being the argmax given the right ones before is the same as greedy decoding giving the answer, so no
-generate loop is needed.
+Greedy decoding gives the reference answer exactly if every answer token is the argmax given the reference tokens before
+it, so no generate loop is needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tpcompress.data.collate import Batch, BatchMeta, ChatCollator, PromptCollator
 from tpcompress.data.rows import BadRow
-from tpcompress.evaluation.scoring.metric import AnswerMetric
 from tpcompress.evaluation.scoring.scores import Scores, learnt_families
+from tpcompress.evaluation.scoring.sums import AnswerSums
 from tpcompress.inference import inference
 from tpcompress.insertion.attach import base_of, is_attached, plan_of, record
 from tpcompress.insertion.trace import Trace
@@ -34,19 +34,19 @@ class Rows(Protocol):
 
 
 Watch = Callable[[Trace, BatchMeta], None]
-"""Gets the record of every batch, and what the batch knows beside the model's inputs."""
+"""Callback: the record of a batch, and the metadata of the batch."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data set as batches in memory, for those who score many models on it.
+    """A data set collated into batches once, for scoring many models on it.
 
     Attributes:
-        batches: what the collator made.
+        batches: batches of the collator.
         families: question families that occur.
         num_images: rows of the data set.
         packed: all questions about an image share its sequence.
-        skipped: broken rows.
+        skipped: number of broken rows.
     """
 
     batches: list[Batch]
@@ -60,7 +60,7 @@ def prepare(processor: Any, dataset: Rows, *, batch_size: int = 64, pack: bool =
     """Collate a data set once.
 
     Args:
-        processor: of the model.
+        processor: processor of the model.
         dataset: rows.
         batch_size: sequences per batch.
         pack: one sequence per image instead of one per question; not for plans that read the prompt.
@@ -84,23 +84,26 @@ def evaluate(
     learnt: Sequence[str] | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    metric: str = "accuracy",
 ) -> Scores:
-    """Score a model, pruned as it is attached, on every conversation of a data set.
+    """Score a model, pruned as attached, on every conversation of a data set.
 
     Args:
-        model: dense, attached or exported; its train/eval modes are as before afterwards.
-        processor: of the model.
-        dataset: rows, or what `prepare` made of them.
+        model: dense, attached or exported; its train/eval modes are restored afterwards.
+        processor: processor of the model.
+        dataset: rows, or the output of `prepare`.
         batch_size: sequences per forward call: images if packed, questions if not.
-        pack: all questions about an image in one sequence. Default: where it pays and gives the same answers: several
-            questions per image, sdpa attention, no pruner that reads the prompt.
-        blank: replace images by their mean (zeros once normalised): the blind baseline.
-        learnt: families that the score averages; default all.
-        progress: a rich progress display to report to.
-        watch: is shown what the stages of an attached plan did to each batch.
+        pack: all questions about an image in one sequence. Default: where it saves time and gives the same answers:
+            several questions per image, sdpa attention, no pruner that reads the prompt.
+        blank: replace images by their mean (zeros after normalisation): the blank baseline.
+        learnt: families that the score averages; default: all.
+        progress: rich progress display to report to.
+        watch: callback for the record of the stages of an attached plan, batch by batch.
+        metric: metric of the score. All metrics are measured, see `Scores.with_metric`.
 
     Raises:
-        ValueError: no row is usable, packing asked for where it would change answers, or logits that are not finite.
+        ValueError: no row is usable, packing where it would change the answers, unknown metric, or logits that are not
+            finite.
     """
     if isinstance(dataset, Prepared):
         source: Callable[[], Iterator[Batch]] = lambda: iter(dataset.batches)  # noqa: E731
@@ -113,17 +116,17 @@ def evaluate(
         _check_packing(model, packed)
         collator = ChatCollator(processor, pack=packed)
         source = lambda: _batches(collator, dataset, batch_size, skipped)  # noqa: E731
-    metric = AnswerMetric(families, num_images).to(_device(model))
+    sums = AnswerSums(families, num_images, metric).to(_device(model))
     task = None if progress is None else progress.add_task("evaluating", total=num_images)
     with inference(model):
         for batch in source():
             logits_BNC, labels_BN = _forward(model, batch, blank, watch)
-            metric.update(logits_BNC, labels_BN, batch["labels"], batch["meta"])
+            sums.update(logits_BNC, labels_BN, batch["labels"], batch["meta"])
             if progress is not None and task is not None:
                 progress.update(task, completed=max(batch["meta"].rows) + 1)
     if progress is not None and task is not None:
         progress.remove_task(task)
-    return metric.scores(learnt, skipped.check(num_images))
+    return sums.scores(learnt, skipped.check(num_images))
 
 
 def evaluate_by_generation(
@@ -136,18 +139,18 @@ def evaluate_by_generation(
     learnt: Sequence[str] | None = None,
     max_new_tokens: int | None = None,
 ) -> Scores:
-    """Exact match by greedy `generate`: slow, and independent of `evaluate`, whose check it is.
+    """Exact match by greedy `generate`: slow, and an independent check of `evaluate`.
 
     Args:
         model, processor, dataset, blank, learnt: as in `evaluate`.
         batch_size: questions per call.
-        max_new_tokens: default: enough for the longest reference answer of each batch and its end.
+        max_new_tokens: default: enough for the longest reference answer of each batch and its end token.
 
     Raises:
         ValueError: no row is usable.
     """
     tokenizer, collator, skipped = processor.tokenizer, PromptCollator(processor), _Skipped()
-    metric = AnswerMetric(_families(dataset), len(dataset)).to(_device(model))
+    sums = AnswerSums(_families(dataset), len(dataset), "accuracy").to(_device(model))
     ends: set[int] | None = None
     with inference(model):
         for batch in _batches(collator, dataset, batch_size, skipped):
@@ -165,16 +168,19 @@ def evaluate_by_generation(
                 pad_token_id=collator.pad_id,
             )
             texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            right = [_words(text) == _words(answer) for text, answer in zip(texts, answers, strict=True)]
-            metric.add(meta, right_Q=torch.tensor(right))
-    return metric.scores(learnt, skipped.check(len(dataset)))
+            right_Q = torch.tensor(
+                [text.split() == answer.split() for text, answer in zip(texts, answers, strict=True)]
+            )
+            counted = (right_Q, torch.ones(len(right_Q)))
+            sums.add(meta, {"accuracy": counted, "exact_match": counted})
+    return sums.scores(learnt, skipped.check(len(dataset)))
 
 
 # ---------------------------------------------------------------------------------------------------- data
 
 
 class _Skipped:
-    """Counts broken rows while a data set streams by."""
+    """Counts broken rows while a data set is read."""
 
     def __init__(self, count: int = 0) -> None:
         self.count, self.last = count, ""
@@ -209,21 +215,17 @@ def _families(dataset: Rows) -> tuple[str, ...]:
 
 def _column(dataset: Any, name: str) -> list[list[str]]:
     """One column, without decoding the images beside it."""
-    if name in getattr(dataset, "column_names", ()):  # chat rows make some of theirs as they are read
+    if name in getattr(dataset, "column_names", ()):  # chat rows make some of their columns on access
         return list(dataset[name])
     return [row[name] for row in dataset]
 
 
 def _end_tokens(processor: Any, row: Mapping[str, Any]) -> set[int]:
-    """Tokens that end an answer: what the model was taught to write last, and the tokenizer's own."""
-    taught = ChatCollator(processor).encode(dict(row))[0].labels
-    last = next(label for label in reversed(taught) if label != -100)
+    """Tokens that end an answer: the last label of a training sequence, and the tokenizer's end token."""
+    labels = ChatCollator(processor).encode(dict(row))[0].labels
+    last = next(label for label in reversed(labels) if label != -100)
     eos = processor.tokenizer.eos_token_id
     return {last} if eos is None else {last, eos}
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -252,7 +254,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _moved(batch: Batch, model: nn.Module, blank: bool) -> Batch:
-    """The model's inputs on its device. Images are the only inputs of a collator that are not whole numbers."""
+    """The model's inputs on its device. Images are the only floating-point inputs of a collator."""
     inputs = {key: value for key, value in batch.items() if key != "meta"}
     if blank:
         inputs = {k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -261,7 +263,7 @@ def _moved(batch: Batch, model: nn.Module, blank: bool) -> Batch:
 
 
 def _forward(model: nn.Module, batch: Batch, blank: bool, watch: Watch | None) -> tuple[Tensor, Tensor]:
-    """Logits and the labels of the same tokens. Labels go in, as pruners must know where the prompt ends."""
+    """Logits and the labels of the same tokens. Labels are passed in because they mark the end of the prompt."""
     inputs = _moved(batch, model, blank)
     if not is_attached(model):
         labels = inputs.pop("labels")

@@ -1,7 +1,7 @@
-"""Means over seeds with intervals over seeds and images at once.
+"""Statistics of results: bootstrap intervals over images, paired gains, and intervals over seeds and images at once.
 
-Two things would come out otherwise in a repetition: the runs (seeds) and the held-out images. With S seeds whose scores
-are x_1 .. x_S, all on the same I images,
+Two things would come out otherwise in a repetition: the training runs (seeds) and the held-out images. With S seeds
+whose scores are x_1 .. x_S, all on the same I images,
 
     var(mean) = s^2(x) / S  +  var_images(mean of the seeds)
 
@@ -10,19 +10,22 @@ between the two sides of a gain. The half width is t x sqrt(var) with Welch-Satt
 
     df = var^2 / ( (s^2/S)^2 / (S - 1)  +  var_images^2 / (I - 1) ),
 
-as three seeds alone would need t = 4.3 and the images alone 1.96. S - 1 = 0 leaves the images alone.
+because three seeds alone would need t = 4.3 and the images alone 1.96. With one seed only the images count.
+
+I images, W draws of the bootstrap.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from tpcompress.evaluation.scoring.scores import Scores
-
+DRAWS = 1000
+LEVEL = 0.95
 NORMAL = 1.96
 T_TABLE = {
     1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 30: 2.042,
@@ -31,19 +34,43 @@ T_TABLE = {
 """Two-sided 95 % quantiles of Student's t, by degrees of freedom."""
 
 
+class Gain(NamedTuple):
+    """A difference of two scores and its 95 % interval."""
+
+    delta: float
+    low: float
+    high: float
+
+    @property
+    def helps(self) -> bool:
+        """Above zero, outside the interval."""
+        return self.low > 0
+
+    @property
+    def hurts(self) -> bool:
+        """Below zero, outside the interval."""
+        return self.high < 0
+
+    def __str__(self) -> str:
+        points = f"{100 * self.delta:+.1f}"
+        return points if self.helps else f"worse {points}" if self.hurts else "n.s."
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, as a share or a difference of shares.
+    """A mean over seeds: a score, or a difference of scores.
 
     Attributes:
-        mean: over the seeds.
+        mean: mean over the seeds.
         half: half width of its 95 % interval.
-        seeds: how many.
+        seeds: number of seeds.
+        is_gain: it is a difference.
     """
 
     mean: float
     half: float
     seeds: int
+    is_gain: bool = False
 
     @property
     def clear(self) -> bool:
@@ -51,53 +78,68 @@ class Estimate:
         return abs(self.mean) > self.half
 
 
-def score_of(runs: Sequence[Scores]) -> Estimate:
-    """Score of a cell over its seeds."""
-    return _estimate([run.score for run in runs], pooled(runs).ci95, runs[0].num_images)
+# ---------------------------------------------------------------------------------------------------- bootstrap
 
 
-def gain_of(runs: Sequence[Scores], others: Sequence[Scores]) -> Estimate:
-    """Score of some runs minus that of others, seed by seed and image by image.
+def draws(num_images: int, seed: int, block: int = 100) -> Iterator[np.ndarray]:
+    """How often each image occurs in each draw, in blocks of (`block`, I) to bound the memory."""
+    rng = np.random.default_rng(seed)
+    for _ in range(DRAWS // block):
+        yield rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=block).astype(np.float64)
 
-    Raises:
-        ValueError: not as many others as runs, or answers to other questions.
+
+def interval(values_W: np.ndarray) -> tuple[float, float]:
+    """Percentile interval of the values of all draws; (nan, nan) if none is known."""
+    known = values_W[~np.isnan(values_W)]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mean_interval(values_I: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of one value per image or repetition."""
+    values_I = np.asarray(values_I, dtype=np.float64)
+    return interval(np.concatenate([weights @ values_I / len(values_I) for weights in draws(len(values_I), seed)]))
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Elementwise part / whole, nan where the whole is zero."""
+    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
+
+
+def known_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last dimension without nan: a rare family may be missing from a draw."""
+    known = ~np.isnan(values)
+    return ratio(np.where(known, values, 0.0).sum(-1), known.sum(-1).astype(np.float64))
+
+
+# ---------------------------------------------------------------------------------------------------- seeds
+
+
+def estimate(values: Sequence[float], half_images: float, num_images: int, is_gain: bool = False) -> Estimate:
+    """The mean over seeds with an interval over seeds and images.
+
+    Args:
+        values: score of each seed.
+        half_images: half width of the interval of their mean over images.
+        num_images: number of images.
+        is_gain: the values are differences.
     """
-    if len(others) != len(runs):
-        raise ValueError(f"{len(runs)} runs cannot be paired with {len(others)}; give one other for each.")
-    _, low, high = pooled(runs).difference(pooled(others))
-    deltas = [run.score - replace(other, learnt=run.learnt).score for run, other in zip(runs, others, strict=True)]
-    return _estimate(deltas, (high - low) / 2, runs[0].num_images)
-
-
-def pooled(runs: Sequence[Scores]) -> Scores:
-    """The answers of all runs as one: its accuracies are the means of theirs, its images are resampled together.
-
-    Raises:
-        ValueError: the runs answered different questions.
-    """
-    first = runs[0]
-    if any(run.names != first.names or not np.array_equal(run.count_IF, first.count_IF) for run in runs):
-        raise ValueError("Runs on different questions cannot be averaged; evaluate all on one data set.")
-    names = ("right_IF", "count_IF", "right_tokens_IF", "tokens_IF", "loss_IF")
-    return replace(first, **{name: np.sum([getattr(run, name) for run in runs], axis=0) for name in names})
-
-
-def t_quantile(freedom: float) -> float:
-    """Two-sided 95 % quantile of Student's t: tabulated, and linear in 1/df in between."""
-    for (low, t_low), (high, t_high) in zip(T_TABLE.items(), list(T_TABLE.items())[1:], strict=False):
-        if freedom <= high:
-            share = (1 / low - 1 / max(freedom, low)) / (1 / low - 1 / high)
-            return t_low + share * (t_high - t_low)
-    return NORMAL
-
-
-def _estimate(values: Sequence[float], half_images: float, num_images: int) -> Estimate:
-    """From the score of every seed and the half width of the interval over images."""
     count = len(values)
     of_images = (half_images / NORMAL) ** 2
     of_seeds = float(np.var(values, ddof=1)) / count if count > 1 else 0.0
     total = of_images + of_seeds
     if total == 0:
-        return Estimate(float(np.mean(values)), 0.0, count)
+        return Estimate(float(np.mean(values)), 0.0, count, is_gain)
     spread = of_images**2 / max(1, num_images - 1) + (of_seeds**2 / (count - 1) if count > 1 else 0.0)
-    return Estimate(float(np.mean(values)), t_quantile(total**2 / spread) * math.sqrt(total), count)
+    return Estimate(float(np.mean(values)), t_quantile(total**2 / spread) * math.sqrt(total), count, is_gain)
+
+
+def t_quantile(freedom: float) -> float:
+    """Two-sided 95 % quantile of Student's t: tabulated, linear in 1/df in between."""
+    for (low, t_low), (high, t_high) in zip(T_TABLE.items(), list(T_TABLE.items())[1:], strict=False):
+        if freedom <= high:
+            share = (1 / low - 1 / max(freedom, low)) / (1 / low - 1 / high)
+            return t_low + share * (t_high - t_low)
+    return NORMAL

@@ -27,9 +27,11 @@ class Task:
 
     Attributes:
         name: word for it in files (`task: benchmark`, or `task: {type: benchmark, ...}`).
+        metric: default metric, see `tpcompress.evaluation.scoring.metrics`.
     """
 
     name: ClassVar[str]
+    metric: ClassVar[str] = "accuracy"
 
     def load(self) -> Rows:
         """Read or draw the rows. Called once."""
@@ -82,6 +84,7 @@ class Task:
         *,
         blank: bool = False,
         watch: Watch | None = None,
+        metric: str | None = None,
     ) -> Scores:
         """Test a model, pruned as attached.
 
@@ -91,11 +94,13 @@ class Task:
             prepared: output of `prepare`; None collates the rows while scoring.
             blank: replace the images by their mean: the blank baseline.
             watch: callback for the record of every batch.
+            metric: metric of the score; default: that of the task.
 
         Raises:
             ValueError: no row is usable, or the logits are not finite.
         """
-        return evaluate(model, processor, self.rows if prepared is None else prepared, blank=blank, watch=watch)
+        rows = self.rows if prepared is None else prepared
+        return evaluate(model, processor, rows, blank=blank, watch=watch, metric=metric or self.metric)
 
 
 def _image_digest(image: Any) -> bytes:

@@ -20,6 +20,7 @@ class Benchmark(Task):
     """
 
     name = "benchmark"
+    metric = "exact_match"
 
     def __init__(self, num_images: int = 320, seed: int = 0, split: str = "test") -> None:
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:

@@ -18,7 +18,8 @@ class Chat(Task):
     """Conversations of a file, folder or data set, see `tpcompress.data.load_chat` for the formats.
 
     A column `families` (one name per conversation of a row) groups the questions; without it all of them are one
-    family. Give rows that the model is not trained on.
+    family. Give rows that the model is not trained on. The default metric suits open answers; `exact_match` is for
+    closed ones.
 
     Args:
         data: file, folder, or name on the hub.
@@ -29,6 +30,7 @@ class Chat(Task):
     """
 
     name = "chat"
+    metric = "token_accuracy"
 
     def __init__(
         self,

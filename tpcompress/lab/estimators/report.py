@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpcompress.evaluation.scoring.scores import Scores
+from tpcompress.evaluation.scoring.seeds import pooled
 from tpcompress.files import write_atomic
 from tpcompress.lab.estimators.catalogue import Estimator, find_estimator
 from tpcompress.lab.estimators.toy_run import ENOUGH
@@ -97,7 +98,7 @@ class EstimatorReport:
 
     def _base(self) -> Iterator[Line]:
         groups = _grouped(r for r in self.records if r["table"] != "retrieval")
-        answers = {key: _mean_scores([self.load(r["name"]) for r in group]) for key, group in groups.items()}
+        answers = {key: pooled([self.load(r["name"]) for r in group]) for key, group in groups.items()}
         dense = next((scores for (row, *_), scores in answers.items() if row == "dense"), None)
         for key, group in groups.items():
             row, column, keep = key
@@ -249,14 +250,6 @@ def _grouped(records: Iterator[Record]) -> dict[tuple[str, str, int], list[Recor
     for record in records:
         groups.setdefault((record["row"], record["column"], record["keep"]), []).append(record)
     return groups
-
-
-def _mean_scores(several: Sequence[Scores]) -> Scores:
-    """The mean over seeds, image by image, so that its interval is one over images."""
-    sums = {
-        name: sum(vars(s)[name] for s in several) / len(several) for name in ("right_IF", "right_tokens_IF", "loss_IF")
-    }
-    return replace(several[0], **sums)
 
 
 def _short(config: Any) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tpcompress.evaluation.scoring.evaluate import Scores, learnt_families
-from tpcompress.evaluation.scoring.stats import gain_of, pooled, score_of
+from tpcompress.evaluation.scoring.seeds import gain_of, pooled, score_of
 from tpcompress.files import write_atomic
 from tpcompress.lab.study.cells import CONTROL, DENSE, FREE, Cell
 from tpcompress.lab.study.config import Study
-from tpcompress.lab.study.text import UNKNOWN, Gain, Table, fill, to_csv, to_json, to_markdown
+from tpcompress.lab.study.text import UNKNOWN, Table, fill, to_csv, to_json, to_markdown
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,7 @@ def _gain(runs: dict[int, Scores], others: dict[int, Scores]) -> Any:
     both = [seed for seed in runs if seed in others]
     if not both:
         return UNKNOWN
-    gain = gain_of([runs[seed] for seed in both], [others[seed] for seed in both])
-    return Gain(gain.mean, gain.half, gain.seeds)
+    return gain_of([runs[seed] for seed in both], [others[seed] for seed in both])
 
 
 def _families(runs: dict[int, Scores], results: Results) -> list[str]:

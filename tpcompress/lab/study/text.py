@@ -35,11 +35,6 @@ class Table:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Gain(Estimate):
-    """A difference: it has a sign, and may be none."""
-
-
 def to_markdown(study: Study, tables: Sequence[Table], done: int, cells: int) -> str:
     """All tables, and how to read them.
 
@@ -105,7 +100,7 @@ def fill(text: str, tables: str) -> str:
 def _text(cell: Any, study: Study) -> str:
     if not isinstance(cell, Estimate):
         return str(cell)
-    sign = "+" if isinstance(cell, Gain) else ""
+    sign = "+" if cell.is_gain else ""
     text = f"{100 * cell.mean:{sign}.1f} ± {100 * cell.half:.1f}"
-    text = f"**{text}**" if isinstance(cell, Gain) and cell.clear else text
+    text = f"**{text}**" if cell.is_gain and cell.clear else text
     return text if cell.seeds == len(study.seeds) else f"{text} ({cell.seeds})"
