@@ -70,7 +70,7 @@ def test_the_usage_names_every_command(args, capsys):
 def test_help_says_what_the_settings_of_a_run_mean(capsys):
     for option, words in {
         "optimizer": "linear warm-up",
-        "scorer": "learns on gathered tokens",
+        "pruner_phase": "learns on gathered tokens",
     }.items():
         with pytest.raises(SystemExit):
             main(["fit", f"--model.{option}.help"])
@@ -156,8 +156,8 @@ WRONG = {
     "too deep": ({"model": {"plan": {"pruner": "pool", "keep_tokens": 9, "layer": 4}}}, "Stage 0 acts at layer 4, but"),
     "layer 0": ({"model": {"plan": {"pruner": "fastv", "keep_tokens": 9}}}, "Pruner 'fastv' needs attention of the"),
     "no scorer steps": (
-        {"model": {"plan": {"pruner": "learned_gate", "keep_tokens": 9}, "scorer": {"steps": 9}}},
-        "The scorer's phase has 9 of 3 steps",
+        {"model": {"plan": {"pruner": "learned_gate", "keep_tokens": 9}, "pruner_phase": {"steps": 9}}},
+        "The pruner phase has 9 of 3 steps",
     ),
     "every": ({"checkpoints": {"every": 0}}, "checkpoints.every must be at least 1 step, got 0."),
     "base folder": ({"model": {"base": "/gone/base"}}, "No folder /gone/base; give a folder, a hub id"),
@@ -195,7 +195,7 @@ def test_wrong_options_on_the_shell(work, fails):
     assert fails("fit", "--config", path, "--ckpt_path", "gone.ckpt").startswith("No checkpoint at gone.ckpt;")
     assert fails("fit", "--config", path, "--ckpt_path", "last").startswith("No checkpoint at ")
     (work.folder / "bad.yaml").write_text("model: {a: [b\n")
-    assert fails("fit", "--config", work.folder / "bad.yaml").startswith("Problems parsing config:")
+    assert fails("fit", "--config", work.folder / "bad.yaml").startswith(f"{work.folder}/bad.yaml is not YAML: ")
 
 
 @pytest.mark.parametrize(

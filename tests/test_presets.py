@@ -24,7 +24,7 @@ from tpcompress.training.phases import phases_of
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 from tpcompress.training.steps import step_budgets
 from tpcompress.training.teachers.adapter_off import AdapterOff
-from tpcompress.training.teachers.milder import Milder
+from tpcompress.training.teachers.larger_budget import LargerBudget
 from tpcompress.training.trainable import TRAINABLE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,10 +76,10 @@ PUBLISHED = {
     # 1 - (0.1 + 0.16 p) and 1 - (0.1 + 0.64 p) of 576
     "epic_tcd": Published(
         ((518, 518), (472, 334), (426, 150)), FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS),
-        teacher=Milder,
+        teacher=LargerBudget,
     ),
     "epic_lcd": Published(
-        ((64, 64),) * 3, FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS), teacher=Milder
+        ((64, 64),) * 3, FULL, "everything", (2,), EPIC, average=96, batch=(256, GPUS), teacher=LargerBudget
     ),
     "pyramiddrop": Published(
         ((72, 72),) * 3, {"language_model": 2e-5, "projector": 2e-5}, "projector, language model", (8, 16, 24),
@@ -147,7 +147,7 @@ def phases(module) -> list:
     """Of a run of 5000 steps."""
     rest = module.lora is not None or bool(module.train_parts - {"pruner"})
     main = (module.full_every, module.schedule, module.losses)
-    return phases_of(module.plan, STEPS, module.train_parts, rest, module.scorer, main)
+    return phases_of(module.plan, STEPS, module.train_parts, rest, module.pruner_phase, main)
 
 
 def kept(module, phase, progress: float, draw: float) -> list[list[int]]:
@@ -518,6 +518,6 @@ def two_steps(path: Path, work: Workplace, folder: Path) -> RecipeCLI:
     args += ["--model.base", str(work.base), "--model.optimizer.warmup", "1", "--diagnostics.every", "0"]
     args += ["--data.init_args.train", str(work.chat / "chat.json"), "--data.init_args.num_workers", "0"]
     args += ["--data.init_args.image_folder", str(work.chat / "images"), "--data.init_args.batch_size", "2"]
-    args += ["--model.scorer.steps", "1"] if "steps: 1000" in path.read_text() else []
+    args += ["--model.pruner_phase.steps", "1"] if "steps: 1000" in path.read_text() else []
     args += ["--trainer.callbacks+", yaml.safe_dump(callback(Watch), default_flow_style=True)]
     return run_recipe(["fit", "--config", str(path), *args], progress=False)

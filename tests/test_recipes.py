@@ -138,7 +138,7 @@ def test_a_comparison_is_read(path):
 def test_the_bundled_recipes_take_two_steps(path, tmp_path):
     args = ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
     args += ["--data.init_args.num_train", "4", "--data.init_args.num_val", "2", "--data.init_args.batch_size", "2"]
-    args += ["--model.scorer.steps", "1"] if "scorer" in yaml.safe_load(path.read_text())["model"] else []
+    args += ["--model.pruner_phase.steps", "1"] if "pruner_phase" in yaml.safe_load(path.read_text())["model"] else []
     run = run_recipe(["fit", "--config", str(path), *args], progress=False)
     assert run.trainer.global_step == 2
     assert torch.isfinite(run.trainer.callback_metrics["val/loss"])
@@ -149,7 +149,7 @@ def test_the_bundled_recipes_take_two_steps(path, tmp_path):
 @pytest.mark.parametrize("path", [p for p in of("run", "llava15_7b") if "_free" not in str(p.values[0])])
 def test_the_7b_recipes_take_two_steps_on_a_tiny_stand_in(path, precision, stand_in):
     args = [*stand_in, "--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.precision", precision]
-    args += ["--model.scorer.steps", "1"] if "learned_gate" in path.read_text() else []
+    args += ["--model.pruner_phase.steps", "1"] if "learned_gate" in path.read_text() else []
     args += ["--model.dtype", "float32"] if precision == "32-true" else []
     args += ["--trainer.callbacks+", yaml.safe_dump(callback(Watch), default_flow_style=True)]
     run = run_recipe(["fit", "--config", str(path), *args], progress=False)
@@ -175,7 +175,7 @@ def test_two_processes_train_with_the_ddp_overlay(stand_in, tmp_path):
     """Through both phases, with parts that get no gradient in one of them."""
     recipe, overlay = (ROOT / "recipes/llava15_7b" / f"{name}.yaml" for name in ("gate_lora", "ddp"))
     args = ["fit", "--config", str(recipe), "--config", str(overlay), *stand_in, "--trainer.devices", "2"]
-    args += ["--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "1", "--model.scorer.steps", "1"]
+    args += ["--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "1", "--model.pruner_phase.steps", "1"]
     args += ["--data.init_args.batch_size", "1", "--trainer.precision", "32-true", "--model.dtype", "float32"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tpcompress.cli.main", *args]

@@ -37,7 +37,7 @@ from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 QUIET = Console(quiet=True)
 SHIPPED = "recipes/studies/training_aware.yaml"
 DATA = {"class_path": "BenchmarkData", "init_args": {"num_train": 4, "num_val": 0, "batch_size": 2}}
-KL = {"teacher": "Copy", "losses": ["Label", {"class_path": "KL", "init_args": {"weight": 1.0}}]}
+KL = {"teacher": "FrozenCopy", "losses": ["Label", {"class_path": "KL", "init_args": {"weight": 1.0}}]}
 
 
 def small(**others) -> Study:
@@ -46,7 +46,9 @@ def small(**others) -> Study:
         "recipe": {"trainer": {"max_steps": 2}, "model": {"optimizer": {"lr": 5e-4}}, "data": DATA},
         "contenders": (
             Contender("random", "random", seeded=True),
-            Contender("gate", "learned_gate", recipe={"model": {"train": ["language_model"], "scorer": {"steps": 1}}}),
+            Contender(
+                "gate", "learned_gate", recipe={"model": {"train": ["language_model"], "pruner_phase": {"steps": 1}}}
+            ),
         ),
         "ways": (Way("loop"),),
         "budgets": (16,),

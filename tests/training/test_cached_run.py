@@ -22,9 +22,9 @@ def test_a_run_with_the_cache_equals_one_that_asks(work):
     asked, read, other = (
         float(work.fit(name, trainer={"max_steps": 2}, model=how | KL).trainer.callback_metrics["loss/kl"])
         for name, how in {
-            "asked": {"teacher": "Copy"},
+            "asked": {"teacher": "FrozenCopy"},
             "read": {"teacher": answers(folder)},
-            "other": {"teacher": {"class_path": "Milder", "init_args": {"nested": False}}},
+            "other": {"teacher": {"class_path": "LargerBudget", "init_args": {"nested": False}}},
         }.items()
     )
     assert read == pytest.approx(asked, rel=0.02), "fp16 on disk, no more"

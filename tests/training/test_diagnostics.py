@@ -31,7 +31,7 @@ def probe(run):
 
 
 def test_every_run_with_a_plan_is_looked_at_when_a_phase_ends(work):
-    run = work.fit(trainer={"max_steps": 6}, model={"plan": GATE, "scorer": {"steps": 3}}, data={"batch_size": 4})
+    run = work.fit(trainer={"max_steps": 6}, model={"plan": GATE, "pruner_phase": {"steps": 3}}, data={"batch_size": 4})
     seen = looks(work)["looks"]
     assert [one["step"] for one in seen] == [3, 6]
     assert seen[0]["entropy"] > 0, "phase one gates"
@@ -44,7 +44,7 @@ def test_every_run_with_a_plan_is_looked_at_when_a_phase_ends(work):
 
 
 def test_looking_changes_nothing(work):
-    how = {"plan": GATE, "scorer": {"steps": 3}}
+    how = {"plan": GATE, "pruner_phase": {"steps": 3}}
     seen = work.fit("seen", trainer={"max_steps": 6}, model=how, diagnostics={"every": 1})
     blind = work.fit("blind", trainer={"max_steps": 6}, model=how, diagnostics={"every": 0})
     assert len(looks(work, "seen")["looks"]) == 6
@@ -102,7 +102,7 @@ def test_rows_of_one_picture_say_nothing_about_the_image(work):
 
 def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
     gate = GATE["pruner"] | {"selector": "threshold", "applier": "value"}
-    run = work.fit(model={"plan": GATE | {"pruner": gate}, "scorer": {"steps": 1}}, data={"batch_size": 4})
+    run = work.fit(model={"plan": GATE | {"pruner": gate}, "pruner_phase": {"steps": 1}}, data={"batch_size": 4})
     model, (batch,) = run.model.model.eval(), probe(run)
     with torch.no_grad():
         controller_of(model).pruners[0].selector.level.sub_(0.5)
@@ -117,12 +117,12 @@ def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
 
 def test_hard_gates_have_no_entropy(work):
     gate = GATE["pruner"] | {"selector": "straight_through", "applier": "value"}
-    work.fit(model={"plan": GATE | {"pruner": gate}, "scorer": {"steps": 1}})
+    work.fit(model={"plan": GATE | {"pruner": gate}, "pruner_phase": {"steps": 1}})
     assert looks(work)["looks"][0]["entropy"] is None
 
 
 def test_a_mixed_phase_is_always_looked_at_in_full(work):
-    how = {"plan": GATE, "scorer": {"steps": 6, "full_every": 2}}
+    how = {"plan": GATE, "pruner_phase": {"steps": 6, "full_every": 2}}
     work.fit(trainer={"max_steps": 6}, model=how, diagnostics={"every": 1})
     assert all(one["entropy"] > 0 for one in looks(work)["looks"])
 
@@ -162,7 +162,7 @@ def test_what_is_no_alarm():
 
 
 def test_alarms_are_said_at_the_end(work, capsys):
-    run = work.fit(model={"plan": GATE, "scorer": {"steps": 1}})
+    run = work.fit(model={"plan": GATE, "pruner_phase": {"steps": 1}})
     callback = found(run, type("Diagnostics", (), {}))
     callback.alarms = ["the pruner falls under random"]
     callback.on_train_end(run.trainer, run.model)
@@ -170,7 +170,7 @@ def test_alarms_are_said_at_the_end(work, capsys):
 
 
 def test_a_resumed_run_keeps_the_looks_before(work):
-    how = {"model": {"plan": GATE, "scorer": {"steps": 1}}, "diagnostics": {"every": 1}}
+    how = {"model": {"plan": GATE, "pruner_phase": {"steps": 1}}, "diagnostics": {"every": 1}}
     work.fit(trainer={"max_steps": 2}, **how)
     before = looks(work)["looks"]
     work.fit("run", "--ckpt_path", "last", trainer={"max_steps": 4}, **how)
@@ -191,8 +191,8 @@ COLD = {"type": "learned_gate", "scorer": "linear", "selector": "straight_throug
 @pytest.mark.parametrize("reproduction", [False, True])
 def test_an_estimator_that_does_not_learn_is_warned_of(work, capsys, reproduction):
     plan = {"pruner": COLD, "keep_tokens": 16}
-    work.fit(model={"plan": plan, "scorer": {"steps": 1}, "reproduction": reproduction}, trainer={"max_steps": 2})
+    work.fit(model={"plan": plan, "pruner_phase": {"steps": 1}, "reproduction": reproduction}, trainer={"max_steps": 2})
     said = capsys.readouterr().err
     assert ("straight_through with gather_value, gathered, was found not to teach a scorer" in said) != reproduction
-    work.fit("fine", model={"plan": GATE, "scorer": {"steps": 1}}, trainer={"max_steps": 2})
+    work.fit("fine", model={"plan": GATE, "pruner_phase": {"steps": 1}}, trainer={"max_steps": 2})
     assert "found not to teach" not in capsys.readouterr().err

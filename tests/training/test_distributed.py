@@ -22,7 +22,7 @@ RANDOM = {"class_path": "RandomBudget", "init_args": {"low": 0.5, "high": 3.0}}
 CASES = {
     "full": {"model": REST},
     "LoRA, teacher": {"model": LORA | {"teacher": "AdapterOff", "losses": ["Label", "KL"]}},
-    "gate": {"model": REST | {"plan": GATE, "scorer": {"steps": 2}}},
+    "gate": {"model": REST | {"plan": GATE, "pruner_phase": {"steps": 2}}},
     "random budgets": {"model": REST | {"plan": {"pruner": "divprune", "keep_tokens": 16}, "schedule": RANDOM}},
     "fastv": {"model": REST | {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"}},
 }

@@ -17,7 +17,7 @@ GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}
 DRAWN = {
     "RandomBudget": {"low": 0.5, "high": 2.0},
     "Sandwich": {"low": 0.5, "high": 2.0},
-    "Several": {"factors": [2, 0.5, 1]},
+    "Matryoshka": {"factors": [2, 0.5, 1]},
 }
 RAMPS = {"Constant": {}, "Linear": {}, "Cosine": {}, "Steps": {"factors": [4, 2]}, "LayerRamp": {}}
 
@@ -48,12 +48,15 @@ def schedule(name, **arguments):
             {
                 "plan": {"pruner": GATE, "keep_tokens": 16},
                 "train": [],
-                "scorer": {"schedule": schedule("Several", factors=[1, 3])},
+                "pruner_phase": {"schedule": schedule("Matryoshka", factors=[1, 3])},
             },
             (16, 48),
         ),
         (
-            {"plan": {"pruner": GATE, "keep_tokens": 16}, "scorer": {"schedule": schedule("Several", factors=[1, 3])}},
+            {
+                "plan": {"pruner": GATE, "keep_tokens": 16},
+                "pruner_phase": {"schedule": schedule("Matryoshka", factors=[1, 3])},
+            },
             (16, 16),
         ),
     ],

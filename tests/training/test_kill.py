@@ -13,7 +13,7 @@ STEPS = 8
 RUNS = {
     "full": {},
     "LoRA": {"model": LORA | {"teacher": "AdapterOff", "losses": ["Label", "KL"]}},
-    "gate": {"model": {"plan": GATE, "scorer": {"steps": 4}}},
+    "gate": {"model": {"plan": GATE, "pruner_phase": {"steps": 4}}},
     "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
     "validated": {"data": {"val_fraction": 0.2}, "checkpoints": {"every": 100}},
 }

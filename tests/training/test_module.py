@@ -16,7 +16,7 @@ from tpcompress.models import load_base
 from tpcompress.training.checkpoints.callback import StepProgress
 from tpcompress.training.module import PruningModule
 from tpcompress.training.nan_guard import NonFiniteLoss
-from tpcompress.training.phases import Scorer
+from tpcompress.training.phases import PrunerPhase
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
@@ -77,7 +77,7 @@ def test_lora_trains_adapters_and_whole_parts(work):
 
 def test_a_learned_pruner_trains_first_alone_and_then_not_at_all(work):
     run = work.fit(
-        trainer=WATCH | {"max_steps": 6}, model={"plan": GATE, "scorer": {"steps": 3}}, data={"batch_size": 4}
+        trainer=WATCH | {"max_steps": 6}, model={"plan": GATE, "pruner_phase": {"steps": 3}}, data={"batch_size": 4}
     )
     watch = found(run, Watch)
     assert watch.steps == list(range(6))
@@ -145,7 +145,9 @@ def test_the_seed_of_the_recipe_reaches_the_data(work):
 # ---------------------------------------------------------------------------------------------------- teachers
 
 
-@pytest.mark.parametrize("how", [{"teacher": "AdapterOff", "lora": LORA, "train": ["projector"]}, {"teacher": "Copy"}])
+@pytest.mark.parametrize(
+    "how", [{"teacher": "AdapterOff", "lora": LORA, "train": ["projector"]}, {"teacher": "FrozenCopy"}]
+)
 def test_a_teacher_is_neither_trained_nor_saved(work, how):
     run = work.fit(model=how | {"losses": ["Label", "KL"]})
     assert run.trainer.callback_metrics["loss/kl"] > 0
@@ -155,7 +157,7 @@ def test_a_teacher_is_neither_trained_nor_saved(work, how):
 
 def test_distillation_pulls_towards_the_teacher(work):
     losses = ["Label", {"class_path": "KL", "init_args": {"weight": 20.0}}]
-    how = {"teacher": "Copy", "losses": losses, "train": ["language_model"]}
+    how = {"teacher": "FrozenCopy", "losses": losses, "train": ["language_model"]}
     later = work.fit(trainer={"max_steps": 12}, model=how).trainer.callback_metrics["loss/kl"]
     assert later < 0.7 * work.fit("one", trainer={"max_steps": 1}, model=how).trainer.callback_metrics["loss/kl"]
 
@@ -166,8 +168,8 @@ def test_a_loss_without_its_teacher_is_refused(work):
 
 
 def test_a_teacher_whom_no_loss_imitates_is_refused(work):
-    with pytest.raises(ValueError, match=r"^Teacher 'Copy' has nobody to teach[^\n]*$"):
-        work.fit(model={"teacher": "Copy"})
+    with pytest.raises(ValueError, match=r"^Teacher 'FrozenCopy' has nobody to teach[^\n]*$"):
+        work.fit(model={"teacher": "FrozenCopy"})
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -194,16 +196,16 @@ def test_batches_without_any_image_train_as_text(work, model):
 def test_the_scorers_phase_has_losses_of_its_own(work):
     imitate = {"class_path": "Imitate", "init_args": {"weight": {"start": 5.0, "end": 5.0}}}
     scorer = {"steps": 10, "losses": ["Label", imitate, "OnBudget"]}
-    metrics = work.fit(trainer={"max_steps": 12}, model={"plan": GATE, "scorer": scorer}).trainer.callback_metrics
+    metrics = work.fit(trainer={"max_steps": 12}, model={"plan": GATE, "pruner_phase": scorer}).trainer.callback_metrics
     assert metrics["loss/budget"] < 1e-6  # this gate is exact
-    first = work.fit("one", trainer={"max_steps": 2}, model={"plan": GATE, "scorer": scorer | {"steps": 1}})
+    first = work.fit("one", trainer={"max_steps": 2}, model={"plan": GATE, "pruner_phase": scorer | {"steps": 1}})
     assert metrics["loss/imitate"] < first.trainer.callback_metrics["loss/imitate"]
     assert metrics["loss/label"] > 0
 
 
 def test_the_scorer_learns_which_tokens_matter(work):
     """Through the gate alone: the loss falls although nothing but the scorer moves."""
-    run = work.fit(trainer={"max_steps": 2}, model={"plan": GATE, "scorer": {"steps": 1}}, data={"batch_size": 4})
+    run = work.fit(trainer={"max_steps": 2}, model={"plan": GATE, "pruner_phase": {"steps": 1}}, data={"batch_size": 4})
     module = run.model
     pruner = module.model.token_pruners[0].train()
     batch = batch_of(run)
@@ -273,7 +275,7 @@ def test_packed_data_and_pruners_that_read_the_question_exclude_each_other(work)
     plan = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}, "keep_tokens": 16}
     with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' scores tokens by the question, but packed[^\n]*$"):
         work.fit(model={"plan": plan}, data={"pack": True})
-    assert work.fit(model={"plan": plan, "scorer": {"steps": 2}}).trainer.global_step == 3
+    assert work.fit(model={"plan": plan, "pruner_phase": {"steps": 2}}).trainer.global_step == 3
     assert work.fit(data={"pack": True}).trainer.global_step == 3
 
 
@@ -284,8 +286,8 @@ def test_packed_data_needs_sdpa(work):
 
 @pytest.mark.parametrize("steps", [0, 4])
 def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
-    with pytest.raises(ValueError, match=rf"^The scorer's phase has {steps} of 3 steps; set model.scorer.steps"):
-        work.fit(model={"plan": GATE, "scorer": {"steps": steps}})
+    with pytest.raises(ValueError, match=rf"^The pruner phase has {steps} of 3 steps; set model.pruner_phase.steps"):
+        work.fit(model={"plan": GATE, "pruner_phase": {"steps": steps}})
 
 
 @pytest.mark.parametrize(
@@ -316,9 +318,9 @@ def test_settings_that_cannot_be(work, settings, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scorer(steps=-2), "scorer.steps is a whole number of steps or a share below 1, got -2"),
-        (lambda: Scorer(steps=2.5), "scorer.steps is a whole number of steps or a share below 1, got 2.5"),
-        (lambda: Scorer(full_every=-1), "full_every is a whole number of at least 0"),
+        (lambda: PrunerPhase(steps=-2), "pruner_phase.steps is a whole number of steps or a share below 1, got -2"),
+        (lambda: PrunerPhase(steps=2.5), "pruner_phase.steps is a whole number of steps or a share below 1, got 2.5"),
+        (lambda: PrunerPhase(full_every=-1), "full_every is a whole number of at least 0"),
     ],
 )
 def test_groups_of_settings_that_cannot_be(make, message):

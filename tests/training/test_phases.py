@@ -12,13 +12,14 @@ from tpcompress.training.distributed.sharding import check_ddp
 from tpcompress.training.losses.imitate import Imitate
 from tpcompress.training.losses.label import Label
 from tpcompress.training.module import PruningModule
-from tpcompress.training.phases import Scorer, phases_of
+from tpcompress.training.phases import PrunerPhase, phases_of
 from tpcompress.training.steps import step_layers
 
 SCORER = {"type": "local_global", "width": 8}
 GATE = {"pruner": {"type": "learned_gate", "scorer": SCORER}, "keep_tokens": 16}
 STRAIGHT = {"type": "learned_gate", "scorer": SCORER, "selector": "straight_through"}
-ALTERNATING = Scorer(steps=4, full_every=2)
+FIRST_TWO, FIRST_FOUR = PrunerPhase(steps=2), PrunerPhase(steps=4)
+ALTERNATING = PrunerPhase(steps=4, full_every=2)
 WATCH = {"callbacks": [callback(Watch)]}
 
 
@@ -29,13 +30,13 @@ def shape(phases) -> list[tuple]:
 @pytest.mark.parametrize(
     ("gate", "train", "rest", "scorer", "full_every", "expected"),
     [
-        (None, {"projector"}, True, Scorer(), 0, [(0, 10, False, True, 0)]),
-        ("noise", {"projector"}, True, Scorer(), 0, [(0, 5, True, False, 1), (5, 10, False, True, 0)]),
-        ("noise", {"projector"}, True, Scorer(steps=0.3), 0, [(0, 3, True, False, 1), (3, 10, False, True, 0)]),
-        ("noise", set(), False, Scorer(), 0, [(0, 10, True, False, 1)]),
-        ("noise", {"pruner", "projector"}, True, Scorer(), 4, [(0, 10, True, True, 4)]),
-        ("noise", {"pruner", "projector"}, True, Scorer(steps=2), 1, [(0, 2, True, False, 1), (2, 10, True, True, 1)]),
-        ("gather_value", {"projector"}, True, Scorer(steps=4), 0, [(0, 4, True, False, 0), (4, 10, False, True, 0)]),
+        (None, {"projector"}, True, PrunerPhase(), 0, [(0, 10, False, True, 0)]),
+        ("noise", {"projector"}, True, PrunerPhase(), 0, [(0, 5, True, False, 1), (5, 10, False, True, 0)]),
+        ("noise", {"projector"}, True, PrunerPhase(steps=0.3), 0, [(0, 3, True, False, 1), (3, 10, False, True, 0)]),
+        ("noise", set(), False, PrunerPhase(), 0, [(0, 10, True, False, 1)]),
+        ("noise", {"pruner", "projector"}, True, PrunerPhase(), 4, [(0, 10, True, True, 4)]),
+        ("noise", {"projector", "pruner"}, True, FIRST_TWO, 1, [(0, 2, True, False, 1), (2, 10, True, True, 1)]),
+        ("gather_value", {"projector"}, True, FIRST_FOUR, 0, [(0, 4, True, False, 0), (4, 10, False, True, 0)]),
         ("gather_value", {"projector"}, True, ALTERNATING, 0, [(0, 4, True, False, 2), (4, 10, False, True, 0)]),
     ],
 )  # fmt: skip
@@ -47,28 +48,34 @@ def test_phases_of_a_run(gate, train, rest, scorer, full_every, expected):
 
 def test_a_gradient_must_be_able_to_reach_what_trains():
     plan = PruningPlan.from_dict(GATE)
-    for scorer, main in ((Scorer(full_every=0), 0), (Scorer(steps=3), 0)):
-        train = {"projector"} if scorer.full_every == 0 else {"pruner", "projector"}
+    for alone, main in ((PrunerPhase(full_every=0), 0), (PrunerPhase(steps=3), 0)):
+        train = {"projector"} if alone.full_every == 0 else {"pruner", "projector"}
         with pytest.raises(ValueError, match=r"^The pruner trains, but its gates carry a gradient[^\n]*$"):
-            phases_of(plan, 10, train, True, scorer, (main, None, []))
+            phases_of(plan, 10, train, True, alone, (main, None, []))
 
 
 def test_a_phase_in_which_nothing_trains_is_refused():
     plan = PruningPlan.from_dict(GATE)
     with pytest.raises(ValueError, match=r"^Nothing trains from step 3 of 10 on[^\n]*$"):
-        phases_of(plan, 10, set(), False, Scorer(steps=3), (0, None, []))
-    assert shape(phases_of(plan, 10, {"pruner"}, False, Scorer(steps=3), (1, None, [])))[-1] == (3, 10, True, False, 1)
+        phases_of(plan, 10, set(), False, PrunerPhase(steps=3), (0, None, []))
+    assert shape(phases_of(plan, 10, {"pruner"}, False, PrunerPhase(steps=3), (1, None, [])))[-1] == (
+        3,
+        10,
+        True,
+        False,
+        1,
+    )
 
 
 def test_losses_on_choices_count_only_where_a_pruner_trains():
     plan, gates = PruningPlan.from_dict(GATE), [Label(), Imitate(of="scores")]
-    first, second = phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, gates))
+    first, second = phases_of(plan, 10, {"projector"}, True, PrunerPhase(), (0, None, gates))
     assert (first.losses, second.losses) == (gates, gates[:1]), "the projector must not be moved to please a guide"
-    (joint,) = phases_of(plan, 10, {"projector", "pruner"}, True, Scorer(), (1, None, gates))
+    (joint,) = phases_of(plan, 10, {"projector", "pruner"}, True, PrunerPhase(), (1, None, gates))
     assert joint.losses == gates
     with pytest.raises(ValueError, match=r"^Loss 'imitate' needs a pruner that trains, and from step 5 on[^\n]*$"):
-        phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, gates[1:]))
-    assert phases_of(plan, 10, set(), False, Scorer(), (0, None, gates[1:]))[0].losses == gates[1:]
+        phases_of(plan, 10, {"projector"}, True, PrunerPhase(), (0, None, gates[1:]))
+    assert phases_of(plan, 10, set(), False, PrunerPhase(), (0, None, gates[1:]))[0].losses == gates[1:]
 
 
 def test_a_pruner_that_no_loss_reaches_is_refused(work):
@@ -77,14 +84,14 @@ def test_a_pruner_that_no_loss_reaches_is_refused(work):
         work.fit(model={"plan": gate})
     with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its choice[^\n]*$"):
         work.fit(model={"plan": gate, "train": ["pruner", "projector"]})
-    work.fit(model={"plan": gate, "scorer": {"losses": ["Label", "Imitate"]}})
+    work.fit(model={"plan": gate, "pruner_phase": {"losses": ["Label", "Imitate"]}})
 
 
 def test_plain_ddp_is_refused_where_phases_train_different_weights():
     plain = SimpleNamespace(strategy=DDPStrategy())
     looks = SimpleNamespace(strategy=DDPStrategy(find_unused_parameters=True))
     plan = PruningPlan.from_dict(GATE)
-    two = phases_of(plan, 10, {"projector"}, True, Scorer(), (0, None, []))
+    two = phases_of(plan, 10, {"projector"}, True, PrunerPhase(), (0, None, []))
     with pytest.raises(ValueError, match=r"^Strategy ddp waits for gradients[^\n]*$"):
         check_ddp(plain, two)
     check_ddp(plain, two[1:])
@@ -92,8 +99,8 @@ def test_plain_ddp_is_refused_where_phases_train_different_weights():
 
 
 def test_a_phase_without_losses_is_refused(work):
-    with pytest.raises(ValueError, match=r"^scorer.losses is empty[^\n]*$"):
-        Scorer(losses=[])
+    with pytest.raises(ValueError, match=r"^pruner_phase.losses is empty[^\n]*$"):
+        PrunerPhase(losses=[])
     with pytest.raises(ValueError, match=r"^Loss 'sparsity' is on the choice of a learned pruner[^\n]*$"):
         work.fit(model={"losses": ["Label", "Sparsity"]})
 
@@ -119,8 +126,8 @@ def test_several_budgets_in_one_step_average_their_losses(work):
         run = work.fit(name, trainer=WATCH | {"max_steps": 1}, model=how, diagnostics={"every": 0})
         return found(run, Watch).widths, float(run.trainer.callback_metrics["loss/label"])
 
-    widths, loss = one_step("three", "Several", factors=factors)
-    singles = [one_step(f"one{factor}", "Several", factors=[factor]) for factor in factors]
+    widths, loss = one_step("three", "Matryoshka", factors=factors)
+    singles = [one_step(f"one{factor}", "Matryoshka", factors=[factor]) for factor in factors]
     assert widths == [width for single, _ in singles for width in single]
     assert len(set(widths)) == 3
     assert loss == pytest.approx(sum(value for _, value in singles) / 3, rel=1e-6)
@@ -143,7 +150,7 @@ def test_a_layer_ramp_moves_the_stage_and_arrives(work):
     }
     module = PruningModule(str(work.base), plan=two, schedule=module.schedule)
     module.configure_model()
-    module._phases = phases_of(module.plan, 4, {"projector"}, True, Scorer(), (0, module.schedule, []))
+    module._phases = phases_of(module.plan, 4, {"projector"}, True, PrunerPhase(), (0, module.schedule, []))
     assert step_layers(module, module.phases[0], 0.0) == [2, 3], "stages keep their order"
 
 
@@ -154,7 +161,8 @@ def test_what_a_gate_has_learnt_no_longer_wavers(work):
         "keep_tokens": 16,
     }
     run = work.fit(
-        trainer={"max_steps": 4}, model={"plan": plan, "scorer": {"steps": 2, "losses": ["Label", "ScoreFunction"]}}
+        trainer={"max_steps": 4},
+        model={"plan": plan, "pruner_phase": {"steps": 2, "losses": ["Label", "ScoreFunction"]}},
     )
     assert not run.model.model.token_pruners[0].training
     assert torch.isfinite(run.trainer.callback_metrics["loss/total"])

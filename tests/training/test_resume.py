@@ -7,7 +7,7 @@ import torch
 from training.helpers import Interrupt, Workplace, callback, weights
 
 KL = ["Label", "KL"]
-COPIED = {"teacher": "Copy", "losses": KL}
+COPIED = {"teacher": "FrozenCopy", "losses": KL}
 ADAPTER_OFF = {"teacher": "AdapterOff", "losses": KL}
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4, "lora_dropout": 0.2}, "train": ["projector"]}
@@ -20,9 +20,9 @@ RUNS = {
     "pool, full, at the end of an epoch": (4, "end", {}),
     "pool, full, before a batch": (3, "start", {}),
     "pool, full, after a backward pass": (3, "backward", {}),
-    "gate, in phase one": (1, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
-    "gate, between the phases": (3, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
-    "gate, in phase two": (5, "end", {"model": {"plan": GATE, "scorer": {"steps": 4}}}),
+    "gate, in phase one": (1, "end", {"model": {"plan": GATE, "pruner_phase": {"steps": 4}}}),
+    "gate, between the phases": (3, "end", {"model": {"plan": GATE, "pruner_phase": {"steps": 4}}}),
+    "gate, in phase two": (5, "end", {"model": {"plan": GATE, "pruner_phase": {"steps": 4}}}),
     "LoRA with dropout, random budgets": (3, "end", {"model": LORA | {"schedule": RANDOM}}),
     "LoRA with dropout, at the end of an epoch": (4, "end", {"model": LORA | {"schedule": RANDOM}}),
     "LoRA and its teacher": (6, "backward", {"model": LORA | ADAPTER_OFF}),
@@ -36,7 +36,7 @@ RUNS = {
     "text without images, gate": (
         1,
         "end",
-        {"model": {"plan": GATE, "scorer": {"steps": 4}}, "data": {"val_fraction": 0.2}},
+        {"model": {"plan": GATE, "pruner_phase": {"steps": 4}}, "data": {"val_fraction": 0.2}},
     ),
 }
 
@@ -134,7 +134,7 @@ def test_a_longer_run_does_not_go_back_to_the_pruners_phase(work):
     work.fit(model={"plan": GATE}, trainer={"max_steps": 2})
     with pytest.raises(ValueError, match=r"^The checkpoint is of a run whose pruner trained alone for 1 steps[^\n]*$"):
         work.fit("run", "--ckpt_path", "last", model={"plan": GATE}, trainer={"max_steps": 6})
-    how = {"plan": GATE, "scorer": {"steps": 1}}
+    how = {"plan": GATE, "pruner_phase": {"steps": 1}}
     longer = work.fit("run", "--ckpt_path", "last", model=how, trainer={"max_steps": 6})
     assert longer.trainer.global_step == 6
 
@@ -175,7 +175,7 @@ def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint(work):
             COPIED | {"train": ["language_model"]},
             ["vision_tower", "multi_modal_projector", "teacher"],
         ),
-        ({"train": [], "plan": GATE, "scorer": {"steps": 3}}, ["vision_tower", "language_model", "projector"]),
+        ({"train": [], "plan": GATE, "pruner_phase": {"steps": 3}}, ["vision_tower", "language_model", "projector"]),
     ],
 )
 def test_checkpoints_hold_what_trains_and_nothing_else(work, model, absent):

@@ -13,10 +13,10 @@ from tpcompress.training.schedules import (
     EpicWindow,
     LayerRamp,
     Linear,
+    Matryoshka,
     RandomBudget,
     Sandwich,
     Schedule,
-    Several,
     Steps,
     draw_for,
     progress_at,
@@ -121,7 +121,9 @@ def test_epics_window_is_that_of_its_script():
         reaching.budget(COUNT, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("schedule", [EpicWindow(), EpicWindow(reach=True), Linear(), RandomBudget(), Several([2.0])])
+@pytest.mark.parametrize(
+    "schedule", [EpicWindow(), EpicWindow(reach=True), Linear(), RandomBudget(), Matryoshka([2.0])]
+)
 def test_a_stage_that_retains_nothing_goes_on_to_do_so(schedule):
     nothing = Budget(keep_tokens=0)
     assert schedule.budgets(nothing, 0.5, 0.5) == [nothing]
@@ -143,10 +145,10 @@ def test_several_budgets_in_one_step():
     def count(schedule, draw=0.5):
         return [budget.keep_tokens for budget in schedule.budgets(COUNT, 0.5, draw)]
 
-    assert count(Several([4, 1, 0.25])) == [64, 16, 4]
+    assert count(Matryoshka([4, 1, 0.25])) == [64, 16, 4]
     assert count(Sandwich(0.25, 4))[:2] == [64, 4]
     assert {count(Sandwich(0.25, 4), draw)[2] for draw in (0.0, 0.5, 0.999)} == {4, 16, 64}
-    assert [b.keep_ratio for b in Several([36, 4]).budgets(RATIO, 0, 0)] == [1.0, 1.0]
+    assert [b.keep_ratio for b in Matryoshka([36, 4]).budgets(RATIO, 0, 0)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_several_budgets_in_one_step():
     [
         (lambda: Steps([]), "Steps needs factors that never rise"),
         (lambda: Steps([2, 4]), "Steps needs factors that never rise, got"),
-        (lambda: Several([1, 0]), "Several needs factors above 0, got"),
+        (lambda: Matryoshka([1, 0]), "Matryoshka needs factors above 0, got"),
         (lambda: EpicWindow(first=1.0), "EpicWindow needs 0 <= first < 1"),
         (lambda: LayerRamp(0), "LayerRamp needs until"),
         (lambda: LayerRamp(budget=LayerRamp()), "LayerRamp.budget says how many tokens stay"),

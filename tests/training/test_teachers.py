@@ -17,8 +17,8 @@ from tpcompress.training.passes import run_pass
 from tpcompress.training.teachers import Teacher, list_teachers
 from tpcompress.training.teachers.adapter_off import AdapterOff
 from tpcompress.training.teachers.base import check_answers
-from tpcompress.training.teachers.copy import Copy
-from tpcompress.training.teachers.milder import Milder
+from tpcompress.training.teachers.frozen_copy import FrozenCopy
+from tpcompress.training.teachers.larger_budget import LargerBudget
 
 SAMPLES = [(3, 2, 6), (1, 1, 9), (12, 0, 5)]
 
@@ -62,9 +62,9 @@ def cases():
     """Every teacher that computes, with a module that it can teach."""
     yield "AdapterOff", AdapterOff(), TWO, True
     yield "AdapterOff without a plan", AdapterOff(), None, True
-    yield "Copy", Copy(), TWO, False
-    yield "Milder", Milder(2.0), TWO, False
-    yield "Milder beside LoRA", Milder(1.0, gap=0.25, nested=False), TWO, True
+    yield "FrozenCopy", FrozenCopy(), TWO, False
+    yield "LargerBudget", LargerBudget(2.0), TWO, False
+    yield "LargerBudget beside LoRA", LargerBudget(1.0, gap=0.25, nested=False), TWO, True
 
 
 EACH = pytest.mark.parametrize(("teacher", "plan", "lora"), [c[1:] for c in cases()], ids=[c[0] for c in cases()])
@@ -137,9 +137,9 @@ def test_recipes_name_teachers_by_class():
         config = {"teacher": {"class_path": name, "init_args": arguments}}
         assert type(parser.instantiate(parser.parse_object(config)).teacher) is cls
     gap = {"start": 0.1, "end": 0.3, "until": 0.4}
-    config = {"teacher": {"class_path": "Milder", "init_args": {"factor": 1.0, "gap": gap}}}
+    config = {"teacher": {"class_path": "LargerBudget", "init_args": {"factor": 1.0, "gap": gap}}}
     assert parser.instantiate(parser.parse_object(config)).teacher.gap == Ramp(**gap)
-    assert {"AdapterOff", "Cached", "Copy", "Milder"} <= set(list_teachers())
+    assert {"AdapterOff", "Cached", "FrozenCopy", "LargerBudget"} <= set(list_teachers())
 
 
 def test_unequal_answers_are_refused():
@@ -152,7 +152,9 @@ def test_unequal_answers_are_refused():
 # ------------------------------------------------------------------ the base as teacher
 
 
-@pytest.mark.parametrize(("teacher", "lora"), [(AdapterOff(), True), (Copy(), False)], ids=["AdapterOff", "Copy"])
+@pytest.mark.parametrize(
+    ("teacher", "lora"), [(AdapterOff(), True), (FrozenCopy(), False)], ids=["AdapterOff", "FrozenCopy"]
+)
 def test_the_teacher_is_the_base(teacher, lora):
     module, inputs = make_module(teacher, TWO, lora), make_batch()
     here = student(module, inputs)
@@ -166,7 +168,7 @@ def test_the_teacher_is_the_base(teacher, lora):
 
 
 def test_a_copy_is_moved_once_and_nobody_finds_it(monkeypatch):
-    teacher = Copy()
+    teacher = FrozenCopy()
     module, inputs = make_module(teacher, TWO), make_batch()
     here, moves = student(module, inputs), []
     inner = type(teacher.model).to
@@ -187,27 +189,27 @@ def test_adapter_off_needs_adapters():
 
 
 def test_a_milder_teacher_with_all_tokens_is_the_dense_model():
-    module, inputs = make_module(Milder(64.0), TWO), make_batch()
+    module, inputs = make_module(LargerBudget(64.0), TWO), make_batch()
     here = student(module, inputs)
     with mode(module.model.eval(), "off"):
         dense = student(module, inputs)
-    taught = Milder(64.0)(module, inputs, here, 0.5)
+    taught = LargerBudget(64.0)(module, inputs, here, 0.5)
     torch.testing.assert_close(taught.logits_AC, dense.logits_AC)
-    less = Milder(1.5)(module, inputs, here, 0.5)
+    less = LargerBudget(1.5)(module, inputs, here, 0.5)
     assert (less.logits_AC - dense.logits_AC).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("pruner", [{"type": "random", "resample": True}, "dart", "divprune"], ids=str)
 def test_the_teachers_choice_contains_the_students(pruner):
     plan = plan_of((pruner, 2, {"keep_ratio": 0.25}), ("uniform", 4, {"keep_ratio": 0.125}))
-    module, inputs = make_module(Milder(2.0), plan), make_batch()
+    module, inputs = make_module(LargerBudget(2.0), plan), make_batch()
     module.model.eval()
     torch.manual_seed(1)
     here = student(module, inputs)
     outside = {}
     for nested in (True, False):
         torch.manual_seed(2)
-        taught = Milder(2.0, nested=nested)(module, inputs, here, 0.5)
+        taught = LargerBudget(2.0, nested=nested)(module, inputs, here, 0.5)
         pairs = list(zip(here.trace.stages, taught.trace.stages, strict=True))
         assert [new.vision_out for _, new in pairs] == [[32, 32, 32], [16, 16, 16]]
         assert [old.vision_out for old, _ in pairs] == [[16, 16, 16], [8, 8, 8]]
@@ -217,40 +219,40 @@ def test_the_teachers_choice_contains_the_students(pruner):
 
 
 def test_a_milder_teacher_acts_at_the_layers_of_its_student():
-    module, inputs = make_module(Milder(2.0), TWO), make_batch()
+    module, inputs = make_module(LargerBudget(2.0), TWO), make_batch()
     with layers(module.model, [3, 5]):
         here = student(module, inputs)
-    taught = Milder(2.0)(module, inputs, here, 0.5)
+    taught = LargerBudget(2.0)(module, inputs, here, 0.5)
     assert [stage.layer for stage in taught.trace.stages] == [3, 5]
 
 
 def test_a_student_behind_gates_is_taught_by_truly_fewer_tokens():
     plan = plan_of(("learned_gate", 2, {"keep_ratio": 0.25}))
-    module, inputs = make_module(Milder(2.0), plan), make_batch()
+    module, inputs = make_module(LargerBudget(2.0), plan), make_batch()
     with mode(module.model, "mask"):
         here = student(module, inputs)
-        taught = Milder(2.0)(module, inputs, here, 0.5)
+        taught = LargerBudget(2.0)(module, inputs, here, 0.5)
     assert here.trace.stages[0].selection.gate_BV is not None
     assert here.trace.stages[0].vision_out == [64, 64, 64]
     assert taught.trace.stages[0].vision_out == [32, 32, 32]
 
 
 def test_budgets_of_a_milder_teacher():
-    epic = Milder(1.0, gap=Ramp(0.1, 0.3, until=0.4))
+    epic = LargerBudget(1.0, gap=Ramp(0.1, 0.3, until=0.4))
     for progress in (0.0, 0.2, 0.4, 1.0):
         (budget,) = epic.budgets([Budget(keep_ratio=0.25)], progress)
         assert budget.keep_ratio == pytest.approx(0.25 + min(0.3, 0.1 + 0.5 * progress))
     assert epic.budgets([Budget(keep_ratio=0.9)], 1.0) == [Budget(keep_ratio=1.0)]
-    counted = Milder(Ramp(4.0, 1.5)).budgets([Budget(keep_tokens=64), Budget(keep_tokens=0)], 1.0)
+    counted = LargerBudget(Ramp(4.0, 1.5)).budgets([Budget(keep_tokens=64), Budget(keep_tokens=0)], 1.0)
     assert counted == [Budget(keep_tokens=96), Budget(keep_tokens=0)]
 
 
 @pytest.mark.parametrize(
     ("teacher", "plan", "message"),
     [
-        (Milder(), None, "Teacher Milder needs a plan"),
-        (Milder(gap=0.2), plan_of(("uniform", 0, {"keep_tokens": 8})), "Teacher Milder has a gap"),
-        (Milder(), plan_of(("tome", 0, {"keep_tokens": 8})), "Pruner 'tome' .*; set nested: false"),
+        (LargerBudget(), None, "Teacher LargerBudget needs a plan"),
+        (LargerBudget(gap=0.2), plan_of(("uniform", 0, {"keep_tokens": 8})), "Teacher LargerBudget has a gap"),
+        (LargerBudget(), plan_of(("tome", 0, {"keep_tokens": 8})), "Pruner 'tome' .*; set nested: false"),
     ],
 )
 def test_what_a_milder_teacher_cannot_teach(teacher, plan, message):
@@ -260,13 +262,13 @@ def test_what_a_milder_teacher_cannot_teach(teacher, plan, message):
 
 @pytest.mark.parametrize("arguments", [{"factor": 0.5}, {"factor": 1.0}, {"gap": -0.1}, {"factor": Ramp(2.0, 0.9)}])
 def test_a_teacher_that_is_no_milder_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"^Teacher Milder needs factor >= 1 and gap >= 0, [^\n]*$"):
-        Milder(**arguments)
+    with pytest.raises(ValueError, match=r"^Teacher LargerBudget needs factor >= 1 and gap >= 0, [^\n]*$"):
+        LargerBudget(**arguments)
 
 
 def test_a_merging_pruner_is_taught_without_nesting():
     plan = plan_of(("tome", 0, {"keep_tokens": 8}))
-    teacher = Milder(2.0, nested=False)
+    teacher = LargerBudget(2.0, nested=False)
     module, inputs = make_module(teacher, plan), make_batch()
     with record(module.model) as trace:
         teacher(module, inputs, student(module, inputs), 0.5)

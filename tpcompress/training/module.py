@@ -31,7 +31,15 @@ from tpcompress.training.losses.label import Label
 from tpcompress.training.nan_guard import NonFiniteLoss, check_gradients, check_loss
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
 from tpcompress.training.passes import Pass
-from tpcompress.training.phases import Phase, Scorer, check_alone, check_full_every, is_learned, phases_of, steps_alone
+from tpcompress.training.phases import (
+    Phase,
+    PrunerPhase,
+    check_alone,
+    check_full_every,
+    is_learned,
+    phases_of,
+    steps_alone,
+)
 from tpcompress.training.schedules import Schedule, draw_for
 from tpcompress.training.steps import check_reached, finish, student_passes
 from tpcompress.training.teachers import Teacher
@@ -54,7 +62,7 @@ class PruningModule(L.LightningModule):
         schedule: how the budget falls to the plan's over the main phase.
         full_every: 0 gathers the retained tokens in every step; 1 trains at full length, through gates; m in one step
             of m.
-        scorer: how a learned pruner is trained alone, in phase one.
+        pruner_phase: how a learned pruner is trained alone, in phase one.
         optimizer: learning rates, decay and warm-up.
         reproduction: this recipe repeats a published one, defects and all: no warning of what is known not to learn.
         dtype: in which the weights are loaded: float32, bfloat16, float16 or auto.
@@ -77,7 +85,7 @@ class PruningModule(L.LightningModule):
         teacher: Teacher | None = None,
         schedule: Schedule | None = None,
         full_every: int = 0,
-        scorer: Scorer | None = None,
+        pruner_phase: PrunerPhase | None = None,
         optimizer: Optimizer | None = None,
         reproduction: bool = False,
         dtype: str = "float32",
@@ -92,11 +100,11 @@ class PruningModule(L.LightningModule):
         self.losses: list[Loss] = [Label()] if losses is None else losses
         self.teacher = teacher
         self.schedule, self.full_every = schedule, check_full_every(full_every)
-        self.scorer = scorer or Scorer()
+        self.pruner_phase = pruner_phase or PrunerPhase()
         self.reproduction = reproduction
         self.optimizer_settings = optimizer or Optimizer()
         self.dtype_name, self.attention, self.gradient_checkpointing = dtype, attention, gradient_checkpointing
-        check_losses([*self.losses, *(self.scorer.losses or [])], teacher, self.plan)
+        check_losses([*self.losses, *(self.pruner_phase.losses or [])], teacher, self.plan)
         self.settings = {
             "base": base,
             "plan": self.plan.to_dict() if self.plan else None,
@@ -152,7 +160,7 @@ class PruningModule(L.LightningModule):
         if self._trainer is not None and "mixed" in str(self._trainer.precision):
             for parameter in self.trainable:  # a half-precision weight rounds small updates away
                 parameter.data = parameter.data.float()
-        for loss in [*self.losses, *(self.scorer.losses or [])]:
+        for loss in [*self.losses, *(self.pruner_phase.losses or [])]:
             loss.prepare(self)
         if self.device_mesh is not None:
             shard(model, self.parts, self.device_mesh["data_parallel"])
@@ -169,7 +177,7 @@ class PruningModule(L.LightningModule):
         if self._phases is None:
             rest = len(self.trainable) > len(self.pruner_parameters())
             main = (self.full_every, self.schedule, self.losses)
-            self._phases = phases_of(self.plan, self.total_steps, self.train_parts, rest, self.scorer, main)
+            self._phases = phases_of(self.plan, self.total_steps, self.train_parts, rest, self.pruner_phase, main)
         return self._phases
 
     @property

@@ -10,14 +10,14 @@ from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
 from tpcompress.training.schedules import Constant, Schedule, progress_at
 
-NOBODY_TEACHES = (
+NO_GRADIENT_REACHES_PRUNER = (
     "The pruner trains, but no loss depends on its choice: its selector and applier carry no gradient. Take applier "
     "gather_value or noise, or a loss on choices such as Imitate, or ScoreFunction with gumbel_topk."
 )
 
 
 @dataclass(frozen=True)
-class Scorer:
+class PrunerPhase:
     """Phase one: the learned pruner, alone, through gates that a gradient passes.
 
     Attributes:
@@ -38,9 +38,9 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if self.steps is not None and (self.steps < 0 or (self.steps > 1 and self.steps != int(self.steps))):
-            raise ValueError(f"scorer.steps is a whole number of steps or a share below 1, got {self.steps}.")
+            raise ValueError(f"pruner_phase.steps is a whole number of steps or a share below 1, got {self.steps}.")
         if self.losses is not None and not self.losses:
-            raise ValueError("scorer.losses is empty; leave it out for those of the model, or name one, e.g. [Label].")
+            raise ValueError("pruner_phase.losses is empty; leave it out for the model's, or name one, e.g. [Label].")
         if self.full_every is not None:
             check_full_every(self.full_every)
 
@@ -66,12 +66,12 @@ class Scorer:
             steps = int(self.steps if self.steps >= 1 else self.steps * total)
         if steps > total or steps < (0 if jointly else 1):
             raise ValueError(
-                f"The scorer's phase has {steps} of {total} steps; set model.scorer.steps between 1 and {total}."
+                f"The pruner phase has {steps} of {total} steps; set model.pruner_phase.steps between 1 and {total}."
             )
         if steps < total and not rest and not jointly:
             raise ValueError(
                 f"Nothing trains from step {steps} of {total} on: train is empty and there is no lora; leave "
-                f"model.scorer.steps out, or say what else trains."
+                f"model.pruner_phase.steps out, or say what else trains."
             )
         return steps
 
@@ -112,7 +112,7 @@ def phases_of(
     total: int,
     train: set[str],
     rest: bool,
-    scorer: Scorer,
+    pruner_phase: PrunerPhase,
     main: tuple[int, Schedule | None, list[Loss]],
 ) -> list[Phase]:
     """The phases of a run; none is empty.
@@ -122,18 +122,18 @@ def phases_of(
         total: optimizer steps.
         train: the parts that train.
         rest: whether anything but the pruner trains at all.
-        scorer: settings of phase one.
+        pruner_phase: settings of phase one.
         main: full_every, schedule and losses of phase two.
 
     Raises:
         ValueError: impossible numbers of steps, a phase in which nothing would reach the pruner that trains, or one
             without a loss.
     """
-    first, (full_every, schedule, losses) = scorer.count(plan, total, train, rest), main
-    alone = int(wants_full_length(plan)) if scorer.full_every is None else scorer.full_every
-    own = losses if scorer.losses is None else scorer.losses
+    first, (full_every, schedule, losses) = pruner_phase.count(plan, total, train, rest), main
+    alone = int(wants_full_length(plan)) if pruner_phase.full_every is None else pruner_phase.full_every
+    own = losses if pruner_phase.losses is None else pruner_phase.losses
     found = [
-        Phase(0, first, True, False, alone, scorer.schedule or Constant(), own),
+        Phase(0, first, True, False, alone, pruner_phase.schedule or Constant(), own),
         Phase(first, total, "pruner" in train, rest, full_every, schedule or Constant(), losses),
     ]
     found = [phase if phase.pruner else _without_gates(phase) for phase in found]
@@ -148,7 +148,7 @@ def phases_of(
             stage.pruner.learned and not stage.pruner.trains_through_model for stage in plan.stages
         )
         if phase.pruner and idle and not any("gate" in loss.needs for loss in phase.losses):
-            raise ValueError(NOBODY_TEACHES)
+            raise ValueError(NO_GRADIENT_REACHES_PRUNER)
     return found
 
 
@@ -173,7 +173,7 @@ def check_alone(phases: list[Phase], resumed: Mapping[str, Any]) -> None:
     if then is not None and min(then, done) != min(now, done):
         raise ValueError(
             f"The checkpoint is of a run whose pruner trained alone for {then} steps, this one has {now} of "
-            f"{phases[-1].end}; set model.scorer.steps: {then} to go on with it."
+            f"{phases[-1].end}; set model.pruner_phase.steps: {then} to go on with it."
         )
 
 
@@ -183,7 +183,7 @@ def _without_gates(phase: Phase) -> Phase:
     if phase.losses and not left and phase.end > phase.start:
         raise ValueError(
             f"Loss '{phase.losses[0].name}' needs a pruner that trains, and from step {phase.start} on none does; add "
-            f"Label to model.losses, or move it to model.scorer.losses."
+            f"Label to model.losses, or move it to model.pruner_phase.losses."
         )
     return replace(phase, losses=left)
 

@@ -14,7 +14,7 @@ from tpcompress.insertion.plan import Budget
 from tpcompress.training.losses import needs_of, weighed
 from tpcompress.training.losses.base import at
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.phases import NOBODY_TEACHES, Phase
+from tpcompress.training.phases import NO_GRADIENT_REACHES_PRUNER, Phase
 
 if TYPE_CHECKING:
     from tpcompress.training.module import PruningModule
@@ -62,7 +62,7 @@ def check_reached(module: PruningModule, phase: Phase, passes: list[tuple[Pass, 
     pruners = controller_of(module.model).pruners
     stages = [stage for here, _ in passes if here.trace is not None for stage in here.trace.stages]
     if any(stage.selection is not None and any(stage.vision_in) and pruners[stage.stage].learned for stage in stages):
-        raise ValueError(NOBODY_TEACHES)
+        raise ValueError(NO_GRADIENT_REACHES_PRUNER)
 
 
 def step_budgets(module: PruningModule, phase: Phase, progress: float, draw: float) -> list[list[Budget] | None]:

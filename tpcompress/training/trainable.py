@@ -61,7 +61,7 @@ def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan 
         raise ValueError("losses is empty; leave it out for the label loss, or name one, e.g. [Label, KL].")
     lonely = [loss.name for loss in losses if "teacher" in loss.needs]
     if lonely and teacher is None:
-        raise ValueError(f"Loss '{lonely[0]}' imitates a teacher; set model.teacher, e.g. AdapterOff or Copy.")
+        raise ValueError(f"Loss '{lonely[0]}' imitates a teacher; set model.teacher, e.g. AdapterOff or FrozenCopy.")
     if teacher is not None and not lonely:
         raise ValueError(
             f"Teacher '{type(teacher).__name__}' has nobody to teach: no loss imitates it. Add KL, JSD or Hidden to "

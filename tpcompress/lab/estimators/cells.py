@@ -185,7 +185,7 @@ def _base(measuring: Measuring) -> Iterator[Cell]:
 
 def training_of(measuring: Measuring, estimator: Estimator, column: str, seed: int) -> Training:
     """The run of an estimator on the base: its scorer alone, everything else frozen."""
-    alone = {"train": [], "scorer": {"full_every": estimator.full_every, "losses": estimator.recipe_losses()}}
+    alone = {"train": [], "pruner_phase": {"full_every": estimator.full_every, "losses": estimator.recipe_losses()}}
     recipe = merged(measuring.recipe, {"model": alone})
     plan = PruningPlan([Stage(estimator.pruner(measuring.scorers[column]), keep_tokens=measuring.trained_at)])
     name = Cell("run", estimator.name, column, seed).name

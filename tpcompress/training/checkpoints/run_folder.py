@@ -12,7 +12,8 @@ from tpcompress.errors import read_yaml
 from tpcompress.export.budgets import Range
 from tpcompress.insertion.plan import Budget
 from tpcompress.training.module import PruningModule
-from tpcompress.training.phases import Scorer, is_learned
+from tpcompress.training.phases import PrunerPhase, is_learned
+from tpcompress.training.renamed import rename
 from tpcompress.training.schedules import Constant, Schedule
 
 DIAGNOSTICS = "diagnostics.json"
@@ -21,7 +22,7 @@ DRAWS = (0.0, 0.25, 0.5, 0.75, 1 - 2**-53)
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """A run's recipe; None where there is none.
+    """A run's recipe, in today's names; None where there is none.
 
     Raises:
         ValueError: it is no recipe.
@@ -31,7 +32,8 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
     values = read_yaml(path)
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ValueError(f"{path} is no recipe: it has no `model`; remove it, or put the run's own back.")
-    return values
+    recipe: dict[str, Any] = rename(values)[0]
+    return recipe
 
 
 def made(kind: type, values: Any) -> Any:
@@ -92,10 +94,10 @@ def facts_of(folder: Path, recipe: dict[str, Any] | None) -> dict[str, Any]:
 
 def _last_schedule(module: PruningModule, model: dict[str, Any], steps: int) -> Schedule:
     """The schedule of the run's last phase."""
-    alone, first = model.get("scorer") or {}, 0
+    alone, first = model.get("pruner_phase") or {}, 0
     if is_learned(module.plan):
         rest = len(module.trainable) > len(module.pruner_parameters())
-        first = Scorer(steps=alone.get("steps")).count(module.plan, steps, module.train_parts, rest)
+        first = PrunerPhase(steps=alone.get("steps")).count(module.plan, steps, module.train_parts, rest)
     chosen = alone.get("schedule") if first == steps else model.get("schedule")
     return made(Schedule, chosen) or Constant()
 

@@ -21,6 +21,7 @@ from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa
 from tpcompress.training.diagnostics.callback import Diagnostics
 from tpcompress.training.module import PruningModule
 from tpcompress.training.recipe.errors import readable
+from tpcompress.training.renamed import check_names
 
 # Trying every docstring style in turn would take most of the time until a run starts.
 jsonargparse.set_parsing_settings(
@@ -51,6 +52,7 @@ class RecipeCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], progress: bool = True, run: bool = True) -> None:
+        check_names(args)
         self.wants_progress = progress
         self.asked = args[0] if run and args else ""
         super().__init__(

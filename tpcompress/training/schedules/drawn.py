@@ -45,7 +45,7 @@ class Sandwich(RandomBudget):
         return [scaled(final, factor) for factor in (self.high, self.low, self.factor(progress, draw))]
 
 
-class Several(Schedule):
+class Matryoshka(Schedule):
     """One pass per multiple of the budget in every step, as Matryoshka models are trained (M3, arXiv 2405.17430).
 
     Args:
@@ -57,7 +57,7 @@ class Several(Schedule):
 
     def __init__(self, factors: list[float]) -> None:
         if not factors or min(factors) <= 0:
-            raise ValueError(f"Several needs factors above 0, got {factors}; e.g. [4, 1, 0.25].")
+            raise ValueError(f"Matryoshka needs factors above 0, got {factors}; e.g. [4, 1, 0.25].")
         self.factors = list(factors)
 
     def factor(self, progress: float, draw: float) -> float:

@@ -23,7 +23,7 @@ class AdapterOff(Teacher):
 
     def prepare(self, module: Any, base: nn.Module) -> None:
         if module.lora is None:
-            raise ValueError("Teacher AdapterOff needs lora; set it, or take teacher Copy.")
+            raise ValueError("Teacher AdapterOff needs lora; set it, or take teacher FrozenCopy.")
 
     def __call__(self, module: Any, batch: Mapping[str, Any], here: Pass, progress: float) -> Pass:
         model: Any = module.model

@@ -17,7 +17,7 @@ from tpcompress.training.passes import Pass, run_pass
 from tpcompress.training.teachers.base import Teacher, check_answers
 
 
-class Milder(Teacher):
+class LargerBudget(Teacher):
     """The same weights with larger budgets: ratio -> ratio * factor + gap, at most all tokens.
 
     Source: EPIC (arXiv 2510.00515), whose code takes factor 1 and a gap from 0.1 to 0.3 over the first 0.4 of the run,
@@ -30,35 +30,35 @@ class Milder(Teacher):
             gates there is nothing to contain.
 
     Raises:
-        ValueError: a teacher that is no milder, or harder; no plan; a gap beside keep_tokens; pruners into whose
-            choice no other can be put.
+        ValueError: a budget that is not larger than the student's; no plan; a gap beside keep_tokens; a pruner whose
+            selection cannot contain another one.
     """
 
     def __init__(self, factor: float | Ramp = 2.0, gap: float | Ramp = 0.0, nested: bool = True) -> None:
         ends = [(x.start, x.end) if isinstance(x, Ramp) else (x, x) for x in (factor, gap)]
         if min(ends[0]) < 1 or min(ends[1]) < 0 or (max(ends[0]) == 1 and max(ends[1]) == 0):
             raise ValueError(
-                f"Teacher Milder needs factor >= 1 and gap >= 0, one of them more than that, got {factor} and {gap}."
+                f"Teacher LargerBudget needs factor >= 1 and gap >= 0, one of them larger, got {factor} and {gap}."
             )
         self.factor, self.gap, self.nested = factor, gap, nested
         self.widens = max(ends[1]) > 0
 
     def prepare(self, module: Any, base: nn.Module) -> None:
         if module.plan is None:
-            raise ValueError("Teacher Milder needs a plan whose budgets it can enlarge; give one, or another teacher.")
+            raise ValueError("Teacher LargerBudget needs a plan with budgets to enlarge; give one, or another teacher.")
         if self.widens and any(stage.keep_tokens for stage in module.plan.stages):
-            raise ValueError("Teacher Milder has a gap, a share of all tokens, but the plan counts; use factor.")
+            raise ValueError("Teacher LargerBudget has a gap, a share of all tokens, but the plan counts; use factor.")
         if self.nested:
             try:
                 check_nestable(module.plan)
             except ValueError as error:
                 reason = str(error).partition(";")[0]
-                raise ValueError(f"{reason}; set nested: false for teacher Milder.") from error
+                raise ValueError(f"{reason}; set nested: false for teacher LargerBudget.") from error
 
     def budgets(self, student: Sequence[Budget], progress: float) -> list[Budget]:
         """The teacher's budgets for those of the student."""
         factor, gap = at(self.factor, progress), at(self.gap, progress)
-        return [_milder(budget, factor, gap) for budget in student]
+        return [_enlarged(budget, factor, gap) for budget in student]
 
     def __call__(self, module: Any, batch: Mapping[str, Any], here: Pass, progress: float) -> Pass:
         model, stages = module.model, here.trace.stages if here.trace is not None else []
@@ -76,7 +76,7 @@ class Milder(Teacher):
         return taught
 
 
-def _milder(budget: Budget, factor: float, gap: float) -> Budget:
+def _enlarged(budget: Budget, factor: float, gap: float) -> Budget:
     if budget.keep_tokens is not None:  # nothing, which a plan may ask of its last stage, stays nothing
         return Budget(keep_tokens=round(budget.keep_tokens * factor))
     assert budget.keep_ratio is not None

@@ -13,7 +13,7 @@ from tpcompress.training.passes import Pass, run_pass
 from tpcompress.training.teachers.base import Teacher, check_answers
 
 
-class Copy(Teacher):
+class FrozenCopy(Teacher):
     """A copy of the base as it was loaded: for recipes that train its weights. It is neither trained nor saved.
 
     One more forward call, and memory for the weights once more, on every device.
