@@ -1,0 +1,332 @@
+"""Reference pages, generated from registries, docstrings and recipes: one page per member and one index per kind."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from docs_site.docstrings import Docstring, cell, escape, module_docstring, own_docstring, parse, table
+from docs_site.kinds import KINDS, Kind
+from tpcompress.families import Family
+from tpcompress.families import catalogue as family_catalogue
+from tpcompress.families.refused import REFUSED
+from tpcompress.pruners import Pruner
+from tpcompress.pruners import catalogue as pruner_catalogue
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+HIDE_CONTENTS = "---\nhide:\n  - toc\n---\n"
+"""Front matter of pages with wide tables."""
+
+FACTS = {
+    "site": "Stage layers",
+    "reads": "Reads",
+    "asks": "Reads the prompt",
+    "grad": "Gradient",
+    "merges": "Merges",
+    "exact": "Exact count",
+    "serving": "Servable",
+    "paper": "Paper",
+}
+"""Column titles for the entries of `pruner_catalogue.facts`."""
+
+
+def pages() -> dict[str, str]:
+    """Markdown of every reference page by its path below the root of the site."""
+    found = {}
+    for kind in KINDS:
+        members = kind.members()
+        found[f"reference/{kind.many}/index.md"] = _index(kind)
+        for name, member in members.items():
+            found[f"reference/{kind.many}/{name}.md"] = _page(kind, name, member)
+    return found | dict(_recipe_pages())
+
+
+def summary(member: Any) -> str:
+    """One sentence about a member of a kind, as plain text."""
+    if isinstance(member, Family):
+        return _without_name(family_catalogue.about(member).partition("\n")[0])
+    if issubclass(member, Pruner):
+        return _sentence(pruner_catalogue.retains(member))
+    line = module_docstring(member).partition("\n\n")[0].replace("\n", " ")
+    own = own_docstring(member).partition("\n\n")[0].replace("\n", " ")
+    several = sum(1 for each in vars(inspect.getmodule(member)).values() if _defined_with(each, member)) > 1
+    if several or not line:
+        return _sentence(own)
+    title, _, rest = line.partition(": ")
+    same = re.sub(r"\W", "", title).lower() == re.sub(r"[\W_]", "", member.__name__).lower()
+    return _sentence(rest if same and rest else line)
+
+
+def _defined_with(other: Any, member: type) -> bool:
+    base = member.__mro__[-2] if len(member.__mro__) > 2 else object
+    return inspect.isclass(other) and other.__module__ == member.__module__ and issubclass(other, base)
+
+
+def _sentence(text: str) -> str:
+    text = text.strip().rstrip(".")
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def _without_name(line: str) -> str:
+    return _sentence(line.partition(": ")[2] or line)
+
+
+def _index(kind: Kind) -> str:
+    """The table of a kind, its adding guide, and for families what is refused."""
+    members = kind.members()
+    lines = [HIDE_CONTENTS, f"# {kind.many.capitalize()}\n", kind.about]
+    lines.append(f"\nEach is one file in `{kind.folder}/`; see [adding a {kind.one}](../../adding/{kind.one}.md).\n")
+    facts = {name: _facts(member) for name, member in members.items()}
+    columns = list(next(iter(facts.values())))
+    rows = [
+        [f"[`{name}`]({name}.md)", cell(summary(member)), *map(cell, facts[name].values())]
+        for name, member in members.items()
+    ]
+    lines.append(table([kind.one.capitalize(), "What it does", *columns], rows))
+    if kind.one == "pruner":
+        lines.append(_PRUNER_COLUMNS)
+    if kind.one == "family":
+        lines.append("## Known limits\n")
+        limits = [(name, limit) for name, family in members.items() for limit in family.limits]
+        lines.append(_reasons(limits))
+        lines.append("## Refused model types\n")
+        lines.append(_reasons(list(REFUSED.items())))
+    return "\n".join(lines)
+
+
+_PRUNER_COLUMNS = """
+Stage layers: layers at which a stage with this pruner may act (0 is before the language model). Gradient: `learns` has
+weights of its own, `yes` lets a gradient reach its scores. Servable: `A` can be applied by a serving engine before the
+language model, with a count that is known from the image and without the prompt.
+"""
+
+
+def _reasons(pairs: list[tuple[str, str]]) -> str:
+    reasons = family_catalogue.by_reason(pairs)
+    return (
+        "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {escape(text)}" for text, names in reasons.items())
+        + "\n"
+    )
+
+
+def _facts(member: Any) -> dict[str, str]:
+    if isinstance(member, Family):
+        return {"Model types": ", ".join(member.model_types)} | {
+            word.capitalize(): text for word, text in family_catalogue.facts(member).items()
+        }
+    if issubclass(member, Pruner):
+        found = pruner_catalogue.facts(member())
+        return {FACTS.get(word, word): text for word, text in found.items() if word != "paper"}
+    return {}
+
+
+def _page(kind: Kind, name: str, member: Any) -> str:
+    if isinstance(member, Family):
+        return _family_page(member)
+    file = Path(inspect.getfile(member)).resolve()
+    lines = [f"# {name}\n", f"*{kind.one.capitalize()}* · `{file.relative_to(ROOT)}`\n"]
+    text, own = parse(module_docstring(member)), parse(own_docstring(member))
+    lines += [text.body, "\n", own.body, "\n"]
+    if isinstance(member, type) and issubclass(member, Pruner):
+        lines.append(_pruner_facts(member))
+    lines.append("\n" + _usage(kind, name, member))
+    lines.append(_arguments(member, own))
+    if own.sections.get("Raises"):
+        lines.append("\n## Errors\n")
+        lines += [f"- `{error}`: {escape(reason)}" for error, reason in own.sections["Raises"].items()]
+    used = _used_in(kind, name)
+    if used:
+        lines.append("\n## Recipes that use it\n")
+        lines += [f"- [`{path}`](../recipes/{_recipe_page(path)})" for path in used]
+    return "\n".join(lines) + "\n"
+
+
+def _pruner_facts(cls: type[Pruner]) -> str:
+    found = pruner_catalogue.facts(cls())
+    paper = found.get("paper", "")
+    rows = [[FACTS.get(word, word), cell(text)] for word, text in found.items() if word != "paper"]
+    if paper:
+        rows.append(["Paper", f"arXiv {escape(paper)}"])
+    why = pruner_catalogue.unserved(cls())
+    if why is not None:
+        rows.append(["Not servable because", cell(why)])
+    return "\n" + table(["Property", "Value"], rows)
+
+
+def _usage(kind: Kind, name: str, member: Any) -> str:
+    if kind.one == "pruner":
+        budget = "keep_tokens: 0" if member().keeps_none else "keep_ratio: 0.25"
+        layer = 1 if pruner_catalogue.site(member()).endswith("1") else 0
+        return f"In a plan:\n\n```yaml\nstages:\n  - {{pruner: {name}, layer: {layer}, {budget}}}\n```\n"
+    if kind.one in ("scorer", "selector", "applier"):
+        line = f"pruner: {{type: learned_gate, {kind.one}: {name}}}"
+        return f"In a plan:\n\n```yaml\nstages:\n  - {{{line}, keep_ratio: 0.25}}\n```\n"
+    keys = {"loss": f"losses: [{name}]", "teacher": f"teacher: {name}", "schedule": f"schedule: {name}"}
+    arguments = [argument for argument, default in signature(member).items() if default == "required"]
+    if arguments:
+        init = ", ".join(f"{argument}: ..." for argument in arguments)
+        named = f"{{class_path: {name}, init_args: {{{init}}}}}"
+        keys = {"loss": f"losses: [{named}]", "teacher": f"teacher: {named}", "schedule": f"schedule: {named}"}
+    return f"In a recipe:\n\n```yaml\nmodel:\n  {keys[kind.one]}\n```\n"
+
+
+def signature(cls: type) -> dict[str, str]:
+    """Arguments by name with their defaults as YAML writes them, or `required`."""
+    found = {}
+    if cls.__init__ is object.__init__:
+        return found
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        found[name] = "required" if parameter.default is parameter.empty else _yaml(parameter.default)
+    return found
+
+
+def _yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n").removesuffix("\n...")
+
+
+def _arguments(cls: type, own: Docstring) -> str:
+    known = signature(cls)
+    if not known:
+        return "\nIt has no arguments.\n"
+    told: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        told |= parse(own_docstring(base)).sections.get("Args", {})
+    rows = [[f"`{name}`", f"`{default}`", escape(told.get(name, ""))] for name, default in known.items()]
+    return "\n## Arguments\n\n" + table(["Argument", "Default", "Meaning"], rows)
+
+
+def _family_page(family: Family) -> str:
+    file = Path(inspect.getfile(family.tiny.config)).resolve()
+    text = family_catalogue.about(family)
+    lines = [f"# {family.name}\n", f"*Family* · `{file.relative_to(ROOT)}`\n", escape(text), "\n"]
+    rows = [[escape(what.capitalize()), cell(words)] for what, words in family_catalogue.in_full(family).items()]
+    lines.append(table(["Property", "Value"], rows))
+    lines.append("## Known limits\n")
+    lines += [f"- {escape(limit)}" for limit in family.limits] or ["None known."]
+    return "\n".join(lines) + "\n"
+
+
+# Recipes
+
+
+def recipe_kind(values: dict[str, Any]) -> str:
+    """What a recipe file is for, from its keys."""
+    if "stages" in values:
+        return "plan"
+    if "contenders" in values:
+        return "study"
+    if "estimators" in values:
+        return "estimators"
+    if "model" in values:
+        return "run"
+    return "overlay" if "trainer" in values else "comparison"
+
+
+MEANINGS = {
+    "run": "complete run, for `tpcompress fit`",
+    "overlay": "overlay, given after another recipe",
+    "plan": "plan without training",
+    "comparison": "comparison, for `tpcompress compare`",
+    "study": "grid of runs, for `tpcompress study`",
+    "estimators": "grid of gradient estimators, for `tpcompress estimators`",
+}
+
+FOLDERS = {
+    "tiny_llava": "The bundled base, on CPU",
+    "llava15_7b": "LLaVA-1.5-7B",
+    "presets": "Published training methods (see [presets](../../notes/presets.md))",
+    "free": "Plans without training, each with the settings of its paper",
+    "studies": "Studies (see [the study](../../notes/studies.md))",
+}
+"""Headings of the index of recipes, by folder."""
+
+
+def recipe_page(path: str) -> str:
+    """The page of a recipe file."""
+    return f"reference/recipes/{_recipe_page(path)}"
+
+
+def _recipe_page(path: str) -> str:
+    return path.removeprefix("recipes/").replace("/", "-").removesuffix(".yaml") + ".md"
+
+
+def _header(text: str) -> list[str]:
+    """Comment lines before the first key."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def _recipe_pages() -> Iterator[tuple[str, str]]:
+    index = [HIDE_CONTENTS, "# Recipes\n"]
+    listed: dict[str, list[list[str]]] = {}
+    for path in RECIPES:
+        text, name = path.read_text(), str(path.relative_to(ROOT))
+        what, header = recipe_kind(yaml.safe_load(text)), _header(text)
+        prose = " ".join(line for line in header if not line.startswith("tpcompress "))
+        commands = [re.split(r"\s{2,}", line)[0] for line in header if line.startswith("tpcompress ")]
+        if what == "plan":
+            commands = [f"tpcompress export --base BASE --plan {name} --out DIR"]
+        page = [f"# {path.parent.name}/{path.stem}\n", f"*Recipe* · `{name}` · {MEANINGS[what]}\n", escape(prose), ""]
+        page += ["```bash", *commands, "```", "", "```yaml", text.rstrip(), "```"]
+        yield recipe_page(name), "\n".join(page) + "\n"
+        first = prose.partition(". ")[0].rstrip(".") + "."
+        listed.setdefault(path.parent.name, []).append([f"[`{path.stem}`]({_recipe_page(name)})", what, cell(first)])
+    for folder, rows in sorted(listed.items(), key=lambda item: list(FOLDERS).index(item[0])):
+        index += [
+            f"\n## {FOLDERS[folder]}\n",
+            f"`recipes/{folder}/`\n",
+            table(["Recipe", "Kind", "What it does"], rows),
+        ]
+    yield "reference/recipes/index.md", "\n".join(index)
+
+
+def _used_in(kind: Kind, name: str) -> list[str]:
+    """Recipes in which a member is named, by its own key."""
+    return [str(path.relative_to(ROOT)) for path in RECIPES if (kind.one, name) in _names(path)]
+
+
+_NAMES: dict[Path, set[tuple[str, str]]] = {}
+
+
+def _names(path: Path) -> set[tuple[str, str]]:
+    """(kind, name) of everything that a recipe names."""
+    if path not in _NAMES:
+        found: set[tuple[str, str]] = set()
+        _collect(yaml.safe_load(path.read_text()), found)
+        _NAMES[path] = found
+    return _NAMES[path]
+
+
+KEYS = {
+    "pruner": "pruner", "importance": "pruner", "uniqueness": "pruner", "scorer": "scorer", "selector": "selector",
+    "applier": "applier", "losses": "loss", "teacher": "teacher", "schedule": "schedule", "budget": "schedule",
+    "training_free": "pruner", "free": "pruner",
+}  # fmt: skip
+"""Recipe keys whose value names a member of a kind."""
+
+
+def _collect(values: Any, found: set[tuple[str, str]]) -> None:
+    if isinstance(values, list):
+        for value in values:
+            _collect(value, found)
+    if not isinstance(values, dict):
+        return
+    for key, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            named = (one.get("type") or one.get("class_path")) if isinstance(one, dict) else one
+            if key in KEYS and isinstance(named, str):
+                found.add((KEYS[key], named))
+        _collect(value, found)
