@@ -389,5 +389,5 @@ def test_errors_are_one_line(tmp_path, photo_folder):
     with pytest.raises(ValueError, match="'skip' or 'raise', got 'ignore'"):
         ChatStream(shards, Names(), 2, on_bad_row="ignore")
     lonely = ChatStream(shards, Names(), 2, sharing=Sharing(2, 3))
-    with pytest.raises(ValueError, match=r"^[^\n]* has no rows for part 3 of 3; take fewer workers or ranks.$"):
+    with pytest.raises(ValueError, match=r"^[^\n]* has no rows for part 3 of 3; use fewer workers or ranks.$"):
         take(lonely, 1)
