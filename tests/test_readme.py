@@ -48,10 +48,10 @@ def test_the_commands_run_in_order(folder, monkeypatch):
     (folder / "recipes").symlink_to(ROOT / "recipes")
     assert {command[0] for command in COMMANDS} == {"fit", "export", "verify", "compare"}
     for command in COMMANDS:
-        if command[0] == "compare":  # the whole run is tests/evaluation/test_compare.py
+        if command[0] == "compare":  # the whole run is tests/evaluation/compare/test_compare.py
             assert Comparison.from_file(command[2]).training_aware
             continue
-        if "llava15_7b" in " ".join(command):  # two steps of it are tests/test_recipes.py
+        if "llava15_7b" in " ".join(command):  # two steps of it are tests/training/recipe/test_recipes.py
             with pytest.raises(SystemExit) as stop:
                 main([*command, "--print_config"])
             assert stop.value.code in (0, None)

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from gating import Gating
+from no_sync import NoSync
 from support import answer_labels, batch, every_placed, tiny_model
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcompress.insertion import decode, prefill
 from tpcompress.insertion.answers import _Tap, answers
@@ -17,32 +16,7 @@ from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.hooks import Controller
 from tpcompress.insertion.plan import PruningPlan, Stage
 
-aten = torch.ops.aten
 HOOKS = ("_core_pre", "_language_model_pre", "_language_model_post", "_layer_pre")
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
-
-
-class NoSync(TorchDispatchMode):
-    """Raises where a GPU would make the host wait. What is computed from host numbers alone may be read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host: list[Tensor] = []
-        self.seen = 0
-        self.masks_made = 0
-        self.paused = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)]
-        known = bool(tensors) and all(any(t is h for h in self.host) for t in tensors)
-        self.seen += 1
-        picks = func is aten.index.Tensor and any(t.dtype == torch.bool for t in tensors[1:])
-        if (func in WAITS or picks) and not known and not self.paused:
-            raise AssertionError(f"{func} makes the host wait for the device")
-        out = func(*args, **(kwargs or {}))
-        if func is aten.lift_fresh.default or known:  # torch.tensor([...]), and what follows from it
-            self.host += [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        return out
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from insertion.test_no_sync import NoSync
+from no_sync import NoSync
 from support import config_id, make_view, pad_view
 from torch import Tensor
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from exact import check
-from insertion.test_no_sync import NoSync
-from insertion.test_views import rows, view_of
+from insertion.views.test_views import rows, view_of
+from no_sync import NoSync
 from support import batch, config_id, make_pruner, make_view, one_sample, pad_view, view_rows
 from torch import Tensor
 

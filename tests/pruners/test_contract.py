@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from insertion.test_no_sync import NoSync
+from no_sync import NoSync
 from support import (
     INEXACT,
     VARIANTS,

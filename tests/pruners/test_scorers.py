@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from insertion.test_no_sync import NoSync
+from no_sync import NoSync
 from support import answer_labels, batch, config_id, make_view, pad_view, scramble, tiny_model, view_rows
 from torch import Tensor, nn
 

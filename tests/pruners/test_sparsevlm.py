@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from exact import check
-from insertion.test_views import rows
+from insertion.views.test_views import rows
 from pruners.test_attention_rules import RECYCLES, SAMPLES, D, V, best, features, kept, slow_raters, view_for
 from support import batch, config_id, make_pruner, view_rows
 from torch import Tensor

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training.toy import NUM_ROWS, Interrupt, Toy, make_processor, records, trainer_for
+from training.datamodules.toy import NUM_ROWS, Interrupt, Toy, make_processor, records, trainer_for
 
 from tpcompress.data.stream import START
 from tpcompress.training.datamodules import stream_loader

@@ -8,9 +8,9 @@ import jsonargparse
 import pytest
 import torch
 import torch.nn.functional as F
-from insertion.test_no_sync import NoSync
+from no_sync import NoSync
 from support import answer_labels, batch, tiny_model
-from training.gate_passes import NUM_ANSWERS, C, answered, everything, made, moved_leaf, variants
+from training.losses.gate_passes import NUM_ANSWERS, C, answered, everything, made, moved_leaf, variants
 
 from tpcompress.insertion.attach import attach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage

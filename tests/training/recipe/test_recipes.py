@@ -19,7 +19,7 @@ from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners import Pruner, list_pruners
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
@@ -56,7 +56,7 @@ def stand_in(work, tmp_path) -> list[str]:
 def test_there_are_recipes_of_every_kind():
     assert len(of("run", "tiny_llava")) >= 4
     assert len(of("run", "llava15_7b")) >= 4
-    assert len(of("run", "presets")) >= 13  # tests/test_presets.py says what is in them
+    assert len(of("run", "presets")) >= 13  # tests/training/recipe/test_presets.py says what is in them
     assert len(of("overlay")) >= 2
     assert len(of("comparison")) >= 2
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import answer_labels, batch, tiny_model
-from training.gate_passes import (
+from training.losses.gate_passes import (
     LABELS,
     OWNER,
     TOKENS,

@@ -27,7 +27,7 @@ from tpcompress.training.teachers.adapter_off import AdapterOff
 from tpcompress.training.teachers.larger_budget import LargerBudget
 from tpcompress.training.trainable import TRAINABLE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "recipes/presets"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 V, DEPTH, STEPS, GPUS = 576, 32, 5000, 8

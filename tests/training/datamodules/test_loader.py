@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training.toy import NUM_ROWS, Interrupt, Toy, make_processor, trainer_for, write_chat
+from training.datamodules.toy import NUM_ROWS, Interrupt, Toy, make_processor, trainer_for, write_chat
 
 from tpcompress.training.datamodules import chat_benchmark as datamodule_module
 from tpcompress.training.datamodules.chat_benchmark import BenchmarkData, ChatData

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 import torch
+from training.checkpoints.killing import SAVING, Kill, Room, callback, fit, in_process
+from training.checkpoints.test_resume import GATE, LORA, flat
 from training.helpers import Workplace
-from training.killing import SAVING, Kill, Room, callback, fit, in_process
-from training.test_resume import GATE, LORA, flat
 
 STEPS = 8
 RUNS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "launch_slurm.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "launch_slurm.sh"
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$CALLS/srun"
 [ -z "$SRUN_WAITS" ] && exit "$SRUN_CODE"

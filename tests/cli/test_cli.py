@@ -18,7 +18,7 @@ from training.helpers import Poison, Workplace, callback, save_base, save_chat
 from tpcompress.cli.main import main
 from tpcompress.pruners.gate_components import KINDS, list_parts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "fit", "validate", "export", "verify", "compare", "study", "estimators", "cache-teacher", "quickstart", "inspect",
     "find-layer", "pruners", "families",

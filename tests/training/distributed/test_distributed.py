@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from training.distributed import STRATEGIES, note, on_ranks
-from training.killing import fit, in_process
+from training.checkpoints.killing import fit, in_process
+from training.distributed.ranks import STRATEGIES, note, on_ranks
 
 from tpcompress.training.checkpoints.load import load_trained
 from tpcompress.training.checkpoints.state import read_checkpoint
 from tpcompress.training.distributed.sharding import FSDP2
 from tpcompress.training.recipe.run import RecipeCLI
 
-RECIPES = Path(__file__).parents[2] / "recipes/llava15_7b"
+RECIPES = Path(__file__).parents[3] / "recipes/llava15_7b"
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4}, "train": ["projector"]}
@@ -29,7 +29,7 @@ CASES = {
 DEFAULT = []  # half a minute each; DDP has one with the recipes
 STEPS = 4
 SECONDS = 180
-STOP = {"class_path": "training.distributed.StopOne", "init_args": {"step": 1, "rank": 1}}
+STOP = {"class_path": "training.distributed.ranks.StopOne", "init_args": {"step": 1, "rank": 1}}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def train(work):
         own = {"max_steps": STEPS, "callbacks": [note(folder), *more]} | trainer
         own |= {"devices": 2, "strategy": STRATEGIES[strategy]} if strategy else {"accumulate_grad_batches": 2}
         if strategy is None:
-            own["callbacks"] = [*own["callbacks"], {"class_path": "training.distributed.AsTwo"}]
+            own["callbacks"] = [*own["callbacks"], {"class_path": "training.distributed.ranks.AsTwo"}]
         sections["trainer"] = own
         recipe = [
             "--config",

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from insertion.test_no_sync import NoSync
 from looks import LAYER_WORDS, Looks
+from no_sync import NoSync
 from support import PLACEHOLDER, TOKENS, answer_labels, batch, tiny_model
 from transformers import StaticCache
 

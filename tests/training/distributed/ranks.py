@@ -14,15 +14,15 @@ import deepspeed
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from training.killing import fit, server
+from training.checkpoints.killing import fit, server
 
 from tpcompress.training import module
 
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp_find_unused_parameters_true",
     "fsdp2": {"class_path": "tpcompress.training.distributed.sharding.FSDP2"},
-    "zero2": {"class_path": "training.distributed.DeepSpeedOnCPU", "init_args": {"stage": 2}},
-    "zero3": {"class_path": "training.distributed.DeepSpeedOnCPU", "init_args": {"stage": 3}},
+    "zero2": {"class_path": "training.distributed.ranks.DeepSpeedOnCPU", "init_args": {"stage": 2}},
+    "zero3": {"class_path": "training.distributed.ranks.DeepSpeedOnCPU", "init_args": {"stage": 3}},
 }
 
 
@@ -96,7 +96,7 @@ class AsTwo(Callback):
 
 
 def note(folder: Path) -> dict[str, Any]:
-    return {"class_path": "training.distributed.Note", "init_args": {"folder": str(folder)}}
+    return {"class_path": "training.distributed.ranks.Note", "init_args": {"folder": str(folder)}}
 
 
 def rank(number: int, world: int, port: int, args: list[str], said: Path) -> None:

@@ -98,7 +98,7 @@ class Room(Callback):
 
 def callback(cls: type, **arguments: Any) -> dict[str, Any]:
     """A callback of this file as recipes name it."""
-    return {"class_path": f"training.killing.{cls.__name__}", "init_args": arguments}
+    return {"class_path": f"training.checkpoints.killing.{cls.__name__}", "init_args": arguments}
 
 
 def fit(args: list[str], said: Path) -> None:
@@ -131,7 +131,7 @@ def in_process(function: Callable, *args: Any, seconds: int = 180) -> int:
 def server() -> Any:
     """What forks the runs. Until Python 3.13 it imports nothing from our path unless the environment says so."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.killing", "training.helpers"])
+    context.set_forkserver_preload(["training.checkpoints.killing", "training.helpers"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
