@@ -1,9 +1,10 @@
-"""Run a model in eval mode without gradients for a while, and leave it as it was."""
+"""Run a model for inference: eval mode without gradients for a block, and inputs on the model's device and dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in eval mode.
+    """Run a block without gradients and in eval mode, then restore the model.
 
-    Afterwards every submodule is in the mode it was in, and every parameter requires a gradient if it did before: PEFT
-    lets all adapters require one when it re-enables them.
+    Afterwards every submodule is in its former mode, and every parameter requires a gradient if it did before: PEFT
+    makes all adapters require one when it re-enables them.
     """
     training = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -27,3 +28,17 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = before
         for parameter, required in wanted:
             parameter.requires_grad_(required)
+
+
+def inputs_for(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Move inputs to the device of a model, and floating-point tensors also to its dtype.
+
+    Args:
+        model: model, or a part of one; its first parameter decides.
+        inputs: inputs by name; values that are not tensors are kept.
+    """
+    weight = next(model.parameters())
+    return {
+        name: x.to(weight.device, weight.dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
+        for name, x in inputs.items()
+    }

@@ -84,7 +84,7 @@ def test_what_was_measured_is_not_measured_again(export, work, tmp_path, monkeyp
     monkeypatch.setattr(budget_curve, "_point", point)
     code, said = export("4,16,32")
     assert code == 130, said
-    assert "Interrupted with 1 of 3 budgets measured; the same command goes on with them." in said
+    assert "Interrupted with 1 of 3 budgets measured; run the same command to resume." in said
     assert list(tmp_path.iterdir()) == []
     assert export("4,16,32")[0] == 0
     assert asked == [4, 16, 16, 32]
@@ -124,7 +124,7 @@ def test_what_cannot_be_measured(export, work, tmp_path):
 
 
 def test_the_bundled_base_is_asked_the_benchmark(export, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget_curve, "PICTURES", 12)
+    monkeypatch.setattr(budget_curve, "IMAGES", 12)
     plan = tmp_path / "plan.yaml"
     plan.write_text("{pruner: uniform, keep_tokens: 16}")
     assert export("0.25,9", "--base", "tiny_llava", "--plan", str(plan), ckpt=False)[0] == 0

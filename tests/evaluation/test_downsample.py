@@ -14,10 +14,10 @@ from transformers import CLIPImageProcessorPil
 
 from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator, PromptCollator
+from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
 from tpcompress.evaluation.compare.config import Comparison, run_comparison
 from tpcompress.evaluation.compare.report import Report, Row
 from tpcompress.evaluation.downsample import downsampled, smaller_grid, tokens_per_image
-from tpcompress.evaluation.figures.accuracy import accuracy_figure
 from tpcompress.evaluation.scoring.evaluate import evaluate, evaluate_by_generation, prepare
 from tpcompress.families import resolve
 from tpcompress.insertion.encode import layouts_of

@@ -18,7 +18,8 @@ from tpcompress.data import PromptCollator
 from tpcompress.data.benchmark import load_benchmark
 from tpcompress.evaluation import find_layer
 from tpcompress.evaluation.compare.config import run_comparison
-from tpcompress.evaluation.find_layer import LayerScore, LayerSearch, calibration_samples, run_find_layer, withdrawals
+from tpcompress.evaluation.find_layer import calibration_samples, run_find_layer, withdrawals
+from tpcompress.evaluation.layer_search import LayerScore, LayerSearch
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import is_attached
 from tpcompress.models import load_processor
@@ -92,7 +93,7 @@ def test_the_choice_is_the_first_layer_that_stays_under():
     assert search_of().chosen is None
     stage = search_of(3.0, 0.004).plan().stages[0]
     assert (stage.pruner.name, stage.layer, stage.keep_tokens) == ("vtw", 1, 0)
-    with pytest.raises(ValueError, match=r"^No layer stays under 0\.01 nats; the last one has 0\.02: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^No layer stays below 0\.01 nats; the last one has 0\.02: [^\n]*$"):
         search_of(1.0, 0.02).plan()
 
 
@@ -123,11 +124,11 @@ def test_the_command_on_the_bundled_base(tmp_path):
     assert "From layer 0 of 2 on" in text
     written = tmp_path / "deep" / "vtw.yaml"
     assert PruningPlan.of(written).to_dict() == search.plan().to_dict()
-    assert written.read_text().startswith("# tiny_llava: all vision tokens leave before layer 0 of 2")
+    assert written.read_text().startswith("# tiny_llava: all vision tokens are withdrawn before layer 0 of 2")
     again, _ = run(out=str(tmp_path / "vtw.json"), threshold=100.0)
     assert again == search, "the same samples, the same figures"
     assert PruningPlan.of(tmp_path / "vtw.json").to_dict() == search.plan().to_dict()
-    with pytest.raises(ValueError, match="reads its picture to the end"):
+    with pytest.raises(ValueError, match="uses vision tokens in its last layers"):
         run(out=str(tmp_path / "none.yaml"))
     assert not (tmp_path / "none.yaml").exists()
 
@@ -145,7 +146,7 @@ def test_chat_data_with_rows_that_will_not_do(tmp_path):
     search, _ = run(data=str(tmp_path / "chat.json"), layers=[1])
     assert (search.num_samples, [score.layer for score in search.scores]) == (1, [1])
     (tmp_path / "text.json").write_text(json.dumps(rows[1:]))
-    with pytest.raises(ValueError, match="None of the 2 rows has exactly one picture"):
+    with pytest.raises(ValueError, match="None of the 2 rows has exactly one readable image"):
         run(data=str(tmp_path / "text.json"))
 
 
@@ -170,11 +171,11 @@ def test_an_interruption_prints_what_is_known_and_leaves_the_model_as_it_was(tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out": "plan.png"}, "no name of a plan file"),
+        ({"out": "plan.png"}, "not the name of a plan file"),
         ({"num_samples": 0}, "above 0, got 0"),
         ({"threshold": 0.0}, "above 0"),
         ({"layers": [1, 7]}, "No stage can act at layer 7"),
-        ({"model": "some/model"}, "needs --data for some/model"),
+        ({"model": "some/model"}, "requires --data for some/model"),
         ({"data": "nothing.json"}, "No file or folder nothing.json"),
     ],
 )

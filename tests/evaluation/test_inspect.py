@@ -23,14 +23,21 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import tpcompress as tp
 from tpcompress.cli.main import main
-from tpcompress.evaluation.figures.overlay import Panel, grids_of, kept_grids, panels_figure, pictures_of, stage_panels
+from tpcompress.evaluation.figures.overlay import (
+    Panel,
+    background_images,
+    grids_of,
+    kept_grids,
+    panels_figure,
+    stage_panels,
+)
 from tpcompress.evaluation.inspect import (
     cache_columns,
-    chat_inputs,
     inspect_prefill,
     load_subject,
     run_inspection,
 )
+from tpcompress.evaluation.prompt import chat_inputs
 from tpcompress.families import Layout, list_families
 from tpcompress.families.layout import Grid
 from tpcompress.families.tiny import IMAGE
@@ -134,7 +141,7 @@ def coloured(picture: np.ndarray) -> np.ndarray:
 def looked_at(family: str, processor: Any, image: Image.Image, plan: str):
     model = tp.attach(model_of(family), tp.PruningPlan.of(plan))
     found = inspect_prefill(model, processor, image, "w5 w6")
-    pictures = pictures_of(found.image, found.inputs, grids_of(found.stages[0]), processor.image_processor)
+    pictures = background_images(found.image, found.inputs, grids_of(found.stages[0]), processor.image_processor)
     return found, pictures, stage_panels(found.stages, ["s"] * len(found.stages), pictures)
 
 
@@ -149,7 +156,7 @@ def test_qwen_draws_the_grid_over_the_whole_picture():
     assert grid.cols > grid.rows
     assert pictures == [found.image]
     for (panel,), kept in zip(panels, (30, 7), strict=True):
-        cell = panel.picture.shape[0] // grid.rows
+        cell = panel.pixels.shape[0] // grid.rows
         assert coloured(panel.drawn()).sum() == kept * cell**2
         assert panel.title == f"s\n{kept} of {grid.rows * grid.cols} tokens"
     whole, words = grid.rows * grid.cols, found.stages[0].sequence_in - grid.rows * grid.cols
@@ -164,7 +171,7 @@ def test_llava_next_draws_overview_and_tiles_over_the_whole_picture():
     assert (overview.rows, overview.cols, tiles.newline) == (4, 4, True)
     assert pictures == [found.image] * 2
     assert [panel.keep.shape for panel in panels[0]] == [(4, 4), (tiles.rows, tiles.cols)]
-    kept = [coloured(p.drawn()).sum() / (p.picture.shape[0] // p.keep.shape[0]) ** 2 for p in panels[0]]
+    kept = [coloured(p.drawn()).sum() / (p.pixels.shape[0] // p.keep.shape[0]) ** 2 for p in panels[0]]
     assert sum(kept) == 20
     assert kept == [p.keep.sum() for p in panels[0]]
     assert [p.title.split("\n")[0] for p in panels[0]] == ["s · part 1", "s · part 2"]
@@ -194,7 +201,7 @@ def test_the_bundled_model_sees_the_middle_of_a_wide_picture(tmp_path):
     assert found.stages[0].sequence_in - found.stages[0].sequence_out == 144 - 36
     assert "144 -> 36" in printed.getvalue()
     assert f"layers 0-1: {found.cache[0]} columns" in printed.getvalue()
-    (picture,) = pictures_of(
+    (picture,) = background_images(
         found.image, found.inputs, grids_of(found.stages[0]), load_processor("tiny_llava").image_processor
     )
     assert picture.size == (96, 96)
@@ -230,8 +237,8 @@ def test_a_panel_stretches_the_picture_to_whole_pixels_for_each_token():
     keep = np.zeros((3, 7), bool)
     keep[2, 6] = True
     panel = Panel.of(red(50, 50), keep)
-    tall, wide = panel.picture.shape[0] // 3, panel.picture.shape[1] // 7
-    assert panel.picture.shape == (3 * tall, 7 * wide, 3)
+    tall, wide = panel.pixels.shape[0] // 3, panel.pixels.shape[1] // 7
+    assert panel.pixels.shape == (3 * tall, 7 * wide, 3)
     assert tall == wide
     painted = coloured(panel.drawn())
     assert painted[2 * tall :, 6 * wide :].all()
@@ -250,12 +257,12 @@ def test_a_panel_stretches_the_picture_to_whole_pixels_for_each_token():
     ],
 )
 def test_what_has_no_place_in_the_picture_lies_over_an_empty_field(grids, pixels, placed):
-    under = pictures_of(red(8, 8), {"pixel_values": pixels}, grids, SimpleNamespace(do_normalize=False))
+    under = background_images(red(8, 8), {"pixel_values": pixels}, grids, SimpleNamespace(do_normalize=False))
     assert [picture is not None for picture in under] == [placed] * len(grids)
     layout = (Layout(tuple(grids)),)
     stage = trace([layout], torch.ones(1, layout[0].count, dtype=torch.bool))
     (panels,) = stage_panels([stage], ["s"], under)
-    assert ["no place" in panel.title for panel in panels] == [not placed] * len(grids)
+    assert ["no position" in panel.title for panel in panels] == [not placed] * len(grids)
 
 
 def test_many_panels_stand_on_several_rows(tmp_path):
@@ -322,11 +329,11 @@ def test_an_exported_folder_brings_its_plan(tmp_path, image):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "gone.png"}, "No image file gone.png; give a picture"),
-        ({"image": __file__}, "is no image that can be read; give a whole picture"),
+        ({"image": "gone.png"}, "No image file gone.png; give an image"),
+        ({"image": __file__}, "is not a readable image; give an intact file"),
         ({"model": "/gone"}, "No folder /gone; give a folder, a hub id"),
-        ({"prompt": " "}, "asks nothing; give a question"),
-        ({"prompt": "<image> or <image>"}, "The prompt has 2 <image> for one image; leave one or none."),
+        ({"prompt": " "}, "is empty; give a question"),
+        ({"prompt": "<image> or <image>"}, "The prompt has 2 <image> for one image; give at most one."),
         ({"plan": None}, "tiny_llava has no plan of its own; give --plan"),
         ({"plan": "gone.yaml"}, "No plan at gone.yaml; give a pruner with a budget"),
         (
@@ -336,7 +343,7 @@ def test_an_exported_folder_brings_its_plan(tmp_path, image):
         ({"plan": "divprun:9"}, "Did you mean divprune?"),
         ({"plan": "uniform:9@2"}, "Stage 0 acts at layer 2, but the model has 2"),
         ({"plan": "learned_gate:9"}, "Pruner 'learned_gate' has weights to train; inspect an exported folder"),
-        ({"out": "picture"}, "--out picture is no name of a PNG file; give one such as inspect.png."),
+        ({"out": "picture"}, "--out picture is not the name of a PNG file; give one such as inspect.png."),
         ({"dtype": "int8"}, "dtype must be one of float32"),
     ],
 )
@@ -361,14 +368,14 @@ def test_folders_that_hold_no_model_of_ours(tmp_path):
         load_subject(str(tmp_path / "empty"), plan, "float32", "cpu")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
-    with pytest.raises(ValueError, match="^No model at .* Give a folder with a whole model.$"):
+    with pytest.raises(ValueError, match="^No model at .* Give a complete model folder.$"):
         load_subject(str(tmp_path / "broken"), plan, "float32", "cpu")
 
 
 def test_templates_that_cannot_write_an_image():
     processor = llava_next()
     processor.chat_template = "{{ messages[0]['content'].nothing.at_all }}"
-    with pytest.raises(ValueError, match="The chat template of LlavaNextProcessor does not write an image and a text"):
+    with pytest.raises(ValueError, match="The chat template of LlavaNextProcessor does not render an image and a text"):
         chat_inputs(processor, red(8, 8), "w5")
     processor.chat_template = None
     with pytest.raises(ValueError, match="LlavaNextProcessor has no chat template"):

@@ -13,7 +13,8 @@ from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator
 from tpcompress.evaluation.compare.config import run_comparison
 from tpcompress.evaluation.compare.report import Report
-from tpcompress.evaluation.position_bias import PositionBias, RetentionMap, bias_figure, position_bias, uniformity
+from tpcompress.evaluation.figures.position_bias import bias_figure
+from tpcompress.evaluation.position_bias import PositionBias, RetentionMap, position_bias, uniformity
 from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.families.layout import Grid, Layout, plain
 from tpcompress.insertion.trace import StageTrace, Trace

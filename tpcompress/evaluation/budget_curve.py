@@ -1,4 +1,4 @@
-"""Accuracy over budgets of an export, measured on the folder as it is written: the table of its card."""
+"""Measure the accuracy of an exported folder at several budgets, for the table of its model card."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tpcompress.bundled import base_path
-from tpcompress.data.benchmark import load_benchmark
 from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.scoring.evaluate import Rows, evaluate, learnt_families
+from tpcompress.evaluation.tasks import Task, create_task
 from tpcompress.export.budgets import CurvePoint, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.load import load, load_processor
 from tpcompress.files import write_atomic
@@ -26,83 +26,110 @@ from tpcompress.insertion.trace import Trace
 from tpcompress.models import load_base
 from tpcompress.training.checkpoints.run_folder import made, read_recipe
 from tpcompress.training.checkpoints.state import checkpoint_file
-from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa: F401  its classes become names in recipes
+from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa: F401  registers classes for recipes
 
-PICTURES = 320
-"""Of the benchmark, as in the quickstart."""
+IMAGES = 320
+"""Number of benchmark images, as in the quickstart."""
 CACHE = "budget_curve.json"
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a curve is measured on.
+    """Data on which a curve is measured.
 
     Attributes:
-        rows: conversations about pictures.
-        what: in words.
-        seed: of the rows.
-        batch_size: sequences per call.
+        task: task with the rows.
+        data: description of the data, for the card.
+        seed: seed of the rows.
+        batch_size: sequences per batch.
         learnt: families that the accuracy averages; None for all.
     """
 
-    rows: Rows
-    what: str
+    task: Task
+    data: str
     seed: int
     batch_size: int
     learnt: tuple[str, ...] | None = None
 
 
+class RunRows(Task):
+    """The validation rows of a training run."""
+
+    name = "validation rows of a run"
+
+    def __init__(self, rows: Rows) -> None:
+        self._held_out = rows
+
+    def load(self) -> Rows:
+        """Return the rows; images are decoded when a row is used."""
+        return self._held_out
+
+    @property
+    def description(self) -> str:
+        """`the run's validation rows`."""
+        return "the run's validation rows"
+
+
 class BudgetCurve:
-    """Measures an export at several budgets; what is measured is kept beside the run, so an interrupted one goes on.
+    """Measures an export at several budgets.
+
+    Results are stored in the run folder, so that an interrupted measurement resumes.
 
     Args:
-        text: the budgets, e.g. `9,16,36` or `0.1,0.25`; a plan of several stages takes `32/8,16/4`.
-        console: where progress goes.
-        checkpoint: of the run, or its folder; None of a plan that was not trained.
+        text: budgets such as `9,16,36` or `0.1,0.25`; for a plan with several stages `32/8,16/4`.
+        console: console for progress.
+        checkpoint: checkpoint of the run, or its folder; None for a plan without training.
+        task: task to measure on; default: the benchmark for a bundled base, else the validation rows of the run.
 
     Raises:
-        ValueError: something that is no budget.
+        ValueError: a budget is invalid.
     """
 
-    def __init__(self, text: str, console: Console, checkpoint: str | None = None) -> None:
-        self.asked, self.console = read_budgets(text), console
+    def __init__(
+        self,
+        text: str,
+        console: Console,
+        checkpoint: str | None = None,
+        task: Task | str | dict[str, Any] | None = None,
+    ) -> None:
+        self.budgets, self.console = read_budgets(text), console
         self.cache = None if checkpoint is None else checkpoint_file(checkpoint).parent.parent / CACHE
+        self.task = None if task is None else create_task(task)
 
     def __call__(self, folder: Path, manifest: dict[str, Any]) -> list[CurvePoint]:
         """Measure the export in `folder`.
 
         Raises:
-            ValueError: not one budget per stage, budgets that grow, or no data to measure on.
-            KeyboardInterrupt: interrupted; its message says how much is kept.
+            ValueError: the number of budgets per stage is wrong, budgets increase, or there is no data.
+            KeyboardInterrupt: interrupted; the message says how many results are stored.
         """
         plan = PruningPlan.from_dict(manifest["plan"])
-        for values in self.asked:
+        for values in self.budgets:
             with_budgets(plan, values)
-        questions = questions_of(folder, manifest["trained_with"].get("base"))
-        key = {"export": _fingerprint(folder), "data": questions.what, "rows": len(questions.rows)}
-        done = self._kept(key)
+        questions = questions_of(folder, manifest["trained_with"].get("base"), self.task)
+        key = {"export": _fingerprint(folder), "data": questions.data, "rows": questions.task.fingerprint}
+        done = self._read(key)
         model, processor = _placed(load(folder)), load_processor(folder)
         with Progress(console=self.console, transient=True) as progress:
-            for values in self.asked:
+            for values in self.budgets:
                 name = words(values)
                 try:
                     if name not in done:
-                        point = _point(model, processor, questions, values, manifest, progress)
-                        done[name] = point
-                        self._keep(key, done)
+                        done[name] = _point(model, processor, questions, values, manifest, progress)
+                        self._write(key, done)
                 except KeyboardInterrupt as stop:
-                    kept = "the same command goes on with them" if self.cache is not None else "nothing is kept"
-                    ready = sum(words(each) in done for each in self.asked)
+                    resume = "run the same command to resume" if self.cache is not None else "results are not stored"
+                    ready = sum(words(each) in done for each in self.budgets)
                     raise KeyboardInterrupt(
-                        f"Interrupted with {ready} of {len(self.asked)} budgets measured; {kept}."
+                        f"Interrupted with {ready} of {len(self.budgets)} budgets measured; {resume}."
                     ) from stop
                 point = done[name]
                 shown = f"{100 * point.accuracy:.1f} % ± {100 * point.ci95:.1f}"
                 self.console.print(f"  {name}: {shown}", highlight=False)
-        return [done[words(values)] for values in self.asked]
+        return [done[words(values)] for values in self.budgets]
 
-    def _kept(self, key: dict[str, Any]) -> dict[str, CurvePoint]:
-        """What an earlier attempt measured of the same export on the same data."""
+    def _read(self, key: dict[str, Any]) -> dict[str, CurvePoint]:
+        """Stored results of the same export on the same data."""
         if self.cache is None or not self.cache.is_file():
             return {}
         try:
@@ -111,19 +138,18 @@ class BudgetCurve:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{self.cache} is damaged ({type(error).__name__}); remove it.") from error
 
-    def _keep(self, key: dict[str, Any], done: dict[str, CurvePoint]) -> None:
+    def _write(self, key: dict[str, Any], done: dict[str, CurvePoint]) -> None:
         if self.cache is None:
             return
-        write_atomic(
-            self.cache, json.dumps({"key": key, "points": [p.to_dict() for p in done.values()]}, indent=1) + "\n"
-        )
+        points = [point.to_dict() for point in done.values()]
+        write_atomic(self.cache, json.dumps({"key": key, "points": points}, indent=1) + "\n")
 
 
 def read_budgets(text: str) -> list[list[Budget]]:
-    """Budgets as they are written on a command line: counts, or shares where there is a point.
+    """Parse budgets of the command line: counts, or ratios if there is a decimal point.
 
     Raises:
-        ValueError: something that is no budget, or one twice.
+        ValueError: a budget is invalid or repeated.
     """
     found = [[_budget(word, text) for word in entry.split("/")] for entry in text.replace(" ", "").split(",")]
     if len({words(values) for values in found}) < len(found):
@@ -131,62 +157,64 @@ def read_budgets(text: str) -> list[list[Budget]]:
     return found
 
 
-def questions_of(folder: Path, base: str | None) -> Questions:
-    """The benchmark for a bundled base, else the rows that the run validates on.
+def questions_of(folder: Path, base: str | None, task: Task | None = None) -> Questions:
+    """The data for a curve: a given task, the benchmark for a bundled base, else the validation rows of the run.
 
     Args:
-        folder: of an export, with the recipe of its run.
+        folder: exported folder, with the recipe of its run.
         base: name of the base model.
+        task: task to use instead.
 
     Raises:
-        ValueError: another base, and no recipe or no rows to validate on.
+        ValueError: there is no task, the base is not bundled, and there is no recipe or no validation data.
     """
+    if task is not None:
+        return Questions(task, task.description, 0, 64)
     if base is not None and base_path(base) != base:
-        rows = list(load_benchmark("test", PICTURES, 0))  # drawn once
+        task = create_task({"type": "benchmark", "num_images": IMAGES})
         model, processor = _placed(load_base(base)), load_processor(base_path(base))
-        dense, blind = (evaluate(model, processor, rows, blank=each) for each in (False, True))
+        dense, blind = (task.score(model, processor, blank=each) for each in (False, True))
         learnt = tuple(learnt_families(dense, blind))
-        return Questions(
-            rows, f"the built-in benchmark, families that the base has learnt ({len(learnt)})", 0, 64, learnt
-        )
+        data = f"{task.description}, families that the base has learnt ({len(learnt)})"
+        return Questions(task, data, 0, 64, learnt)
     recipe = read_recipe(folder / "recipe.yaml")
     if recipe is None:
         raise ValueError("budgets are measured on the data of a run, and there is no recipe.yaml; leave --budgets out.")
-    data: Any = made(LightningDataModule, recipe.get("data"))
-    held_out = None if data is None else data.load_rows()[1]
+    module: Any = made(LightningDataModule, recipe.get("data"))
+    held_out = None if module is None else module.load_rows()[1]
     if not held_out:
         raise ValueError(
             "The run's data have no rows to validate on; set data val or val_fraction, or leave --budgets out."
         )
-    # Listed, as chat data make their columns row by row; pictures in them are not decoded yet.
-    return Questions(held_out, "the run's validation rows", data.seed, data.batch_size)
+    task = RunRows(held_out)
+    return Questions(task, task.description, module.seed, module.batch_size)
 
 
 def _point(
     model: Any, processor: Any, questions: Questions, values: list[Budget], manifest: dict[str, Any], progress: Progress
 ) -> CurvePoint:
-    """One budget."""
-    left: list[int] = []
+    """Measure one budget."""
+    retained: list[int] = []
 
     def watch(trace: Trace, _: BatchMeta) -> None:
-        left.extend(trace.stages[-1].vision_out if trace.stages else [])
+        retained.extend(trace.stages[-1].vision_out if trace.stages else [])
 
     with budgets(model, values):
         scores = evaluate(
-            model, processor, questions.rows, batch_size=questions.batch_size, learnt=questions.learnt,
+            model, processor, questions.task.rows, batch_size=questions.batch_size, learnt=questions.learnt,
             progress=progress, watch=watch,
         )  # fmt: skip
     ranges = ranges_of(manifest)
     return CurvePoint(
         budget=words(values),
-        retained=sum(left) / max(1, len(left)),
+        retained=sum(retained) / max(1, len(retained)),
         accuracy=scores.score,
         ci95=scores.ci95,
         token_accuracy=scores.overall("token_accuracy"),
         loss=-scores.overall("log_likelihood"),
         questions=int(scores.count_IF.sum()),
         images=scores.num_images,
-        data=questions.what,
+        data=questions.data,
         seed=questions.seed,
         trained=None if ranges is None else was_trained(values, ranges, manifest["vision_tokens"]),
     )
@@ -198,12 +226,12 @@ def _budget(word: str, text: str) -> Budget:
     except ValueError as error:
         reason = f" ({error})" if "keep_" in str(error) else ""
         raise ValueError(
-            f"budgets: '{word}' in '{text}' is no count or share{reason}; write 9,16 or 0.1,0.25."
+            f"budgets: '{word}' in '{text}' is not a count or ratio{reason}; give 9,16 or 0.1,0.25."
         ) from error
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of weights, config and recipe, by which an export and its data are known again."""
+    """Hash of weights, config and recipe, which identifies an export."""
     found = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("recipe.yaml")]):
         if path.name != "probe.safetensors":
@@ -213,6 +241,6 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _placed(model: Any) -> Any:
-    """On the accelerator, if there is one."""
+    """Move a model to the accelerator, if there is one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return model.eval() if device is None else model.to(device).eval()

@@ -1,19 +1,18 @@
-"""From which layer on a model no longer needs its vision tokens: VTW's choice of K (arXiv 2405.05803).
+"""Find the first decoder layer from which a model no longer needs its vision tokens, as in VTW (arXiv 2405.05803).
 
-For every layer K that a stage may act at, all vision tokens leave before it, and the distribution of the next token
-behind the prompt is held against that of the whole model: KL(whole || withdrawn), in nats, one question per image. The
-answer is the first layer from which on the mean stays under a threshold.
+For every layer K at which a stage can act, all vision tokens are withdrawn before K, and the distribution of the next
+token is compared with that of the dense model: KL(dense || withdrawn) in nats, one question per image. The result is
+the first layer from which on the mean KL stays below a threshold.
 
-Unlike the paper: every later layer must stay under the threshold, too, so that a dip is not taken for the end; mean
-and interval are over images, and the default threshold is ours. Each layer is one prefill of every sample, and one
-more is the whole model's. The layers before K could be shared between the candidates; they are not, so that what is
-measured is what `attach` runs.
+Differences from the paper: all later layers must be below the threshold as well, so that a local minimum is not chosen;
+mean and interval are over images; the default threshold is ours. Every layer costs one prefill per sample, plus one of
+the dense model. The candidates do not share the layers before K, so that the measured computation is that of `attach`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,128 +21,26 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from tpcompress.bundled import base_path
-from tpcompress.data.benchmark import load_benchmark
-from tpcompress.data.chat import load_chat
 from tpcompress.data.rows import BadRow, open_image
-from tpcompress.evaluation.inspect import chat_inputs
+from tpcompress.evaluation.layer_search import LayerScore, LayerSearch
+from tpcompress.evaluation.prompt import chat_inputs
+from tpcompress.evaluation.tasks import Task, create_task
 from tpcompress.families import resolve
-from tpcompress.files import write_atomic
-from tpcompress.inference import inference
+from tpcompress.inference import inference, inputs_for
 from tpcompress.insertion.attach import attach, base_of, detach, is_attached
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.models import load_base, load_processor
 
-THRESHOLD = 0.01
-"""Nats; ours. Total variation is then at most 7 % (Pinsker): of 100 next tokens drawn, 7 may differ."""
-DRAWS = 1000
-ENDINGS = (".yaml", ".yml", ".json")
+SUFFIXES = (".yaml", ".yml", ".json")
 
 Sample = Mapping[str, Any]
-"""Inputs of a model for one picture and one question, as the processor made them."""
+"""Processor outputs for one image and one question."""
 
 
-@dataclass(frozen=True)
-class LayerScore:
-    """What withdrawing before one layer changes.
-
-    Attributes:
-        layer: the first that sees no vision token.
-        kl: mean KL(whole || withdrawn) of the next token, in nats.
-        low, high: its 95 % interval: percentile bootstrap over samples.
-        agreement: share of samples whose most probable next token is the same.
-    """
-
-    layer: int
-    kl: float
-    low: float
-    high: float
-    agreement: float
-
-    @classmethod
-    def of(cls, layer: int, kl_I: np.ndarray, same_I: np.ndarray) -> LayerScore:
-        """From the divergence and the agreement of each sample."""
-        weights_WI = np.random.default_rng(0).multinomial(len(kl_I), np.full(len(kl_I), 1 / len(kl_I)), size=DRAWS)
-        low, high = np.quantile(weights_WI @ kl_I / len(kl_I), [0.025, 0.975])
-        return cls(layer, float(kl_I.mean()), float(low), float(high), float(same_I.mean()))
-
-
-@dataclass(frozen=True)
-class LayerSearch:
-    """The layers of a model, measured.
-
-    Attributes:
-        scores: by rising layer; as many as were measured before an interruption, the deepest first.
-        num_samples: pictures, each with one question.
-        depth: decoder layers of the model.
-        threshold: in nats.
-    """
-
-    scores: tuple[LayerScore, ...]
-    num_samples: int
-    depth: int
-    threshold: float = THRESHOLD
-
-    @property
-    def chosen(self) -> int | None:
-        """The first layer from which on every measured mean is under the threshold; None if not even the last is."""
-        found = None
-        for score in reversed(self.scores):
-            if score.kl >= self.threshold:
-                break
-            found = score.layer
-        return found
-
-    def plan(self) -> PruningPlan:
-        """The plan that withdraws there.
-
-        Raises:
-            ValueError: no layer is under the threshold.
-        """
-        if self.chosen is None:
-            least = f"; the last one has {self.scores[-1].kl:.2g}" if self.scores else ""
-            raise ValueError(
-                f"No layer stays under {self.threshold:g} nats{least}: this model reads its picture to the end. Keep "
-                f"some tokens instead (tpcompress pruners), or raise the threshold."
-            )
-        return PruningPlan([Stage("vtw", self.chosen, keep_tokens=0)])
-
-    def print(self, console: Console) -> None:
-        """A table of the layers, and the choice."""
-        table = Table(title=f"All vision tokens leave before a layer ({self.num_samples} samples)")
-        for name in ("layer", "mean KL (nats)", "95 % interval", "same next token", ""):
-            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-        for score in self.scores:
-            mark = "chosen" if score.layer == self.chosen else "" if score.kl < self.threshold else "over"
-            interval = f"{score.low:.2g} to {score.high:.2g}"
-            table.add_row(str(score.layer), f"{score.kl:.3g}", interval, f"{100 * score.agreement:.0f} %", mark)
-        console.print(table)
-        said = f"No layer stays under {self.threshold:g} nats."
-        if self.chosen is not None:
-            said = f"From layer {self.chosen} of {self.depth} on, the mean stays under {self.threshold:g} nats."
-        console.print(said, soft_wrap=True, highlight=False)
-
-    def write(self, path: str | Path, model: str) -> None:
-        """Write the plan; a reader never sees half a file.
-
-        Args:
-            path: ends in .yaml, .yml or .json; its folder is made.
-            model: whose plan it is.
-
-        Raises:
-            ValueError: no layer is under the threshold.
-        """
-        path, plan = Path(path), self.plan()
-        (score,) = (score for score in self.scores if score.layer == self.chosen)
-        head = (
-            f"# {model}: all vision tokens leave before layer {score.layer} of {self.depth}, where the next token's KL"
-        )
-        head += f" to the\n# whole model is {score.kl:.2g} nats on average over {self.num_samples} samples"
-        head += f" (threshold {self.threshold:g}).\n"
-        write_atomic(path, plan.to_json() if path.suffix == ".json" else head + plan.to_yaml())
+# ---------------------------------------------------------------------------------------------------- command
 
 
 def run_find_layer(
@@ -158,45 +55,47 @@ def run_find_layer(
     dtype: str,
     device: str,
     console: Console,
+    task: Task | str | dict[str, Any] | None = None,
 ) -> LayerSearch:
-    """Load, measure every layer, print the table, and write the plan if one is asked for.
+    """Load a model, measure every layer, print the table, and optionally write the plan.
 
     Args:
-        model: folder of a model, a hub id, or tiny_llava.
-        data: chat data with one picture per row; None is the built-in benchmark, for a bundled base.
-        image_folder: what relative image paths start from.
-        num_samples: pictures, each with one question.
-        threshold: mean KL in nats that a layer must stay under.
-        layers: candidates; None for all.
+        model: folder of a model, hub id, or tiny_llava.
+        data: chat data with one image per row; None for the built-in benchmark (bundled base only).
+        image_folder: folder that relative image paths are resolved against.
+        num_samples: number of images, each with one question.
+        threshold: mean KL in nats that all layers from the chosen one on must be below.
+        layers: candidate layers; None for all.
         out: plan file to write.
-        seed: which rows are drawn.
-        dtype, device: of the model.
-        console: where progress and table go.
+        seed: seed of the selection of rows.
+        dtype, device: dtype and device of the model.
+        console: console for progress and table.
+        task: task whose rows are used instead of `data`.
 
     Raises:
-        FileNotFoundError, ValueError: anything of it is missing or impossible, in one line; with `out`, no layer is
-            under the threshold.
-        KeyboardInterrupt: as it came, after the layers measured so far were printed.
+        FileNotFoundError, ValueError: an argument is invalid or a file is missing; with `out`, no layer is below the
+            threshold.
+        KeyboardInterrupt: re-raised after the layers measured so far are printed.
     """
-    if out is not None and (Path(out).suffix.lower() not in ENDINGS or Path(out).is_dir()):
-        raise ValueError(f"--out {out} is no name of a plan file; give one such as vtw.yaml.")
+    if out is not None and (Path(out).suffix.lower() not in SUFFIXES or Path(out).is_dir()):
+        raise ValueError(f"--out {out} is not the name of a plan file; give one such as vtw.yaml.")
     if num_samples < 1 or threshold <= 0:
         raise ValueError(f"num_samples and threshold must be above 0, got {num_samples} and {threshold:g}.")
-    rows = _rows(model, data, image_folder, num_samples, seed)
+    task = calibration_task(model, data, image_folder, num_samples, seed) if task is None else create_task(task)
     subject: Any = load_base(model, dtype)
     subject.to(device)
-    samples = calibration_samples(load_processor(model), rows, num_samples)
+    samples = calibration_samples(load_processor(model), task.rows, num_samples, seed)
     candidates, depth = _candidates(subject, layers), len(resolve(subject).layers)
     search = LayerSearch((), len(samples), depth, threshold)
     try:
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=(len(candidates) + 1) * len(samples))
-            tick = partial(progress.update, task, advance=1)
+            bar = progress.add_task("", total=(len(candidates) + 1) * len(samples))
+            tick = partial(progress.update, bar, advance=1)
             for score in withdrawals(subject, samples, candidates, lambda what: tick(description=what)):
                 search = replace(search, scores=(score, *search.scores))
     except KeyboardInterrupt:
         search.print(console)
-        done = f"{len(search.scores)} of {len(candidates)} layers, the deepest first"
+        done = f"{len(search.scores)} of {len(candidates)} layers (the last ones are measured first)"
         raise KeyboardInterrupt(f"Interrupted after {done}; no plan was written.") from None
     search.print(console)
     if out is not None:
@@ -205,49 +104,40 @@ def run_find_layer(
     return search
 
 
-def withdrawals(
-    model: Any, samples: Sequence[Sample], layers: Sequence[int] | None = None, tick: Callable[[str], Any] | None = None
-) -> Iterator[LayerScore]:
-    """Withdraw before one layer after the other, the deepest first: those that may be chosen come at once.
-
-    Args:
-        model: dense; whenever this stops, it is again.
-        samples: of `calibration_samples`.
-        layers: candidates; None for all that a stage may act at.
-        tick: called after every prefill, with what it was of.
+def calibration_task(model: str, data: str | None, image_folder: str | None, num_samples: int, seed: int) -> Task:
+    """The task of the given chat data, else training images of the built-in benchmark for a bundled base.
 
     Raises:
-        ValueError: a plan is attached, no such layer, or logits that are not finite.
+        ValueError: no data for another base.
     """
-    candidates, say = _candidates(model, layers), tick or (lambda what: None)
-    whole_IC = torch.stack([_next_token(model, sample, say, "the whole model") for sample in samples])
-    for layer in reversed(candidates):
-        attach(model, PruningPlan([Stage("vtw", layer, keep_tokens=0)]))
-        try:
-            less_IC = torch.stack([_next_token(model, sample, say, f"without from {layer}") for sample in samples])
-        finally:
-            detach(model)
-        kl_I = (whole_IC.exp() * (whole_IC - less_IC)).sum(-1).clamp(min=0)
-        same_I = whole_IC.argmax(-1) == less_IC.argmax(-1)
-        yield LayerScore.of(layer, kl_I.cpu().double().numpy(), same_I.cpu().double().numpy())
+    if data is not None:
+        # Without a check of all images beforehand: only a few rows are used, and broken ones are skipped.
+        return create_task({"type": "chat", "data": data, "image_folder": image_folder, "check_images": False})
+    if base_path(model) == model:
+        raise ValueError(
+            f"find-layer requires --data for {model}: chat data such as a LLaVA JSON file, with --image_folder."
+        )
+    return create_task({"type": "benchmark", "num_images": num_samples, "seed": seed, "split": "train"})
 
 
-def calibration_samples(processor: Any, rows: Any, num_samples: int) -> list[Sample]:
-    """One picture and one first question from each row, the questions of a row taken in turn.
+def calibration_samples(processor: Any, rows: Any, num_samples: int, seed: int = 0) -> list[Sample]:
+    """Take one image and one first question from each row, cycling through the questions of a row.
 
     Args:
-        processor: of the model, with a chat template.
-        rows: rows of `tpcompress.data`; those without exactly one picture, or whose picture is broken, are passed over.
-        num_samples: how many to take.
+        processor: processor of the model, with a chat template.
+        rows: rows of a task; rows without exactly one readable image are skipped.
+        num_samples: number of samples.
+        seed: seed of the order of rows, if there are more rows than samples; otherwise they are taken in order.
 
     Raises:
-        ValueError: no row will do.
+        ValueError: no row is usable.
     """
     samples: list[Sample] = []
-    for index in range(len(rows)):
+    order = range(len(rows)) if len(rows) <= num_samples else np.random.default_rng(seed).permutation(len(rows))
+    for index in order:
         if len(samples) == num_samples:
             break
-        row = rows[index]
+        row = rows[int(index)]
         if len(row["images"]) != 1:
             continue
         turns = row["conversations"][len(samples) % len(row["conversations"])]
@@ -257,45 +147,59 @@ def calibration_samples(processor: Any, rows: Any, num_samples: int) -> list[Sam
         except BadRow:
             continue
     if not samples:
-        raise ValueError(f"None of the {len(rows)} rows has exactly one picture that can be read; give other data.")
+        raise ValueError(f"None of the {len(rows)} rows has exactly one readable image; give other data.")
     return samples
 
 
-def _rows(model: str, data: str | None, image_folder: str | None, num_samples: int, seed: int) -> Any:
-    """Calibration data in the order in which rows are taken."""
-    if data is not None:
-        return load_chat(data, image_folder, check_images=False)[0].shuffle(seed)
-    if base_path(model) == model:
-        raise ValueError(
-            f"find-layer needs --data for {model}: chat data such as a LLaVA JSON file, with --image_folder."
-        )
-    return load_benchmark("train", num_samples, seed)
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def withdrawals(
+    model: Any, samples: Sequence[Sample], layers: Sequence[int] | None = None, tick: Callable[[str], Any] | None = None
+) -> Iterator[LayerScore]:
+    """Withdraw all vision tokens before one layer after the other, from the last to the first.
+
+    Args:
+        model: dense model; detached again whenever the iteration stops.
+        samples: samples of `calibration_samples`.
+        layers: candidate layers; None for all at which a stage can act.
+        tick: callback with a description, called after every prefill.
+
+    Raises:
+        ValueError: a plan is attached, a layer does not exist, or logits are not finite.
+    """
+    candidates, report = _candidates(model, layers), tick or (lambda what: None)
+    dense_IC = torch.stack([_next_token(model, sample, report, "the dense model") for sample in samples])
+    for layer in reversed(candidates):
+        attach(model, PruningPlan([Stage("vtw", layer, keep_tokens=0)]))
+        try:
+            cut_IC = torch.stack([_next_token(model, sample, report, f"without from {layer}") for sample in samples])
+        finally:
+            detach(model)
+        kl_I = (dense_IC.exp() * (dense_IC - cut_IC)).sum(-1).clamp(min=0)
+        same_I = dense_IC.argmax(-1) == cut_IC.argmax(-1)
+        yield LayerScore.of(layer, kl_I.cpu().double().numpy(), same_I.cpu().double().numpy())
 
 
 def _candidates(model: Any, layers: Sequence[int] | None) -> list[int]:
-    """Layers to try, rising."""
+    """Candidate layers in increasing order."""
     if is_attached(model):
-        raise ValueError("This model carries a plan; find-layer needs its base: detach it, or name the base model.")
+        raise ValueError("This model carries a plan; find-layer requires its base: detach it, or name the base model.")
     possible = resolve(base_of(model)).stage_layers
     wrong = sorted(set(layers or ()) - set(possible))
     if wrong:
         raise ValueError(
-            f"No stage can act at layer {', '.join(map(str, wrong))}; this model has layers {possible[0]} to "
-            f"{possible[-1]} for it."
+            f"No stage can act at layer {', '.join(map(str, wrong))}; choose layers from {possible[0]} to "
+            f"{possible[-1]} for this model."
         )
     return sorted(set(layers)) if layers else possible
 
 
-def _next_token(model: Any, sample: Sample, say: Callable[[str], Any], what: str) -> Tensor:
-    """Log-probabilities (C,) of the token behind the prompt, in float32."""
-    weight = next(model.parameters())
-    inputs = {
-        name: x.to(weight.device, weight.dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
-        for name, x in sample.items()
-    }
+def _next_token(model: Any, sample: Sample, report: Callable[[str], Any], what: str) -> Tensor:
+    """Log-probabilities (C,) of the token after the prompt, in float32."""
     with inference(model):
-        logits_C = model(**inputs, use_cache=False).logits[0, -1].float()
-    say(what)
+        logits_C = model(**inputs_for(model, sample), use_cache=False).logits[0, -1].float()
+    report(what)
     if not bool(torch.isfinite(logits_C).all()):
         raise ValueError(f"The logits of {what} are not finite; check its weights, or load it in float32.")
     return logits_C.log_softmax(-1)

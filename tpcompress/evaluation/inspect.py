@@ -1,8 +1,7 @@
-"""One image, one prompt, one prefill: what every stage of a plan does to it, and what is left of the picture."""
+"""Run one prefill of an image and a prompt, and show what every stage of a plan does: tokens, sequence, KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,13 +14,13 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from tpcompress.bundled import base_path
-from tpcompress.data.rows import IMAGE_MARKER, BadRow, open_image
 from tpcompress.errors import first_line
-from tpcompress.evaluation.figures.overlay import grids_of, panels_figure, pictures_of, stage_panels
+from tpcompress.evaluation.figures.overlay import background_images, grids_of, panels_figure, stage_panels
+from tpcompress.evaluation.prompt import chat_inputs, read_image
 from tpcompress.export import load
 from tpcompress.export.registry import PREFIX
 from tpcompress.families import family_of
-from tpcompress.inference import inference
+from tpcompress.inference import inference, inputs_for
 from tpcompress.insertion.attach import attach, controller_of, detach, is_attached, record
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace
@@ -30,14 +29,14 @@ from tpcompress.models import load_base, load_processor
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What one prefill left behind.
+    """Record of one prefill.
 
     Attributes:
-        image: upright, as it was given.
-        inputs: what the processor made of image and prompt.
+        image: input image, upright.
+        inputs: processor outputs for image and prompt.
         stages: record of every stage.
-        pruners: their names.
-        cache: columns that every decoder layer keeps; None for a layer whose memory has no columns.
+        pruners: pruner name of every stage.
+        cache: KV cache length of every decoder layer; None for a layer whose state has no columns.
     """
 
     image: Image.Image
@@ -48,7 +47,7 @@ class Inspection:
 
     @property
     def groups(self) -> list[tuple[int, int, int | None]]:
-        """Neighbouring layers with caches of one length: first layer, last layer, columns."""
+        """Consecutive layers with the same cache length: (first layer, last layer, columns)."""
         found = []
         for columns, layers in groupby(range(len(self.cache)), key=self.cache.__getitem__):
             listed = list(layers)
@@ -58,14 +57,14 @@ class Inspection:
     @property
     def cache_line(self) -> str:
         """`layers 0-1: 640 columns, layers 2-31: 208 columns`."""
-        said = []
+        entries = []
         for first, last, columns in self.groups:
             layers = f"layer {first}" if first == last else f"layers {first}-{last}"
-            said.append(f"{layers}: " + ("a state without columns" if columns is None else f"{columns} columns"))
-        return ", ".join(said)
+            entries.append(f"{layers}: " + ("a state without columns" if columns is None else f"{columns} columns"))
+        return ", ".join(entries)
 
     def print(self, console: Console) -> None:
-        """A table of the stages, and a line about the cache."""
+        """Print a table of the stages and the cache lengths."""
         table = Table("stage", "layer", "pruner", "vision tokens", "sequence", title="Stages")
         for stage, name in zip(self.stages, self.pruners, strict=True):
             table.add_row(
@@ -75,69 +74,64 @@ class Inspection:
         console.print(table)
         console.print(f"KV cache after the prefill: {self.cache_line}", soft_wrap=True, highlight=False)
 
-    def draw(self, settings: Any, path: str | Path) -> None:
-        """Write the retained tokens over the picture, a panel for every stage and grid.
+    def draw(self, image_processor: Any, path: str | Path) -> None:
+        """Draw the retained tokens over the image, one panel per stage and grid.
 
         Args:
-            settings: the image processor.
-            path: an image file; its folder is made.
+            image_processor: image processor of the model.
+            path: output image; its folder is created.
         """
-        pictures = pictures_of(self.image, self.inputs, grids_of(self.stages[0]), settings)
+        images = background_images(self.image, self.inputs, grids_of(self.stages[0]), image_processor)
         names = [
             f"stage {s.stage} · layer {s.layer} · {name}" for s, name in zip(self.stages, self.pruners, strict=True)
         ]
-        panels_figure(self.image, stage_panels(self.stages, names, pictures), path)
+        panels_figure(self.image, stage_panels(self.stages, names, images), path)
 
 
 def run_inspection(
     model: str, image: str, prompt: str, plan: str | None, out: str, dtype: str, device: str, console: Console
 ) -> Inspection:
-    """Load, run one prefill, print the tables and write the picture.
+    """Load a model, run one prefill, print the tables and draw the figure.
 
     Args:
         model: folder, hub id, bundled name, or an exported folder.
-        image: an image file.
-        prompt: the question, with or without `<image>`.
-        plan: a plan file, a recipe, or a short form; None for the plan of an exported folder.
-        out: the picture to write.
-        dtype, device: of the model.
-        console: where the tables go.
+        image: image file.
+        prompt: question, with or without `<image>`.
+        plan: plan file, recipe or short form; None for the plan of an exported folder.
+        out: output PNG file.
+        dtype, device: dtype and device of the model.
+        console: console for the tables.
 
     Raises:
-        FileNotFoundError, ValueError: anything of it is missing or impossible, in one line.
+        FileNotFoundError, ValueError: an argument is invalid or a file is missing.
     """
     if Path(out).suffix.lower() != ".png" or Path(out).is_dir():
-        raise ValueError(f"--out {out} is no name of a PNG file; give one such as inspect.png.")
+        raise ValueError(f"--out {out} is not the name of a PNG file; give one such as inspect.png.")
     chosen = None if plan is None else PruningPlan.of(plan)
-    picture = read_image(image)
+    opened = read_image(image)
     subject, processor = load_subject(model, chosen, dtype, device)
-    found = inspect_prefill(subject, processor, picture, prompt)
+    found = inspect_prefill(subject, processor, opened, prompt)
     found.print(console)
     found.draw(processor.image_processor, out)
     return found
 
 
 def inspect_prefill(model: Any, processor: Any, image: Image.Image, prompt: str) -> Inspection:
-    """Run one prefill of a model that carries a plan.
+    """Run and record one prefill of a model with a plan.
 
     Args:
-        model: with a plan attached.
-        processor: of the model, with a chat template.
-        image: upright RGB.
-        prompt: the question, with or without `<image>`.
+        model: model with an attached plan.
+        processor: processor of the model, with a chat template.
+        image: upright RGB image.
+        prompt: question, with or without `<image>`.
 
     Raises:
-        ValueError: no plan is attached, the prompt cannot be written, or no vision token reached the language model.
+        ValueError: no plan is attached, the prompt cannot be rendered, or the prefill had no vision tokens.
     """
     controller = controller_of(model)
     inputs = chat_inputs(processor, image, prompt)
-    weight = next(model.parameters())
-    moved = {
-        name: x.to(weight.device, weight.dtype if x.is_floating_point() else None) if torch.is_tensor(x) else x
-        for name, x in inputs.items()
-    }
     with inference(model), record(model) as trace:
-        output = model(**moved, use_cache=True)
+        output = model(**inputs_for(model, inputs), use_cache=True)
     if not trace.stages:
         raise ValueError("No vision token reached the language model; use the processor that belongs to the model.")
     pruners = [controller.plan.stages[stage.stage].pruner.name for stage in trace.stages]
@@ -145,7 +139,7 @@ def inspect_prefill(model: Any, processor: Any, image: Image.Image, prompt: str)
 
 
 def cache_columns(parts: Any, cache: Any) -> list[int | None]:
-    """Columns whose keys each decoder layer reads; None for a layer with a recurrent state only."""
+    """Number of keys that each decoder layer attends to; None for a layer with only a recurrent state."""
     columns: list[int | None] = []
     for layer in range(len(parts.layers)):
         keys = getattr(cache.layers[parts.family.keys_of(parts.model.config, layer)], "keys", None)
@@ -153,57 +147,17 @@ def cache_columns(parts: Any, cache: Any) -> list[int | None]:
     return columns
 
 
-def chat_inputs(processor: Any, image: Image.Image, prompt: str) -> dict[str, Any]:
-    """Inputs of a model for one image and one question, through the processor's chat template.
-
-    Args:
-        processor: with a chat template.
-        image: one image.
-        prompt: the question; `<image>` says where the image belongs, else it stands first.
-
-    Raises:
-        ValueError: nothing is asked, several markers, no chat template, or one that takes no image.
-    """
-    before, marker, behind = prompt.partition(IMAGE_MARKER)
-    if not (before + behind).strip():
-        raise ValueError(f"The prompt {prompt!r} asks nothing; give a question such as 'What is this?'.")
-    if IMAGE_MARKER in behind:
-        raise ValueError(
-            f"The prompt has {prompt.count(IMAGE_MARKER)} {IMAGE_MARKER} for one image; leave one or none."
-        )
-    words = [before, behind] if marker else ["", prompt]
-    text = _templated(processor, *words)
-    bos = processor.tokenizer.bos_token
-    special = not (bos and text.startswith(bos))
-    return dict(processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special))
-
-
-def read_image(path: str) -> Image.Image:
-    """An image file as upright RGB.
-
-    Raises:
-        ValueError: missing, or no image.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No image file {path}; give a picture, such as a PNG or a JPEG.")
-    try:
-        return open_image(path)
-    except BadRow:
-        raise ValueError(
-            f"{path} is no image that can be read; give a whole picture, such as a PNG or a JPEG."
-        ) from None
-
-
 def load_subject(name: str, plan: PruningPlan | None, dtype: str, device: str) -> tuple[Any, Any]:
-    """A model with a plan on it, in eval mode, and its processor.
+    """Load a model with a plan, in eval mode, and its processor.
 
     Args:
         name: folder, hub id, bundled name, or an exported folder.
-        plan: what to attach; None keeps the plan of an exported folder, which any other replaces.
-        dtype, device: of the model.
+        plan: plan to attach, which replaces that of an exported folder; None keeps the latter.
+        dtype, device: dtype and device of the model.
 
     Raises:
-        FileNotFoundError, ValueError: nothing loadable there, no family of ours, no plan, or one that needs training.
+        FileNotFoundError: no such folder.
+        ValueError: there is no loadable model, its family is unknown, there is no plan, or the plan requires training.
     """
     untrained = [stage.pruner.name for stage in plan.stages if stage.pruner.learned] if plan is not None else []
     if untrained:
@@ -219,31 +173,12 @@ def load_subject(name: str, plan: PruningPlan | None, dtype: str, device: str) -
 
 
 def _check_family(folder: Path) -> str:
-    """The model type of a local folder, or nothing; unknown families are refused before weights are read."""
+    """Return the model type of a local folder, else an empty string; unknown families raise before weights are read."""
     if not (folder / "config.json").is_file():
         return ""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"No model at '{folder}': {first_line(error)}. Give a folder with a whole model.") from error
+        raise ValueError(f"No model at '{folder}': {first_line(error)}. Give a complete model folder.") from error
     family_of(config)
     return str(config.model_type)
-
-
-def _templated(processor: Any, before: str, behind: str) -> str:
-    """The question as the chat template writes it: from a list of parts, or from a string with the image's token."""
-    name = type(processor).__name__
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise ValueError(f"{name} has no chat template; set processor.chat_template to that of its model family.")
-    texts: Sequence[dict[str, str]] = [{"type": "text", "text": text.strip()} for text in (before, behind)]
-    parts = [part for part in (texts[0], {"type": "image"}, texts[1]) if part.get("text", "-")]
-    asked = [text["text"] for text in texts]
-    for content in (parts, f"{before}{processor.image_token}\n{behind}".strip()):
-        turn = {"role": "user", "content": content}
-        try:
-            text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        except Exception:  # jinja and python errors alike: a template of strings that gets a list
-            continue
-        if "'type'" not in text and all(words in text for words in asked):
-            return str(text)
-    raise ValueError(f"The chat template of {name} does not write an image and a text; set that of its model family.")

@@ -5,8 +5,9 @@ from matplotlib import pyplot
 from PIL import Image
 
 import tpcompress as tp
+from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
 from tpcompress.evaluation.compare.report import Report, Row
-from tpcompress.evaluation.figures.accuracy import Retained, accuracy_figure, retained_figure, retained_masks
+from tpcompress.evaluation.figures.retained import Retained, retained_figure, retained_masks
 
 
 def row(arm, pruner=None, keep=None, score=0.5, **more) -> Row:
@@ -76,7 +77,7 @@ def test_a_model_without_plan_or_image_is_refused(vqa, processor, rows):
     with pytest.raises(ValueError, match="No plan is attached"):
         retained_masks(vqa, processor, rows.select(range(1)))
     tp.attach(vqa, tp.PruningPlan([tp.Stage("pool", keep_tokens=16)]))
-    with tp.mode(vqa, "off"), pytest.raises(ValueError, match="Row 0 shows nothing"):
+    with tp.mode(vqa, "off"), pytest.raises(ValueError, match="Row 0 was not pruned"):
         retained_masks(vqa, processor, rows.select(range(1)))
 
 

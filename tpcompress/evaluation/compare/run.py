@@ -14,10 +14,12 @@ from rich.console import Console
 from torch import nn
 
 from tpcompress.data.benchmark import load_benchmark
+from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
 from tpcompress.evaluation.compare.report import Report, Row
 from tpcompress.evaluation.downsample import downsampled, tokens_per_image
 from tpcompress.evaluation.engine.plans import control_plan, key_of, recipe_plan
-from tpcompress.evaluation.figures.accuracy import accuracy_figure, bias_figure, retained_figure, retained_masks
+from tpcompress.evaluation.figures.position_bias import bias_figure
+from tpcompress.evaluation.figures.retained import retained_figure, retained_masks
 from tpcompress.evaluation.position_bias import PositionBias, RetentionMap
 from tpcompress.evaluation.scoring.evaluate import Prepared, Scores, evaluate, learnt_families, prepare
 from tpcompress.families import resolve

@@ -1,8 +1,8 @@
-"""Retained vision tokens over the picture as the model saw it: cropped, cut into tiles, or whole.
+"""Draw retained vision tokens over the image as the vision tower receives it: cropped, in tiles, or whole.
 
-A grid of vision tokens lies over a tile where the encoder got one tile of pixels for each grid; over the whole picture
-where tiles were put together again without their padding, or where the encoder takes pictures of any size. What has no
-place in the picture (tokens of a resampler, tiles of unknown origin) is drawn over an empty field.
+A grid of vision tokens is drawn over its tile if the encoder got one tile of pixels per grid, and over the whole image
+if tiles were merged without their padding or the encoder accepts images of any size. Tokens without a position in the
+image (of a resampler, or of tiles of unknown origin) are drawn over an empty field.
 """
 
 from __future__ import annotations
@@ -16,56 +16,56 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from tpcompress.evaluation.figures.canvas import new_figure, save
+from tpcompress.evaluation.figures.canvas import denormalized, new_figure, save
 from tpcompress.families.layout import Grid
 from tpcompress.insertion.trace import StageTrace
 
 SIDE = 480
-"""Pixels of a panel's longer side, about: a whole number for each token."""
+"""Approximate pixels of the longer side of a panel; every token has a whole number of them."""
 COLUMNS = 5
-"""Panels beside each other, at most."""
+"""Maximum number of panels per row."""
 EMPTY = 160
-"""Grey level of a field without a picture."""
+"""Grey level of an empty field."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One grid of vision tokens over what it was made of.
+    """One grid of vision tokens over the image.
 
     Attributes:
-        picture: uint8 (rows * n, cols * n, 3): every token has n x n pixels.
-        keep: bool (rows, cols), tokens that are left.
-        title: what stands above it.
+        pixels: uint8 (rows * n, cols * n, 3): every token has n x n pixels.
+        keep: bool (rows, cols): retained tokens.
+        title: title of the panel.
     """
 
-    picture: np.ndarray
+    pixels: np.ndarray
     keep: np.ndarray
     title: str = ""
 
     @classmethod
-    def of(cls, picture: Image.Image | None, keep: np.ndarray, title: str = "") -> Panel:
-        """Stretch a picture to a grid, as the processor did; None is an empty field."""
+    def of(cls, image: Image.Image | None, keep: np.ndarray, title: str = "") -> Panel:
+        """Resize an image to a grid, as the processor does; None gives an empty field."""
         rows, cols = keep.shape
         size = max(4, SIDE // max(rows, cols))
         shape = (cols * size, rows * size)
-        resized = Image.new("RGB", shape, (EMPTY,) * 3) if picture is None else picture.convert("RGB").resize(shape)
+        resized = Image.new("RGB", shape, (EMPTY,) * 3) if image is None else image.convert("RGB").resize(shape)
         return cls(np.asarray(resized), keep, title)
 
     def drawn(self) -> np.ndarray:
-        """uint8, the picture with dropped tokens nearly white and without colour."""
-        tall, wide = (pixels // tokens for pixels, tokens in zip(self.picture.shape, self.keep.shape, strict=False))
+        """uint8: the image with dropped tokens in a pale grey."""
+        tall, wide = (pixels // tokens for pixels, tokens in zip(self.pixels.shape, self.keep.shape, strict=False))
         keep = self.keep.repeat(tall, 0).repeat(wide, 1)[..., None]
-        pale = 255 * 0.74 + 0.2 * self.picture.mean(-1, keepdims=True)
-        return np.where(keep, self.picture, pale).round().astype(np.uint8)
+        pale = 255 * 0.74 + 0.2 * self.pixels.mean(-1, keepdims=True)
+        return np.where(keep, self.pixels, pale).round().astype(np.uint8)
 
 
 def grids_of(stage: StageTrace) -> list[Grid]:
-    """All rectangles of a stage, in the order of the sequence."""
+    """All grids of a stage, in the order of the sequence."""
     return [grid for layouts in stage.layouts for layout in layouts for grid in layout.grids]
 
 
 def kept_grids(stage: StageTrace) -> list[np.ndarray]:
-    """Which tokens are left after a stage, bool (rows, cols) for every rectangle."""
+    """Tokens retained after a stage: bool (rows, cols) for every grid."""
     kept = []
     for retained_V, layouts in zip(stage.retained_RV.cpu().numpy(), stage.layouts, strict=True):
         first = 0
@@ -76,55 +76,55 @@ def kept_grids(stage: StageTrace) -> list[np.ndarray]:
     return kept
 
 
-def pictures_of(
-    image: Image.Image, inputs: Mapping[str, Any], grids: Sequence[Grid], settings: Any
+def background_images(
+    image: Image.Image, inputs: Mapping[str, Any], grids: Sequence[Grid], image_processor: Any
 ) -> list[Image.Image | None]:
-    """What lies under each grid: a tile as the tower sees it, the whole picture, or nothing known.
+    """The image under each grid: a tile as the tower receives it, the whole image, or None if unknown.
 
     Args:
-        image: as it was given to the processor.
-        inputs: what the processor made of it.
-        grids: rectangles of vision tokens.
-        settings: the image processor, whose normalisation is undone.
+        image: input of the processor.
+        inputs: outputs of the processor.
+        grids: grids of vision tokens.
+        image_processor: image processor, whose normalisation is undone.
     """
     if any(grid.rows == 1 and grid.cols > 1 for grid in grids):
-        return [None] * len(grids)  # listed, not laid out
+        return [None] * len(grids)  # a list of tokens without positions
     if any(grid.newline for grid in grids):
-        return [image] * len(grids)  # overview, and tiles put together without their padding
+        return [image] * len(grids)  # an overview, and tiles merged without their padding
     pixels = inputs.get("pixel_values")
     if isinstance(pixels, Tensor) and pixels.ndim >= 4 and pixels.shape[-3] == 3:
         tiles = pixels.reshape(-1, *pixels.shape[-3:])
         if len(tiles) == len(grids):
-            return [_seen(tile, settings) for tile in tiles]
+            return [_to_image(tile, image_processor) for tile in tiles]
     return [image] if len(grids) == 1 else [None] * len(grids)
 
 
-def stage_panels(stages: Sequence[StageTrace], names: Sequence[str], pictures: Sequence[Any]) -> list[list[Panel]]:
-    """The panels of every stage.
+def stage_panels(stages: Sequence[StageTrace], names: Sequence[str], images: Sequence[Any]) -> list[list[Panel]]:
+    """Create the panels of every stage.
 
     Args:
-        stages: of one prefill.
-        names: what each stage is called.
-        pictures: what lies under each grid, as `pictures_of` gives it.
+        stages: stages of one prefill.
+        names: name of each stage.
+        images: image under each grid, from `background_images`.
     """
     panels = []
     for stage, name in zip(stages, names, strict=True):
         row = []
-        for number, (picture, keep) in enumerate(zip(pictures, kept_grids(stage), strict=True)):
-            where = f" · part {number + 1}" if len(pictures) > 1 else ""
-            unplaced = "\n(no place in the picture)" if picture is None else ""
-            row.append(Panel.of(picture, keep, f"{name}{where}\n{keep.sum()} of {keep.size} tokens{unplaced}"))
+        for number, (image, keep) in enumerate(zip(images, kept_grids(stage), strict=True)):
+            part = f" · part {number + 1}" if len(images) > 1 else ""
+            unplaced = "\n(no position in the image)" if image is None else ""
+            row.append(Panel.of(image, keep, f"{name}{part}\n{keep.sum()} of {keep.size} tokens{unplaced}"))
         panels.append(row)
     return panels
 
 
 def panels_figure(image: Image.Image, panels: Sequence[Sequence[Panel]], path: str | Path) -> None:
-    """Write the picture and its panels; a stage of several panels has rows of its own.
+    """Draw the image and the panels; a stage with several panels starts a new row.
 
     Args:
-        image: drawn first, as it was given.
-        panels: of every stage.
-        path: an image file; its folder is made.
+        image: input image, drawn first.
+        panels: panels of every stage.
+        path: output image; its folder is created.
     """
     plain = Panel(np.asarray(image.convert("RGB")), np.ones((1, 1), bool), f"image\n{image.width} x {image.height}")
     flat = [plain, *[panel for row in panels for panel in row]]
@@ -141,9 +141,6 @@ def panels_figure(image: Image.Image, panels: Sequence[Sequence[Panel]], path: s
     save(figure, path)
 
 
-def _seen(tile: Tensor, settings: Any) -> Image.Image:
-    """A tile (3, H, W) with its normalisation undone."""
-    values = tile.float().cpu().numpy().transpose(1, 2, 0)
-    if getattr(settings, "do_normalize", True):
-        values = values * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
-    return Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
+def _to_image(tile: Tensor, image_processor: Any) -> Image.Image:
+    """Convert a normalised tile (3, H, W) to an image."""
+    return Image.fromarray((255 * denormalized(tile, image_processor)).round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Which vision tokens of an image a plan retains, taken from a model and drawn."""
+"""Record which vision tokens of an image a plan retains, and draw them for several pruners side by side."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 
 from tpcompress.data.collate import ChatCollator
 from tpcompress.data.rows import IMAGE_MARKER
-from tpcompress.evaluation.figures.canvas import new_figure, save
-from tpcompress.inference import inference
+from tpcompress.evaluation.figures.canvas import denormalized, new_figure, save
+from tpcompress.inference import inference, inputs_for
 from tpcompress.insertion.attach import controller_of, record
 from tpcompress.insertion.trace import StageTrace
 
@@ -25,13 +25,13 @@ OUTLINE = "#ffd60a"
 
 @dataclass(frozen=True)
 class Retained:
-    """What pruning left of one image.
+    """Retained tokens of one image.
 
     Attributes:
-        image: as the vision tower sees it, (height, width, 3) in [0, 1].
-        keep: bool (rows, columns) over the grid of vision tokens.
-        cells: int (rows, columns), which retained token absorbed each token; None unless the pruner merges.
-        question: what was asked; pruners that read the prompt depend on it.
+        image: float (height, width, 3) in [0, 1]: the image as the vision tower receives it.
+        keep: bool (rows, columns): retained tokens of the grid.
+        cells: int (rows, columns): the retained token into which each token was merged; None unless the pruner merges.
+        question: the question; prompt-dependent pruners depend on it.
     """
 
     image: np.ndarray
@@ -41,27 +41,27 @@ class Retained:
 
 
 def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> list[Retained]:
-    """What the attached plan retains of the first image of each row, asked its first question.
+    """Record the tokens that the attached plan retains of the first image of each row, with its first question.
 
     Args:
-        model: with a plan attached.
-        processor: of the model.
+        model: model with an attached plan.
+        processor: processor of the model.
         rows: rows with images.
 
     Raises:
         ValueError: no plan is attached, or a row has no image that the plan prunes.
     """
     controller, collator = controller_of(model), ChatCollator(processor)
-    samples, device = [], next(model.parameters()).device
+    samples = []
     with inference(model):
         for number, row in enumerate(rows):
             batch = collator([dict(row) | {name: row[name][:1] for name in ("conversations", "families")}])
             batch.pop("meta")
             with record(model) as trace:
-                model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+                model(**inputs_for(model, batch), use_cache=False)
             if not trace.stages:
                 raise ValueError(
-                    f"Row {number} shows nothing: it has no image, or the plan is off; give rows with one."
+                    f"Row {number} was not pruned: it has no image, or the plan is off; give rows with images."
                 )
             sample = _retained(trace.stages, trace.stages[0].layouts[0][0].canvas, batch, processor, controller.pruners)
             question = str(row["conversations"][0][0]["content"]).replace(IMAGE_MARKER, "").strip()
@@ -70,11 +70,11 @@ def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]
 
 
 def retained_figure(samples: Mapping[str, Sequence[Retained]], path: str | Path) -> None:
-    """Draw images as rows and pruners as columns: dropped patches dimmed, merged cells outlined.
+    """Draw images as rows and pruners as columns, with dropped patches dimmed and merged cells outlined.
 
     Args:
-        samples: by the words that head each column, `retained_masks` of the same images.
-        path: an image file; its folder is made.
+        samples: `retained_masks` of the same images, by column title.
+        path: output image; its folder is created.
 
     Raises:
         ValueError: no sample, or columns of unequal length.
@@ -92,27 +92,28 @@ def retained_figure(samples: Mapping[str, Sequence[Retained]], path: str | Path)
         for place, (_, column) in enumerate(columns, start=1):
             _draw_retained(grid[number, place], column[number])
     for axes, (words, column) in zip(grid[0, 1:], columns, strict=True):
-        axes.set_title(f"{words}\n{_says(column[0])}", fontsize=9)
+        axes.set_title(f"{words}\n{_count(column[0])}", fontsize=9)
     grid[0, 0].set_title(f"image\n{columns[0][1][0].keep.size} tokens", fontsize=9)
     save(figure, path)
 
 
-def _says(sample: Retained) -> str:
+def _count(sample: Retained) -> str:
     return f"{int(sample.keep.sum())} {'tokens' if sample.cells is None else 'merged cells'}"
 
 
 def _retained(stages: list[StageTrace], grid: tuple[int, int], batch: dict, processor: Any, pruners: Any) -> Retained:
-    """One sample from the trace of its prefill; budget row 0 starts with the first image."""
+    """Build a sample from the trace of its prefill; budget row 0 starts with the first image."""
     count = grid[0] * grid[1]
     last = stages[-1]
     keep = last.retained_RV[0, :count].cpu().numpy().reshape(grid)
     merging = pruners[last.stage].merges and len(stages) == 1 and len(last.total) == 1
     cells = _cells(last, pruners[last.stage]) if merging else None
-    return Retained(_seen(batch["pixel_values"], processor), keep, None if cells is None else cells.reshape(grid))
+    image = denormalized(batch["pixel_values"][0], processor.image_processor)
+    return Retained(image, keep, None if cells is None else cells.reshape(grid))
 
 
 def _cells(stage: StageTrace, pruner: Any) -> np.ndarray | None:
-    """Which retained token each token flowed into: the one whose value depends on it most, by its gradient."""
+    """The retained token into which each token was merged: the one with the largest gradient with respect to it."""
     if stage.view is None or stage.selection is None or stage.selection.vision_BVD is None:
         return None
     vision_BVD = stage.view.vision_BVD.detach().float().requires_grad_(True)
@@ -123,15 +124,6 @@ def _cells(stage: StageTrace, pruner: Any) -> np.ndarray | None:
         kept = out.keep_BV[0].nonzero()[:, 0].tolist()
         flow = [torch.autograd.grad(out.vision_BVD[0, k].sum(), vision_BVD, retain_graph=True)[0] for k in kept]
     return torch.stack([f[0].abs().sum(-1) for f in flow]).argmax(0).cpu().numpy()
-
-
-def _seen(pixels: torch.Tensor, processor: Any) -> np.ndarray:
-    """The first image as the tower sees it: resized and cropped, its normalisation undone."""
-    image = pixels[0].float().cpu().numpy().transpose(1, 2, 0)
-    settings = processor.image_processor
-    if getattr(settings, "do_normalize", True):
-        image = image * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
-    return image.clip(0, 1)
 
 
 def _draw_retained(axes: Axes, sample: Retained) -> None:
@@ -151,7 +143,7 @@ def _draw_retained(axes: Axes, sample: Retained) -> None:
 def _outline(
     axes: Axes, cells: np.ndarray, height: float, width: float, colour: str = OUTLINE, thickness: float = 1.2
 ) -> None:
-    """Lines between neighbouring tokens of different cells."""
+    """Draw lines between neighbouring tokens of different cells."""
     rows, cols = cells.shape
     for r, c in zip(*np.nonzero(cells[:, 1:] != cells[:, :-1]), strict=True):
         axes.plot([(c + 1) * width - 0.5] * 2, [r * height - 0.5, (r + 1) * height - 0.5], color=colour, lw=thickness)

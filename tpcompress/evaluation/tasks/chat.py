@@ -27,6 +27,7 @@ class Chat(Task):
         split: split of a data set that has several.
         num_images: number of rows, from the first; default: all.
         on_bad_row: `skip` leaves out broken rows, `raise` stops at the first.
+        check_images: read the header of every image when the data is loaded, to find missing and corrupt ones.
     """
 
     name = "chat"
@@ -39,13 +40,14 @@ class Chat(Task):
         split: str = "train",
         num_images: int | None = None,
         on_bad_row: OnBadRow = "skip",
+        check_images: bool = True,
     ) -> None:
         if num_images is not None and (isinstance(num_images, bool) or not isinstance(num_images, int)):
             raise ValueError(f"num_images must be a whole number, got {num_images!r}.")
         if num_images is not None and num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}; leave it out to take all rows.")
         self.data, self.image_folder, self.split = str(data), image_folder, split
-        self.num_images, self.on_bad_row = num_images, on_bad_row
+        self.num_images, self.on_bad_row, self.check_images = num_images, on_bad_row, check_images
 
     def load(self) -> Rows:
         """Read the data; images are decoded when a row is used.
@@ -54,7 +56,7 @@ class Chat(Task):
             FileNotFoundError: no such file or image folder.
             ValueError: unknown format, split or columns, or no usable row.
         """
-        rows, _ = load_chat(self.data, self.image_folder, self.split, self.on_bad_row)
+        rows, _ = load_chat(self.data, self.image_folder, self.split, self.on_bad_row, self.check_images)
         if self.num_images is not None:
             rows = rows.select(range(min(self.num_images, len(rows))))
         return rows if "families" in rows.column_names else _OneFamily(rows)

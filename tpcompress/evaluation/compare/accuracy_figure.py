@@ -1,11 +1,11 @@
-"""Figures of a comparison: accuracy against retained tokens, which tokens were retained, and where they lie."""
+"""Draw the accuracy of a comparison against retained tokens, training-free and training-aware."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,40 +13,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tpcompress.evaluation.compare.report import Report
+from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.figures.canvas import new_figure, save
-from tpcompress.evaluation.figures.retained import Retained, retained_figure, retained_masks
-from tpcompress.evaluation.position_bias import bias_figure
-
-if TYPE_CHECKING:
-    from tpcompress.evaluation.compare.report import Report
-    from tpcompress.evaluation.compare.row import Row
-
-__all__ = ["Retained", "accuracy_figure", "bias_figure", "retained_figure", "retained_masks"]
 
 GREY = "#555555"
 MANY = 16
-"""Pruners above which the legend stands beside the axes."""
+"""Number of pruners above which the legend is placed beside the axes."""
 
 
 def accuracy_figure(report: Report, path: str | Path) -> None:
-    """Draw accuracy against retained tokens: open marks without training, filled ones with the pruner in the loop.
+    """Draw accuracy against retained tokens: open markers are training-free, filled ones training-aware.
 
-    Crosses are the control (the same extra steps without a pruner, then pruned), squares the base on smaller pictures;
-    lines across are the dense base, the dense base after the same steps and the blind baseline. Bars are 95 % intervals
-    over images; seeds are averaged.
+    Crosses are the control (the same extra steps without a pruner, then pruned), squares the base on smaller images.
+    Horizontal lines are the dense base, the dense base after the same steps, and the blind baseline. Error bars are
+    95 % intervals over images; seeds are averaged.
 
     Args:
-        report: at least one row with a score.
-        path: an image file; its folder is made.
+        report: report with at least one scored row.
+        path: output image; its folder is created.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: no row has a score.
     """
     if not any(row.score is not None for row in report.rows):
         raise ValueError("The report has no row with a score, so there is nothing to draw; evaluate a model first.")
     curves = _curves(report)
     budgets = {point.tokens for points in curves.values() for point in points}
-    # By the score at the largest budget, so that a long legend reads like the right end of the curves.
+    # Sorted by the score at the largest budget, so that a long legend has the order of the right ends of the curves.
     last = {pruner: max(points[-1].score for (_, n), points in curves.items() if n == pruner) for _, pruner in curves}
     colours = _colours(sorted(last, key=lambda name: (-last[name], name)) if len(last) > MANY else sorted(last))
     figure, axes = new_figure(*((7.5, 5.0) if len(last) <= MANY else (11.0, max(6.0, 0.19 * len(last)))))
@@ -79,10 +73,10 @@ _MARKS: dict[str, dict[str, Any]] = {
     "dense_ft": {"marker": "x", "linestyle": ":", "linewidth": 1.0},
 }
 _DODGE = {"downsample": 1.0, "training_free": 0.985, "dense_ft": 1.0, "training_aware": 1.015}
-"""Factors on a logarithmic axis that keep marks of one budget apart."""
+"""Horizontal offsets, as factors on a logarithmic axis, that separate the markers of one budget."""
 
 _WORDS = {
-    "downsample": "smaller picture, no pruner",
+    "downsample": "smaller image, no pruner",
     "training_free": "training-free",
     "dense_ft": "control: same steps, then pruned",
     "training_aware": "training-aware",
@@ -90,12 +84,12 @@ _WORDS = {
 
 
 def _curves(report: Report) -> Curves:
-    """Points of each (arm, pruner), seeds averaged, from few tokens to many."""
+    """Points of each (arm, pruner), averaged over seeds, by increasing number of tokens."""
     groups: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = {}
 
     def put(arm: str, row: Row, score: float | None, ci95: float | None) -> None:
-        pruner = "smaller picture" if row.arm == "downsample" else row.pruner
-        if pruner is not None and row.retained_tokens and score is not None:  # none has no place on the axis
+        pruner = "smaller image" if row.arm == "downsample" else row.pruner
+        if pruner is not None and row.retained_tokens and score is not None:  # 0 is not on a logarithmic axis
             name = f"{pruner} @ layer {row.layer}" if row.layer else pruner
             points = groups.setdefault((arm, name), {})
             points.setdefault(row.retained_tokens, []).append((score, ci95 or 0.0))
@@ -112,7 +106,7 @@ def _curves(report: Report) -> Curves:
 
 
 def _draw_curves(axes: Axes, curves: Curves, colours: dict[str, Any], budgets: list[float]) -> None:
-    """Several budgets: a line per pruner over a logarithmic axis."""
+    """Several budgets: one line per pruner on a logarithmic axis."""
     for (arm, pruner), points in curves.items():
         x = [point.tokens * _DODGE[arm] for point in points]
         axes.plot(x, [p.score for p in points], color=colours[pruner], markersize=6, zorder=3, **_MARKS[arm])
@@ -127,7 +121,7 @@ def _draw_curves(axes: Axes, curves: Curves, colours: dict[str, Any], budgets: l
 
 
 def _draw_columns(axes: Axes, curves: Curves, colours: dict[str, Any]) -> None:
-    """One budget: a column per pruner, and an arrow from training-free to training-aware."""
+    """One budget: one column per pruner, with an arrow from training-free to training-aware."""
     best = {name: max(p.score for (_, n), ps in curves.items() if n == name for p in ps) for name in colours}
     place = {name: i for i, name in enumerate(sorted(best, key=lambda name: -best[name]))}
     offset = {"training_free": -0.16, "downsample": 0.0, "dense_ft": 0.0, "training_aware": 0.16}
@@ -157,7 +151,7 @@ def _bars(axes: Axes, x: Sequence[float], points: Sequence[_Point], colour: Any)
 
 
 def _draw_levels(axes: Axes, report: Report) -> None:
-    """Lines across: dense, dense after the same steps, blind."""
+    """Draw horizontal lines: dense, dense after the same steps, blind."""
     after: list[float | None] = [
         row.score for row in report.arm("dense_ft") if row.pruner is None and row.score is not None
     ]
@@ -169,7 +163,7 @@ def _draw_levels(axes: Axes, report: Report) -> None:
         for value in [v for v in values if v is not None]:
             axes.axhline(100 * value, color=GREY, linewidth=1.2, linestyle=style, zorder=1)
             drawn.append((100 * value, f"{name} {100 * value:.1f}"))
-    # Labels stand right of the axes, apart from each other even where lines nearly meet.
+    # Labels are placed right of the axes and do not overlap where lines are close together.
     last = 200.0
     for value, words in sorted(drawn, reverse=True):
         last = min(value, last - 4.5)
@@ -194,7 +188,7 @@ def _legend(axes: Axes, handles: list[Line2D]) -> None:
 
 
 def _colours(names: Sequence[str]) -> dict[str, Any]:
-    if len(names) > MANY:  # more than a set of colours can tell apart: in the order of the legend
+    if len(names) > MANY:  # a palette has too few colours: a colour map in the order of the legend
         return {name: matplotlib.colormaps["turbo"](i / (len(names) - 1)) for i, name in enumerate(names)}
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
     return {name: palette(i) for i, name in enumerate(names)}
