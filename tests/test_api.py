@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +162,38 @@ def test_values_that_are_no_budgets() -> None:
     for value in (True, "9", [None]):
         with pytest.raises(ValueError, match="A budget is a count, a ratio or a tpcompress.Budget, got"):
             read_budgets(value)  # type: ignore[arg-type]
+
+
+def test_pruners_are_listed_by_pattern() -> None:
+    assert set(tp.list_pruners("di*")) == {name for name in tp.list_pruners() if name.startswith("di")}
+    described = tp.list_pruners("divprune", with_description=True)
+    assert list(described) == ["divprune"]
+    assert "farthest" in described["divprune"]
+    assert tp.list_pruners("no*such*thing") == {}
+    with pytest.raises(ValueError, match="No pruner 'divprun'. .* Did you mean divprune"):
+        tp.list_pruners("divprun")
+
+
+def test_export_is_a_function_and_a_package(base: Any, tmp_path: Path) -> None:
+    import tpcompress.export.card
+    from tpcompress.models import load_processor
+
+    assert tpcompress.export.card.CARD == "README.md"
+    assert tp.export is tpcompress.export
+    tp.attach(base, "divprune", keep_tokens=16)
+    processor = load_processor("tiny_llava")
+    called = tp.export(base, processor, tmp_path / "called")
+    saved = tp.save_pretrained(base, tmp_path / "saved", processor=processor)
+    for folder in (called, saved):
+        assert tp.verify(folder).ok
+        assert tp.plan_of(tp.from_pretrained(folder, keep_tokens=9)).counts(144) == [9]
+    weights = "model.tpcompress.safetensors"
+    assert (called / weights).read_bytes() == (saved / weights).read_bytes()
+
+
+def test_no_public_name_hides_a_module() -> None:
+    for info in pkgutil.walk_packages(tp.__path__, "tpcompress."):
+        if not info.name.endswith("__main__"):
+            module = importlib.import_module(info.name)
+            package, _, name = info.name.rpartition(".")
+            assert getattr(sys.modules[package], name) is module, f"{info.name} is hidden in {package}"

@@ -1,30 +1,34 @@
 """tpcompress: fine-tune multimodal LLMs with a vision-token pruner in the loop, and export them with it baked in.
 
     import tpcompress as tp
-    tp.attach(model, tp.PruningPlan([tp.Stage("divprune", keep_tokens=64)]))
 
-Importing it loads torch and transformers, never lightning, deepspeed or datasets: whoever runs a pruned checkpoint
-does not pay for training.
+    tp.attach(model, "divprune", keep_tokens=64)
+    model.generate(**inputs)
+    print(tp.summary(model))
+
+Importing the package loads torch and transformers, but not the training frameworks (lightning, deepspeed, datasets).
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from tpcompress.export import export, load, load_processor, verify
+from tpcompress.export import load, load_processor, save_pretrained, verify
+from tpcompress.export import load as from_pretrained
 from tpcompress.families import list_families
 from tpcompress.insertion.attach import attach, budgets, detach, disabled, is_attached, mode, plan_of, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
+from tpcompress.insertion.summary import Summary, summary
 from tpcompress.insertion.trace import StageTrace, Trace
-from tpcompress.pruners import Pruner, Selection, TokenView, list_pruners
+from tpcompress.pruners import Pruner, Selection, TokenView
+from tpcompress.pruners.listing import list_pruners
+from tpcompress.version import __version__ as __version__
 
-try:
-    __version__ = version("tpcompress")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0.0.0"
+if TYPE_CHECKING:  # at run time `tpcompress.export` is the package, which can be called
+    from tpcompress.export import export
 
 __all__ = [
-    "Budget", "Pruner", "PruningPlan", "Selection", "Stage", "StageTrace", "TokenView", "Trace", "attach", "budgets",
-    "detach", "disabled", "export", "is_attached", "list_families", "list_pruners", "load", "load_processor", "mode",
-    "plan_of", "record", "verify",
+    "Budget", "Pruner", "PruningPlan", "Selection", "Stage", "StageTrace", "Summary", "TokenView", "Trace", "attach",
+    "budgets", "detach", "disabled", "export", "from_pretrained", "is_attached", "list_families", "list_pruners",
+    "load", "load_processor", "mode", "plan_of", "record", "save_pretrained", "summary", "verify",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import tpcompress as tp
-from tpcompress.evaluation.cost import count_lengths, decoder_flops, kv_bytes
+from tpcompress.insertion.cost import count_lengths, decoder_flops, kv_bytes
 
 TOLERANCE = 0.02
 

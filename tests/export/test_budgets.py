@@ -14,8 +14,7 @@ from export.test_verify import forget
 from safetensors.torch import load_file, save_file
 
 import tpcompress as tp
-from tpcompress.export import load, verify
-from tpcompress.export.verify import VerifyReport, verify_in_fresh_process
+from tpcompress.export import VerifyReport, load, verify, verify_in_fresh_process
 
 
 def counts(*tokens: int) -> list[tp.Budget]:
@@ -117,4 +116,4 @@ def test_a_budget_that_was_not_trained_is_said(any_budget: Path, caplog: pytest.
         load(any_budget, keep_ratio=0.5)
         assert caplog.messages == []
         load(any_budget, keep_tokens=3)
-    assert caplog.messages == ["Loaded with 3 tokens; it was trained at 4 tokens to 0.5 of the tokens."]
+    assert caplog.messages == ["Loaded with 3 tokens, but trained at 4 tokens to 0.5 of the tokens."]

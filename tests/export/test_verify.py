@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 import tpcompress as tp
 from tpcompress.export import VerifyReport, load, load_processor, verify, verify_in_fresh_process
 from tpcompress.export.folder import file_records
-from tpcompress.export.verify import check, main
+from tpcompress.export.replay import check
+from tpcompress.export.verifier import main
 
 WEIGHTS = "model.tpcompress.safetensors"
 
@@ -126,7 +127,7 @@ def test_harmless_change_is_still_named(folder: Path) -> None:
     path = folder / "generation_config.json"
     path.write_text(path.read_text().replace("{", "{ ", 1)[:-1])
     line = one_line(verify(folder))
-    assert "behaves as trained in its probe, but it was changed: generation_config.json has another sha256." in line
+    assert "behaves as trained on its probe, but files were changed: generation_config.json has another sha256." in line
 
 
 def test_dtype_is_suspected(folder: Path) -> None:
@@ -196,7 +197,7 @@ def test_damaged_json(name: str, folder: Path) -> None:
     ("change", "words"),
     [
         (lambda t: t.pop("token_pruners.0.scorer.score.bias"), "1 missing, token_pruners.0.scorer.score.bias"),
-        (lambda t: t.update(odd=torch.zeros(1)), "1 left over, odd first"),
+        (lambda t: t.update(odd=torch.zeros(1)), "1 unexpected, odd first"),
         (
             lambda t: t.update({"token_pruners.0.scorer.score.bias": torch.zeros(2)}),
             "1 of another shape, token_pruners.0.scorer.score.bias first",

@@ -14,8 +14,8 @@ import torch
 from bench.models import MODELS, Shape
 from bench.prefill import LiveTensors, Ratio, flops, interleaved, make_cases, measure, peak_bytes
 
-from tpcompress.evaluation.cost import decoder_flops
 from tpcompress.insertion.cache import held_columns
+from tpcompress.insertion.cost import decoder_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = Shape(layers=4, width=64, heads=4, mlp=96, vocab=100, side=6, text=10)

@@ -17,8 +17,8 @@ from tpcompress.bundled import base_path
 from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.scoring.evaluate import Rows, evaluate, learnt_families
 from tpcompress.evaluation.tasks import Task, create_task
+from tpcompress.export import load, load_processor
 from tpcompress.export.budgets import CurvePoint, ranges_of, was_trained, with_budgets, words
-from tpcompress.export.load import load, load_processor
 from tpcompress.files import write_atomic
 from tpcompress.insertion.attach import budgets
 from tpcompress.insertion.plan import Budget, PruningPlan

@@ -1,7 +1,7 @@
-"""`python -m tpcompress.export FOLDER`: verify a folder in a process of its own."""
+"""`python -m tpcompress.export FOLDER`: verifies a folder in a process of its own."""
 
 import sys
 
-from tpcompress.export.verify import main
+from tpcompress.export.verifier import main
 
 sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""`export`: from an attached model, trained or not, to a folder that holds the plan, its weights and a probe.
+"""`export`: writes an attached model, trained or not, to a folder with the plan, its weights and a probe.
 
-The caller's model is left as it was. Its weights are not copied, with one exception: layers under LoRA are, one by
-one, to merge into the copies.
+The caller's model is left unchanged. Its weights are shared, not copied, except those of layers with adapters, whose
+copies receive the merged weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from tpcompress.export.folder import MANIFEST, check_free, file_records, new_fol
 from tpcompress.export.loaded_precision import as_loaded, is_rounded
 from tpcompress.export.manifest import describe
 from tpcompress.export.probe import Probe, default_inputs, record_probe
-from tpcompress.export.probe_diff import Comparison
+from tpcompress.export.probe_diff import ProbeDiff
 from tpcompress.export.registry import config_class, register_model, stock_class
 from tpcompress.families import family_of
-from tpcompress.insertion.attach import base_of, plan_of
-from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.attach import controller_of
+from tpcompress.insertion.budget import Budget
+from tpcompress.insertion.plan import PruningPlan
 
 logger = logging.getLogger(__name__)
 
 Measure = Callable[[Path, dict[str, Any]], Sequence[CurvePoint]]
-"""Gets the folder, which can be loaded, and its manifest so far; says what the export is worth at which budget."""
+"""(loadable folder, manifest so far) -> accuracy of the export at each measured budget."""
 
 
 def export(
@@ -49,23 +50,23 @@ def export(
     measure: Measure | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a folder that loads with its plan on, and only so.
+    """Write a folder that loads with its plan attached, and only so.
 
-    LoRA is merged, the pruners' weights are included, curricula stand at the plan's own budgets. The model itself
-    stays as it is: attached, unmerged, in its mode. The probe holds what the weights as written do; where merging
-    made that differ from the model at hand, the manifest says by how much. Call it from one process.
+    Adapters are merged, the pruners' weights are included, and budgets are the plan's own. The model itself stays
+    attached, unmerged and in its mode. The probe records the written weights; if merging changed their behaviour, the
+    manifest states by how much. Call it from one rank only.
 
     Args:
         model: a transformers model with a plan attached, or a PEFT model around one.
-        processor: what makes its inputs; written beside it.
-        out: folder to write; it appears only when it is complete.
-        probe_inputs: a call to store and replay, as the processor makes it, with an image; a built-in one without it.
-        recipe: YAML file or mapping that the model was trained by, kept as recipe.yaml.
+        processor: processor of the model; saved in the same folder.
+        out: folder to write; it appears only when complete.
+        probe_inputs: processor outputs with an image, stored and replayed by `verify`; default: a built-in input.
+        recipe: YAML file or mapping that the model was trained with, saved as recipe.yaml.
         trained_with: facts for the manifest, e.g. {"arm": "training_aware", "steps": 800}.
-        budgets: final budgets, one per stage; without it the plan's own.
-        trained_budgets: lowest and highest budget of each stage that training ended with. Where they differ the probe
-            holds both ends beside the plan's own.
-        measure: called before the folder appears, for the table of accuracy over budgets in its card.
+        budgets: final budgets, one per stage; default: the plan's.
+        trained_budgets: lowest and highest budget of each stage at the end of training. If they differ, the probe also
+            records both ends.
+        measure: called before the folder appears; its result becomes the accuracy table of the model card.
         overwrite: replace an earlier export at `out`.
 
     Returns:
@@ -73,20 +74,20 @@ def export(
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, a plan or probe
+        ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, or a plan or probe
             that cannot be written.
         FileExistsError: `out` exists.
         FileNotFoundError: no such recipe.
     """
     out = Path(out)
     check_free(out, overwrite)
-    base = base_of(model)
-    plan = with_budgets(plan_of(model), budgets)
+    attached = controller_of(model)
+    base, plan = attached.parts.model, with_budgets(attached.plan, budgets)
     _refuse(base, processor)
     recipe_text = _recipe(recipe)
     inputs = default_inputs(processor) if probe_inputs is None else probe_inputs
     values = own_budgets(plan)
-    probe = record_probe(model, inputs, values)
+    probe = record_probe(base, inputs, values)
     merged = base if model is base else merged_copy(model)
     conversion, changed = None, merged is not base or is_rounded(base)
     with as_loaded(merged):
@@ -111,11 +112,26 @@ def export(
     return out
 
 
+def save_pretrained(model: nn.Module, out: str | Path, *, processor: Any, **options: Any) -> Path:
+    """Export a model under the name that transformers uses: `export(model, processor, out, **options)`.
+
+    Args:
+        model: with a plan attached.
+        out: folder to write.
+        processor: processor of the model.
+        **options: see `export`.
+
+    Returns:
+        The folder.
+    """
+    return export(model, processor, out, **options)
+
+
 def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """An attached model as its exported class: same tensors, on which only `save_pretrained` may be called.
+    """Convert an attached model to its exported class, with shared tensors; only `save_pretrained` may be called on it.
 
     Raises:
-        ValueError: its weights are not those of its stock class plus the plan's.
+        ValueError: its weights are not those of its stock class plus the pruners'.
     """
     config = exported_config(base.config, plan, base.dtype)
     stock = config.base_model_type
@@ -134,21 +150,21 @@ def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 
 
 def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dtype) -> PretrainedConfig:
-    """The exported config of a stock or exported one."""
+    """Exported config of a stock or exported config."""
     stock = getattr(config, "base_model_type", None) or config.model_type
     kept = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "_name_or_path")}
     made = config_class(stock).from_dict(kept | {"token_pruning": plan.to_dict()})
-    for name in made.sub_configs:  # as loading does, so that a second save equals the first
-        if getattr(made, name) is not None:  # Gemma 4 may come without audio
+    for name in made.sub_configs:  # as loading does, so that saving again gives the same file
+        if getattr(made, name) is not None:  # Gemma 4 without audio
             getattr(made, name).dtype = dtype
     return made
 
 
 def merged_copy(model: nn.Module) -> PreTrainedModel:
-    """A PEFT model's base with the adapters merged; every tensor that merging leaves alone is shared with the model.
+    """Base of a PEFT model with its adapters merged; tensors that merging leaves unchanged are shared with the model.
 
     Raises:
-        ValueError: its method has nothing to merge (prompt tuning and the like), or cannot merge what it has.
+        ValueError: adapters that cannot be merged, e.g. of prompt tuning.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -172,13 +188,13 @@ def merged_copy(model: nn.Module) -> PreTrainedModel:
 
 
 def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]:
-    """What merging adapters, or undoing a cast that no loader repeats, changed in the probe; for the manifest.
+    """Change of the probe by merging adapters or by restoring float32 buffers, for the manifest.
 
     Raises:
-        ValueError: more than rounding explains, in float32. In half precision it is only logged.
+        ValueError: a change beyond rounding in float32. In half precision it is only logged.
     """
-    found = Comparison.of(trained, exported)
-    what = "Merging the adapters" if merged else "Giving rotary frequencies and scorers their full precision"
+    found = ProbeDiff.of(trained, exported)
+    what = "Merging the adapters" if merged else "Restoring rotary frequencies and pruners to float32"
     if found.differs is not None:
         message = f"{what} changed the model first {found.differs}"
         if trained.about["dtype"] == "float32":
@@ -189,11 +205,15 @@ def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]
 
 
 def _refuse(base: PreTrainedModel, processor: Any) -> None:
-    """Raises ValueError for what cannot become plain weights of a stock layout."""
+    """Check that the model can be written as plain weights of its stock class.
+
+    Raises:
+        ValueError: another class, quantized or offloaded weights, or not a processor.
+    """
     family_of(base.config)
     stock = stock_class(getattr(base.config, "base_model_type", None) or base.config.model_type)
     if not isinstance(base, stock):
-        raise ValueError(f"Export writes {stock.__name__} models, got {type(base).__name__}; load it as the former.")
+        raise ValueError(f"Export writes {stock.__name__} models, got {type(base).__name__}; load it as that class.")
     if getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None) is not None:
         raise ValueError(
             "Quantized weights cannot be exported; load the base in bfloat16, apply the adapters, then export."

@@ -1,4 +1,4 @@
-"""Budgets of an export: other ones than the plan's, the range it was trained at, and accuracy over budgets."""
+"""Budgets of an export: other budgets than the plan's, the trained range, and accuracy at each budget."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan
 
 Range = tuple[Budget, Budget]
-"""The lowest and the highest budget that a stage was trained at."""
+"""Lowest and highest budget that a stage was trained at."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What an export is worth at one budget.
+    """Measured accuracy of an export at one budget.
 
     Attributes:
-        budget: in words, one per stage.
-        retained: vision tokens behind the last stage, mean over prompts.
-        accuracy: share in [0, 1]: mean over the question families of `data`.
-        ci95: half width of its 95 % interval, by resampling pictures.
-        token_accuracy: share of answer tokens that are right, given those before.
-        loss: mean label loss of an answer token, nats.
-        questions, images: how many were asked, and about how many pictures.
-        data: what was asked.
-        seed: of the pictures and of the interval.
-        trained: whether the budget lies in the range of training; None where nothing trained.
+        budget: budgets of the stages as text.
+        retained: vision tokens after the last stage, mean over prompts.
+        accuracy: mean over the question families of `data`, in [0, 1].
+        ci95: half width of the 95 % interval of `accuracy`, by bootstrap over images.
+        token_accuracy: share of correct answer tokens under teacher forcing.
+        loss: mean label loss per answer token, in nats.
+        questions: number of questions.
+        images: number of images.
+        data: description of the data.
+        seed: seed of the images and of the bootstrap.
+        trained: whether the budget lies in the trained range; None without training.
     """
 
     budget: str
@@ -64,22 +65,22 @@ def with_budgets(plan: PruningPlan, budgets: Sequence[Budget] | None) -> Pruning
 
 
 def own_budgets(plan: PruningPlan) -> list[Budget]:
-    """The plan's."""
+    """Budgets of the plan, one per stage."""
     return [stage.budget for stage in plan.stages]
 
 
 def words(budgets: Sequence[Budget]) -> str:
-    """Budgets as a person reads them, stage by stage."""
+    """Budgets of all stages as text."""
     return ", then ".join(str(budget) for budget in budgets)
 
 
 def as_dict(budget: Budget) -> dict[str, Any]:
-    """The field of a budget that is set."""
+    """The field of a budget that is set, as a mapping."""
     return {name: value for name, value in vars(budget).items() if value is not None}
 
 
 def describe_ranges(ranges: Sequence[Range] | None, total: int) -> list[dict[str, Any]] | None:
-    """What a manifest says of the budgets of training, for a row of `total` vision tokens."""
+    """Trained ranges as plain values for the manifest, for a row of `total` vision tokens."""
     if ranges is None:
         return None
     return [
@@ -89,19 +90,23 @@ def describe_ranges(ranges: Sequence[Range] | None, total: int) -> list[dict[str
 
 
 def ranges_of(manifest: dict[str, Any]) -> list[Range] | None:
-    """The inverse of `describe_ranges`; None of an export that does not say."""
+    """Read the trained ranges of a manifest; None without any."""
     found = manifest.get("trained_budgets")
     return None if found is None else [(Budget(**each["low"]), Budget(**each["high"])) for each in found]
 
 
 def was_trained(budgets: Sequence[Budget], ranges: Sequence[Range], total: int) -> bool:
-    """Whether every stage keeps a count of `total` tokens that lies in its range of training."""
+    """Whether the count of every stage, of `total` tokens, lies in its trained range."""
     pairs = zip(budgets, ranges, strict=True)
     return all(low.count(total) <= budget.count(total) <= high.count(total) for budget, (low, high) in pairs)
 
 
 def probed_budgets(plan: PruningPlan, ranges: Sequence[Range] | None, total: int) -> list[list[Budget]]:
-    """The ends of the range of training, where they keep other counts than the plan: what a probe holds as well."""
+    """Ends of the trained range whose counts differ from the plan's; a probe records them too.
+
+    Raises:
+        ValueError: not one range per stage.
+    """
     if ranges is None:
         return []
     if len(ranges) != len(plan.stages):

@@ -1,4 +1,4 @@
-"""The model card of an export: its README.md, made from the manifest alone."""
+"""Model card of an export (README.md), rendered from the manifest."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ tags: [tpcompress, token-pruning]
 
 
 def card(manifest: dict[str, Any], name: str) -> str:
-    """The card.
+    """Render the model card.
 
     Args:
-        manifest: of the export, without its files.
-        name: of the folder.
+        manifest: manifest of the export.
+        name: name of the folder.
     """
     base = manifest["base"]["model"]
     head = HEAD + (f"base_model: {base}\n" if base and "/" in base else "") + "---\n"
@@ -32,8 +32,8 @@ def _title(manifest: dict[str, Any], name: str) -> str:
     left = manifest["stages"][-1]["retained"]
     return (
         f"# {name}\n\n{manifest['base']['model'] or manifest['base']['class']} with {left} of "
-        f"{manifest['vision_tokens']} vision tokens behind its last stage ({pruners}), "
-        f"{manifest['layer_average']:.4g} on the average decoder layer. It loads with its pruner, and only so."
+        f"{manifest['vision_tokens']} vision tokens after its last stage ({pruners}), "
+        f"{manifest['layer_average']:.4g} on average per decoder layer. It loads only with its pruner."
     )
 
 
@@ -44,7 +44,7 @@ def _usage(manifest: dict[str, Any], name: str) -> str:
         asked = {key: [each["low"][key] for each in trained] for key in trained[0]["low"] if _all_have(trained, key)}
         for key, values in asked.items():
             shown = values[0] if len(values) == 1 else values
-            lines.append(f'model = tp.load("{name}", {key}={shown})  # any budget of its range')
+            lines.append(f'model = tp.load("{name}", {key}={shown})  # any budget in its range')
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -66,7 +66,7 @@ def _curve(manifest: dict[str, Any]) -> str:
     points = manifest.get("budget_curve")
     if not points:
         return ""
-    header = ["budget", "retained", "accuracy", "answer tokens right", "label loss", "questions", "seed"]
+    header = ["budget", "retained", "accuracy", "correct answer tokens", "label loss", "questions", "seed"]
     rows = []
     for point in points:
         mark = " *" if point["trained"] is False else ""
@@ -74,9 +74,9 @@ def _curve(manifest: dict[str, Any]) -> str:
         right = f"{100 * point['token_accuracy']:.1f} %"
         row = [point["budget"] + mark, f"{point['retained']:.1f}", accuracy, right, f"{point['loss']:.3f}"]
         rows.append([*row, point["questions"], point["seed"]])
-    notes = [f"Measured on this export: {points[0]['data']}, {points[0]['images']} pictures; ± is a 95 % interval."]
+    notes = [f"Measured on this export: {points[0]['data']}, {points[0]['images']} images; ± is a 95 % interval."]
     if any(point["trained"] is False for point in points):
-        notes.append("* outside of the budgets that it was trained at.")
+        notes.append("* outside of the trained range.")
     return f"## Accuracy by budget\n\n{_table(header, rows)}\n\n{' '.join(notes)}"
 
 
@@ -85,25 +85,25 @@ def _training(manifest: dict[str, Any]) -> str:
     if not facts:
         return ""
     rows = [[name.replace("_", " "), _value(value)] for name, value in facts.items()]
-    return f"## Training\n\n{_table(['what', 'how'], rows)}\n\nThe complete recipe, if there was one, is recipe.yaml."
+    return f"## Training\n\n{_table(['setting', 'value'], rows)}\n\nThe complete recipe, if any, is recipe.yaml."
 
 
 def _findings(found: dict[str, Any] | None) -> str:
-    """Whether the pruner beat as many random tokens when training ended, and what else gave alarm."""
+    """Whether the pruner beat random selection of as many tokens at the end of training, and other alarms."""
     if not found:
         return ""
     last, alarms = found["last"], found["alarms"]
     gap, error = last["behind_random"], last["behind_random_error"]
     if gap is None or error is None:
-        verdict = "Whether the choice beats a random one could not be measured."
+        verdict = "The comparison with random selection could not be measured."
     else:
-        what = "beats" if gap < -2 * error else "falls behind" if gap > 2 * error else "cannot be told from"
+        what = "beats" if gap < -2 * error else "falls behind" if gap > 2 * error else "cannot be distinguished from"
         verdict = (
-            f"The choice {what} a random one of as many tokens: its label loss is {abs(gap):.3f} nats "
+            f"The pruner {what} random selection of as many tokens: its label loss is {abs(gap):.3f} nats "
             f"{'lower' if gap < 0 else 'higher'} (standard error {error:.3f}), {100 * last['accuracy']:.0f} % of "
-            f"answer tokens are right against {100 * last['random_accuracy']:.0f} %."
+            f"answer tokens are correct against {100 * last['random_accuracy']:.0f} %."
         )
-    seen = f"At the last look of training (step {last['step']:.0f}, a few batches, the plan's own budget):"
+    seen = f"At the last check of training (step {last['step']:.0f}, a few batches, the plan's own budget):"
     warned = "\n".join(f"- ALARM: {alarm}" for alarm in alarms) or "No alarms."
     return f"## Does the pruner beat random?\n\n{seen} {verdict}\n\n{warned}"
 
@@ -114,8 +114,8 @@ def _caveats(manifest: dict[str, Any]) -> str:
         lines.append("- Which tokens are retained depends on the prompt.")
     if manifest.get("trained_with", {}).get("quantize"):
         lines.append(
-            "- It was trained on a quantised base; its adapters are merged into the base's own weights, to which the "
-            "quantisation error of training is a difference."
+            "- It was trained on a quantised base; its adapters are merged into the unquantised weights, so that it "
+            "differs from the trained model by the quantisation error."
         )
     conversion = manifest["conversion"]
     if conversion is not None:
@@ -135,7 +135,7 @@ def _budget(fields: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """Plain values in a cell: classes as calls, lists with commas."""
+    """Text of a plain value: classes as calls, lists with commas."""
     if isinstance(value, dict) and "class" in value:
         rest = ", ".join(f"{k}={_value(v)}" for k, v in value.items() if k != "class")
         return f"{value['class']}({rest})"

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written beside their place, then renamed into it. And the look inside one."""
+"""Writes folders atomically and reads exported ones: manifest, file sizes, hashes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SCHEMA = 1
 
 @contextmanager
 def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` if the block ends well, and is removed if it does not.
+    """Yield a temporary folder beside `out`, which is renamed to `out` if the block succeeds and removed if it fails.
 
-    A killed process leaves at most a hidden folder `.NAME.*.partial` behind, never a half-written `out`.
+    A killed process leaves at most a hidden folder `.NAME.*.partial`, never a half-written `out`.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is off, or it is not an earlier export.
-        FileNotFoundError: the folder around `out` cannot be made.
+        FileNotFoundError: the parent folder of `out` cannot be created.
     """
     out = Path(out)
     check_free(out, overwrite)
@@ -54,7 +54,11 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raises FileExistsError unless `out` may be written."""
+    """Check that `out` may be written.
+
+    Raises:
+        FileExistsError: it exists and `overwrite` is off, or it is not an earlier export.
+    """
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
@@ -72,7 +76,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an export.
+    """Read the manifest of an export.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -95,11 +99,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
+    """Read a JSON file that holds a mapping.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or no mapping.
+        ValueError: damaged, or not a mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy or export the folder again.")
@@ -113,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON that people can read."""
+    """Write indented JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -126,7 +130,7 @@ def file_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def damaged_files(folder: Path, manifest: dict[str, Any], hashes: bool) -> dict[str, str]:
-    """What is wrong with which file: missing, of another size, or (with `hashes`) of other content."""
+    """Damaged files and their damage: missing, another size, or (with `hashes`) other content."""
     found: dict[str, str] = {}
     for name, record in manifest["files"].items():
         path = folder / name
@@ -140,7 +144,7 @@ def damaged_files(folder: Path, manifest: dict[str, Any], hashes: bool) -> dict[
 
 
 def unusable_files(damaged: dict[str, str], folder: Path) -> dict[str, str]:
-    """The damage that makes a replay pointless. Text that was edited is not: it is read, and its effect shown."""
+    """Damage that prevents a replay: missing files and truncated weights. Edited text files are replayed."""
     return {n: what for n, what in damaged.items() if not (folder / n).is_file() or ("bytes" in what and _binary(n))}
 
 
@@ -148,19 +152,20 @@ def exported_type(folder: Path) -> str:
     """The `model_type` of an exported folder's config.json.
 
     Raises:
-        FileNotFoundError, ValueError: it is missing, damaged, or of a model without a plan.
+        FileNotFoundError: it is missing.
+        ValueError: damaged, or of a model without a plan.
     """
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in exported_types():
         raise ValueError(
-            f"{folder} holds a '{model_type}' model, not an export of tpcompress; load it with transformers and put "
-            f"a plan on it with tpcompress.attach."
+            f"{folder} holds a '{model_type}' model, not an export of tpcompress; load it with transformers and "
+            f"attach a plan with tpcompress.attach."
         )
     return model_type
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file."""
+    """sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -170,7 +175,7 @@ def _binary(name: str) -> bool:
 
 
 def _share(folder: Path) -> None:
-    """Temporary folders are private; an export has the permissions of any other new folder."""
+    """Give a temporary folder, which is private, the permissions of any other new folder."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)

@@ -1,4 +1,7 @@
-"""What no loader reproduces: `model.to(bfloat16)` also rounds rotary frequencies and scorers, loading never does."""
+"""Restores the precision that a loaded export has in a model that was cast as a whole.
+
+`model.to(bfloat16)` also rounds rotary frequencies and pruner weights; `from_pretrained` keeps both in float32.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def as_loaded(base: PreTrainedModel) -> Iterator[None]:
-    """Run a block with the buffers and pruner precision that the exported model will have once it is loaded."""
+    """Run a block with buffers and pruner weights in the precision that they have after loading the export."""
     buffers = [(m, name, m._buffers[name]) for m, name in _rounded_buffers(base)]
     weights = [p for p in _pruners(base).parameters() if p.dtype in HALF]
     before = [p.data for p in weights]
@@ -26,7 +29,7 @@ def as_loaded(base: PreTrainedModel) -> Iterator[None]:
             assert isinstance(old, Tensor)
             module._buffers[name] = old.float()
         for module in dict.fromkeys(module for module, _, _ in buffers):
-            base._init_weights(module)  # what from_pretrained makes such buffers with
+            base._init_weights(module)  # from_pretrained computes such buffers with it
         for parameter in weights:
             parameter.data = parameter.data.float()
         yield
@@ -38,12 +41,12 @@ def as_loaded(base: PreTrainedModel) -> Iterator[None]:
 
 
 def is_rounded(base: PreTrainedModel) -> bool:
-    """The model was cast in a way that loading does not repeat."""
+    """Whether the model has buffers or pruner weights in half precision that loading keeps in float32."""
     return bool(_rounded_buffers(base)) or any(p.dtype in HALF for p in _pruners(base).parameters())
 
 
 def _rounded_buffers(base: PreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """Buffers that are not in the checkpoint and should be float32, in half precision."""
+    """Half-precision buffers that are not in the checkpoint, as (module, name)."""
     return [
         (module, name)
         for module in base.modules()

@@ -1,4 +1,4 @@
-"""What manifest.json says of an export, for people and for whoever decides where it can run."""
+"""Contents of manifest.json: what an export holds, and whether a serving engine can run it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from tpcompress.export.registry import stock_class
 from tpcompress.families import resolve
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners.catalogue import unserved
+from tpcompress.version import __version__
 
 
 def describe(
     base: PreTrainedModel, plan: PruningPlan, probe: Probe, trained_budgets: Sequence[Range] | None = None
 ) -> dict[str, Any]:
-    """The manifest without what only the export knows: merging, training, files.
+    """Describe an export; `bake.export` adds merging, training and files.
 
-    Counts hold for the first image of the probe, which for families with one grid is every image.
+    Counts are those of the first image of the probe; in families with one image size they hold for every image.
     """
-    from tpcompress import __version__
-
     config = base.config
     model_type = getattr(config, "base_model_type", None) or config.model_type
     total, depth = probe.about["stages"][0]["vision_tokens"][0], len(resolve(base).layers)
@@ -54,7 +53,7 @@ def describe(
 
 
 def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:
-    """Nominal and retained counts of every stage, for a row of `total` vision tokens."""
+    """Budget and retained count of every stage, for a row of `total` vision tokens."""
     return [
         {
             "stage": number,
@@ -71,7 +70,7 @@ def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:
 
 
 def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> tuple[bool, str]:
-    """Whether engines can take the plan as a property of the image encoder, and why or why not."""
+    """Whether a serving engine can treat the plan as a property of the image encoder, and the reason."""
     late = [n for n, stage in enumerate(plan.stages) if stage.layer > 0]
     if late:
         return False, f"stage {late[0]} acts at layer {plan.stages[late[0]].layer}, inside the language model"
@@ -82,18 +81,18 @@ def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> 
     if plan.scope != "image":
         return False, "the budget holds per prompt, so an image's count depends on the other images"
     if plan.stages[0].keep_tokens is None and getattr(config, "image_seq_length", None) != total:
-        return False, "a ratio of images of varying size is no fixed count; give keep_tokens"
+        return False, "a ratio of images of varying size gives no fixed count; give keep_tokens"
     return True, "before the language model, a fixed count per image, whatever the prompt"
 
 
 def _base_name(base: PreTrainedModel) -> str | None:
-    """Hub id of the base. Of a local folder its name only: where it lay says nothing elsewhere."""
+    """Hub id of the base, or the name of its local folder without the path."""
     name = base.config.name_or_path
     if not name:
         return None
     if Path(name).is_dir():
         manifest = Path(name) / MANIFEST
-        if manifest.is_file():  # exported again: the base is that of the first export
+        if manifest.is_file():  # an export of an export has the base of the first
             return json.loads(manifest.read_text(encoding="utf-8")).get("base", {}).get("model")
         return Path(name).resolve().name
     return name

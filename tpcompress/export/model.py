@@ -1,4 +1,4 @@
-"""What an exported model class adds to the stock one: its plan is on from construction, and loading it is strict."""
+"""Mixin of exported model classes: the plan is attached at construction, and loading is strict."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tpcompress.insertion.attach import CONTROLLER, PRUNERS, attach, plan_of
+from tpcompress.insertion.attach import PRUNERS, attach, is_attached, plan_of
 from tpcompress.insertion.plan import PruningPlan
 
 VARIANT = "tpcompress"
-"""Weights are `model.tpcompress.safetensors`: the stock class, called by name, finds none and refuses, too."""
+"""Weight files are `model.tpcompress.safetensors`, which the stock class does not find, so that it fails to load."""
 
 FP32 = PRUNERS
-"""Scores stay as precise as they were in training, whatever dtype the rest is loaded in."""
+"""Submodules that stay in float32 whatever the dtype of the rest, as in training."""
 
 
 class ExportedModel:
-    """Comes before the stock class in the class of an exported model."""
+    """Precedes the stock class in the bases of an exported model class."""
 
     def __init__(self, config: Any, *args: Any, allow_outside: bool = False, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -38,20 +38,20 @@ class ExportedModel:
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, but weights that are missing or left over are an error.
+        """Load as transformers does, except that missing or unexpected weights are an error.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
             *args: as in transformers.
-            output_loading_info: also return what transformers says of the loading.
-            **kwargs: as in transformers, and `allow_outside=True` to import pruners from outside tpcompress.
+            output_loading_info: also return transformers' loading info.
+            **kwargs: as in transformers; `allow_outside=True` also imports pruners from outside tpcompress.
 
         Raises:
-            ValueError: weights are damaged, missing, left over or of another shape; or the plan cannot be read.
-            OSError: there are no weights.
+            ValueError: weights are damaged, missing, unexpected or of another shape; or the plan cannot be read.
+            OSError: no weights.
         """
         kwargs.setdefault("variant", VARIANT)
-        kwargs["ignore_mismatched_sizes"] = True  # to say in one line below what transformers spreads over a table
+        kwargs["ignore_mismatched_sizes"] = True  # reported in one line below instead of in transformers' table
         loader: Any = super()
         try:
             model, info = loader.from_pretrained(
@@ -63,7 +63,7 @@ class ExportedModel:
             ) from None
         odd = {
             "missing": sorted(info["missing_keys"]),
-            "left over": sorted(info["unexpected_keys"]),
+            "unexpected": sorted(info["unexpected_keys"]),
             "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
         }
         odd = {what: names for what, names in odd.items() if names}
@@ -76,17 +76,17 @@ class ExportedModel:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in transformers; the plan that is attached now is the one that is written.
+        """Save as transformers does, with the plan that is attached now.
 
         Raises:
-            ValueError: the plan was detached: without it the folder would lie about the model.
+            ValueError: the plan was detached, so that the folder would not describe the model.
         """
-        if not hasattr(self, CONTROLLER):
+        this = cast(PreTrainedModel, self)
+        if not is_attached(this):
             raise ValueError(
-                "The plan of this model was detached, and its class does not stand without one; "
+                "The plan of this model was detached, but its class requires one; "
                 "attach a plan and save again, or save the base checkpoint instead."
             )
-        this = cast(PreTrainedModel, self)
         this.config.token_pruning = plan_of(this).to_dict()
         kwargs.setdefault("variant", VARIANT)
         saver: Any = super()

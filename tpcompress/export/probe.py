@@ -1,9 +1,9 @@
-"""The probe: one stored input and what the trained model did with it, stage by stage; and its replay.
+"""Probe: one stored input and the trained model's behaviour on it, stage by stage.
 
-A model that was trained at many budgets has a replay at several: `other.K.` and the same names.
+A model that was trained at many budgets is recorded at several of them, under `other.K.` and the same names.
 
 probe.safetensors   input.NAME        tensors of the call (ids, mask, pixels)
-                    stage.N.retained  uint8 (rows, vision tokens of the longest row): 1 where a token is left
+                    stage.N.retained  uint8 (rows, vision tokens of the longest row): 1 where a token is retained
                     logits            fp32 (samples, vocabulary) of the first new token
                     tokens            int64 (samples, new tokens), greedy
 probe.json          budgets, stages, dtype, attention implementation, device, versions, tolerance
@@ -27,27 +27,27 @@ from tpcompress.errors import first_line
 from tpcompress.export.budgets import as_dict
 from tpcompress.export.folder import read_json, write_json
 from tpcompress.inference import inference
-from tpcompress.insertion.attach import base_of, budgets, controller_of, mode, record
-from tpcompress.insertion.plan import Budget
+from tpcompress.insertion.attach import budgets, controller_of, mode, record
+from tpcompress.insertion.budget import Budget
 
 NEW_TOKENS = 8
 QUESTION = "What is in this picture? Answer in one word."
 
-# Largest logit gap that counts as equal, as a share of the largest logit. fp32 differs by the order of sums only.
 LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest logit gap that counts as equal, as a share of the largest logit. fp32 differs by the order of sums only."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A stored input and what came of it.
+    """A stored input and the outputs for it.
 
     Attributes:
         inputs: arguments of the call, on the CPU.
-        retained: per stage, bool (rows, vision tokens).
-        logits: of the first new token, fp32.
-        tokens: greedy continuation.
-        about: the contents of probe.json.
-        others: the same input at other budgets; `about` of each names them under `budgets`.
+        retained: retained tokens of each stage, bool (rows, vision tokens).
+        logits: fp32 logits of the first new token (samples, vocabulary).
+        tokens: greedy continuation (samples, new tokens).
+        about: contents of probe.json.
+        others: records of the same input at other budgets.
     """
 
     inputs: dict[str, Tensor]
@@ -59,11 +59,11 @@ class Probe:
 
     @property
     def budgets(self) -> list[Budget]:
-        """Those of the run, one per stage."""
+        """Budgets of the record, one per stage."""
         return [Budget(**fields) for fields in self.about["budgets"]]
 
     def beside(self, others: Sequence[Probe]) -> Probe:
-        """This one, holding others of the same input as well."""
+        """This probe with records of the same input at other budgets."""
         return replace(self, others=tuple(others))
 
     def save(self, folder: Path) -> None:
@@ -77,10 +77,11 @@ class Probe:
 
     @classmethod
     def read(cls, folder: Path) -> Probe:
-        """The probe of a folder.
+        """Read the probe of a folder.
 
         Raises:
-            FileNotFoundError, ValueError: a file of it is missing or damaged.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged.
         """
         about, path = read_json(folder / "probe.json"), folder / "probe.safetensors"
         if not path.is_file():
@@ -95,7 +96,7 @@ class Probe:
             raise ValueError(f"{path} is damaged ({error}); copy or export the folder again.") from None
 
     def _outcome(self, prefix: str) -> dict[str, Tensor]:
-        """What came of the input, under the names of the file."""
+        """Outputs under their names in probe.safetensors."""
         retained = {f"{prefix}stage.{n}.retained": value.to(torch.uint8) for n, value in enumerate(self.retained)}
         return retained | {f"{prefix}logits": self.logits, f"{prefix}tokens": self.tokens}
 
@@ -107,28 +108,29 @@ class Probe:
 
 
 def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget] | None = None) -> Probe:
-    """Run a model once and keep what its stages did.
+    """Run a model once and record its stages, logits and greedy continuation.
 
     Args:
-        model: with a plan attached; it is run in eval mode and mode `drop`, and left as it was.
-        inputs: arguments of the call as a processor makes them; they must hold an image.
-        values: budgets, one per stage; the plan's without it.
+        model: with a plan attached; run in eval mode and mode `drop`, and left unchanged.
+        inputs: processor outputs with an image.
+        values: one budget per stage; default: the plan's.
 
     Raises:
-        ValueError: no image, no ids, or something that is not a tensor.
+        ValueError: no image, no ids, or a value that is not a tensor.
     """
     inputs = {name: value for name, value in inputs.items() if name != "labels" and value is not None}
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd or "input_ids" not in inputs:
         what = f"'{odd[0]}' is a {type(inputs[odd[0]]).__name__}" if odd else "input_ids are missing"
         raise ValueError(f"probe_inputs are tensors as a processor makes them (return_tensors='pt'), but {what}.")
-    base: Any = base_of(model)
+    attached = controller_of(model)
+    base: Any = attached.parts.model
     chosen: AbstractContextManager[None] = nullcontext() if values is None else budgets(model, values)
     with inference(base), mode(model, "drop"), chosen, record(model) as trace:
-        used = [as_dict(budget) for budget in controller_of(base).budgets]
-        logits, tokens = _answer(base, inputs)
+        used = [as_dict(budget) for budget in attached.budgets]
+        logits, tokens = _answer(base, inputs, sorted(attached.parts.placeholder_ids.values()))
     if not trace.stages:
-        raise ValueError("probe_inputs hold no image, so no stage would be checked; give a prompt with one.")
+        raise ValueError("probe_inputs have no image, so that no stage would be checked; give a prompt with one.")
     stages = [
         {"layer": s.layer, "vision_tokens": s.total, "retained": s.vision_out, "owner": s.owner} for s in trace.stages
     ]
@@ -143,7 +145,7 @@ def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget]
 
 
 def environment(base: Any) -> dict[str, str]:
-    """What can make a replay differ although the weights are the same."""
+    """Settings that can change a replay of the same weights."""
     import transformers
 
     return {
@@ -156,35 +158,34 @@ def environment(base: Any) -> dict[str, str]:
 
 
 def default_inputs(processor: Any) -> dict[str, Tensor]:
-    """A synthetic picture and a question, through the processor and its chat template if it has one.
+    """Process a synthetic image and a question, through the chat template if the processor has one.
 
     Raises:
-        ValueError: the processor does not take them; give `probe_inputs` then.
+        ValueError: the processor does not accept them.
     """
     text: Any = f"USER: {getattr(processor, 'image_token', '<image>')}\n{QUESTION} ASSISTANT:"
     try:
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(processor(images=[_picture()], text=[text], return_tensors="pt"))
+        return dict(processor(images=[_image()], text=[text], return_tensors="pt"))
     except Exception as error:
         raise ValueError(
-            f"The processor does not take the built-in probe ({first_line(error)}); pass probe_inputs=processor(...)."
+            f"The processor does not accept the built-in probe ({first_line(error)}); pass probe_inputs=processor(...)."
         ) from error
 
 
-def _answer(base: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits of the first new token and the greedy continuation."""
+def _answer(base: Any, inputs: Mapping[str, Tensor], placeholders: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits of the first new token and the greedy continuation, in which placeholders are suppressed."""
     length = inputs["input_ids"].shape[1]
     moved = {
         name: value.to(base.device, base.dtype if value.is_floating_point() else None) for name, value in inputs.items()
     }
-    # Not the model's own generation config: what users set there (sampling, penalties) is not what is checked.
+    # Not the model's own generation config: sampling and penalties set there are not part of the check.
     eos = base.generation_config.eos_token_id
     pad = base.generation_config.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    placeholders = sorted(controller_of(base).parts.placeholder_ids.values())
     options = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, use_cache=True, eos_token_id=eos, pad_token_id=pad,
         suppress_tokens=placeholders, return_dict_in_generate=True, output_logits=True,
@@ -197,8 +198,8 @@ def _dtype(base: Any) -> str:
     return str(base.dtype).removeprefix("torch.")
 
 
-def _picture(side: int = 224) -> Any:
-    """A bright disc on a colour ramp with stripes: no two regions are alike, so a wrong choice of tokens shows."""
+def _image(side: int = 224) -> Any:
+    """A bright disc on a colour ramp with stripes: all regions differ, so that a wrong selection changes the output."""
     from PIL import Image
 
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")

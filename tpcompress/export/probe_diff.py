@@ -1,4 +1,4 @@
-"""Two probes of the same input, stage by stage: where do they part first?"""
+"""Comparison of two probes of the same input, stage by stage: the first difference."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from tpcompress.export.probe import Probe
 
 @dataclass(frozen=True)
 class StageCheck:
-    """One stage of the replay beside the trained model.
+    """One stage of a replay against the trained model.
 
     Attributes:
         stage: index in the plan.
-        layer, trained_layer: where it acts, and where it acted; None where there is no such stage.
-        retained, trained: tokens retained in the probe, now and then.
-        agree: tokens retained in both.
+        layer: layer in the replay; None without such a stage.
+        trained_layer: layer in the trained model; None without such a stage.
+        retained: number of tokens retained in the replay.
+        trained: number of tokens retained by the trained model.
+        agree: number of tokens retained by both.
     """
 
     stage: int
@@ -31,7 +33,7 @@ class StageCheck:
 
     @property
     def ok(self) -> bool:
-        """The stage retains the same tokens at the same layer."""
+        """Whether the stage retains the same tokens at the same layer."""
         return self.layer == self.trained_layer and self.retained == self.trained == self.agree
 
     def __str__(self) -> str:
@@ -48,13 +50,14 @@ class StageCheck:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A replay beside the trained model.
+class ProbeDiff:
+    """A replay against the trained model.
 
     Attributes:
-        stages: stage by stage.
-        logit_gap, tolerance: largest difference of the first new token's logits, and what is allowed.
-        tokens_agree: the greedy continuation is the same.
+        stages: one check per stage.
+        logit_gap: largest difference of the first new token's logits.
+        tolerance: largest allowed `logit_gap`.
+        tokens_agree: whether the greedy continuation is the same (always True outside float32).
     """
 
     stages: tuple[StageCheck, ...]
@@ -63,11 +66,11 @@ class Comparison:
     tokens_agree: bool
 
     @classmethod
-    def of(cls, trained: Probe, now: Probe) -> Comparison:
-        """Compare a replay with what was stored."""
+    def of(cls, trained: Probe, now: Probe) -> ProbeDiff:
+        """Compare a replay with the stored probe."""
         number = range(max(len(trained.retained), len(now.retained)))
         same = now.tokens.shape == trained.tokens.shape and torch.equal(now.tokens, trained.tokens)
-        # Half precision may break a tie of two words otherwise; what comes after the first one is then no evidence.
+        # Half precision may break a tie of two tokens differently; the continuation after it is then no evidence.
         exact = trained.about["dtype"] == "float32"
         largest = max(1.0, trained.logits.abs().max().item())
         return cls(
@@ -78,13 +81,13 @@ class Comparison:
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Comparison:
-        """The inverse of `dataclasses.asdict`."""
+    def from_dict(cls, values: dict[str, Any]) -> ProbeDiff:
+        """Rebuild a difference from `dataclasses.asdict`."""
         return cls(**values | {"stages": tuple(StageCheck(**stage) for stage in values["stages"])})
 
     @property
     def differs(self) -> str | None:
-        """Where the two part first, in words; None if they do not."""
+        """Description of the first difference; None if there is none."""
         gap = f"max logit gap {self.logit_gap:.2g}"
         first = next((stage for stage in self.stages if not stage.ok), None)
         if first is not None:

@@ -1,8 +1,8 @@
-"""The transformers classes of exported folders: one config and one model class per family, made from the stock ones.
+"""transformers classes of exported folders: one config and one model class per family, derived from the stock ones.
 
-A folder's `model_type` is `tpcompress_<stock model type>`, so whoever does not know the plan cannot load it. Config
-classes are registered when tpcompress is imported and cost no modelling code. The model class follows when the first
-config of its family is made, which is always before `AutoModelForImageTextToText` looks for it.
+A folder's `model_type` is `tpcompress_<stock model type>`, so that it cannot be loaded without the plan. Config classes
+are registered when tpcompress is imported, without importing modeling code. The model class is registered when the
+first config of its family is created, which happens before `AutoModelForImageTextToText` looks for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "Auto
 
 
 class ExportedConfig:
-    """What an exported config adds to the stock one: the plan, under the key `token_pruning`."""
+    """Mixin of exported config classes: the plan under the key `token_pruning`."""
 
     base_model_type: ClassVar[str]
     token_pruning: dict[str, Any]
@@ -39,7 +39,7 @@ def config_class(model_type: str) -> type[PretrainedConfig]:
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"transformers knows no model type '{model_type}'; name one of its own in the family file.")
+        raise ValueError(f"transformers has no model type '{model_type}'; correct model_types in the family file.")
     stock = CONFIG_MAPPING[model_type]
     fields = {"model_type": PREFIX + model_type, "base_model_type": model_type}
     return _class(f"TPCompress{stock.__name__}", (ExportedConfig, stock), fields)
@@ -47,10 +47,10 @@ def config_class(model_type: str) -> type[PretrainedConfig]:
 
 @cache
 def register_model(model_type: str) -> type[Any]:
-    """Make the exported model class of a stock model type known to transformers' Auto classes, and return it.
+    """Register the exported model class of a stock model type with transformers' Auto classes, and return it.
 
-    The rules by which transformers renames checkpoint keys hold for a class or model type by name. The exported names
-    get the stock rules, so that weights are read and written under the keys that every other tool expects.
+    transformers renames checkpoint keys by rules that are looked up by class name or model type. The exported names get
+    the stock rules, so that weights are read and written under their stock keys.
     """
     import transformers
     from transformers.conversion_mapping import (
@@ -76,7 +76,7 @@ def register_model(model_type: str) -> type[Any]:
 
 
 def stock_class(model_type: str) -> type[Any]:
-    """The class that transformers loads a model type with."""
+    """The transformers class of a model type."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     found: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[CONFIG_MAPPING[model_type]]
@@ -84,12 +84,12 @@ def stock_class(model_type: str) -> type[Any]:
 
 
 def exported_types() -> dict[str, str]:
-    """The model type of exported folders -> the stock model type, for every family."""
+    """Model types of exported folders, mapped to the stock model type."""
     return {PREFIX + name: name for family in list_families().values() for name in family.model_types}
 
 
 def register_configs() -> None:
-    """Make every family's exported model type known to `AutoConfig`."""
+    """Register every family's exported config class with `AutoConfig`."""
     for exported, stock in exported_types().items():
         AutoConfig.register(exported, config_class(stock), exist_ok=True)
 
@@ -100,7 +100,7 @@ def _class(name: str, bases: tuple[type[Any], ...], fields: dict[str, Any]) -> t
 
 
 def __getattr__(name: str) -> Any:
-    """The made classes by name: pickle and multiprocessing look for them here."""
+    """Look up generated classes by name, for pickle and multiprocessing."""
     if name.startswith("TPCompress"):
         for stock in exported_types().values():
             config = config_class(stock)

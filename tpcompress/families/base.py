@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tpcompress.errors import did_you_mean
+from tpcompress.families.counts import fixed_tokens, square_of_patches
 from tpcompress.families.layout import Layout
 from tpcompress.families.refused import check_not_refused
 
@@ -132,6 +133,8 @@ class Family:
             which belong together.
         keys_of: (config, layer) -> the layer whose keys and values a layer attends to.
         reads_positions: (config) -> whether layers read position ids beside the rotary embedding.
+        patches_per_token: (config) -> patches of the vision encoder that become one vision token, or None where a
+            resampler makes a fixed count.
         refuse: (config) -> reason why a variant is not supported, or None.
         limits: what is known not to work, one sentence each.
     """
@@ -157,12 +160,17 @@ class Family:
     splits_tiles: bool = False
     keys_of: Callable[[Any, int], int] = own_keys
     reads_positions: Callable[[Any], bool] = rotary_only
+    patches_per_token: Callable[[Any], int | None] = square_of_patches
     refuse: Callable[[Any], str | None] = supported
     limits: tuple[str, ...] = ()
 
     def layouts(self, modality: str) -> Layouts | None:
         """The function that lays out images or videos; None if the family has none."""
         return self.image_layouts if modality == "image" else self.video_layouts
+
+    def tokens_per_image(self, config: Any) -> int | None:
+        """Vision tokens of an image if the family resizes all images to one size, else None."""
+        return None if "wide" in self.tiny.kinds else fixed_tokens(config)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from tpcompress.families.base import Blocks, Family, Tiny
+from tpcompress.families.counts import unmerged
 from tpcompress.families.gemma3 import number_runs
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
@@ -180,5 +181,6 @@ GEMMA4_UNIFIED = replace(
     vision_tower="model.embed_vision",
     projector="model.embed_vision.multimodal_embedder",
     blocks=Blocks(vision_blocks, beyond_window=True),
+    patches_per_token=unmerged,
     tiny=Tiny(tiny_unified, tiny_pixels, tiny_run, tuple(SIZES), token_types),
 )

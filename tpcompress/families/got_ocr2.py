@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import GotOcr2Config
 
 from tpcompress.families import internvl
@@ -22,6 +24,11 @@ def tiny_config() -> GotOcr2Config:
     )  # fmt: skip
 
 
+def patches_per_token(config: Any) -> int:
+    """Two convolutions of stride 2 make one token of 4 x 4 patches."""
+    return 16
+
+
 GOT_OCR2 = Family(
     name="got_ocr2",
     model_types=("got_ocr2",),
@@ -29,6 +36,7 @@ GOT_OCR2 = Family(
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
     joins_tiles=True,
+    patches_per_token=patches_per_token,
     tiny=Tiny(tiny_config, internvl.tiny_pixels, internvl.tiny_ids, kinds=("image", "wide")),
     limits=(
         "The pages of one prompt count as one image: nothing separates them.",

@@ -10,6 +10,7 @@ import torch
 from transformers import Idefics2Config
 
 from tpcompress.families.base import Tiny
+from tpcompress.families.counts import resampled
 from tpcompress.families.idefics3 import IDEFICS3
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, START, tiny_text, tiny_vision
@@ -62,5 +63,6 @@ IDEFICS2 = replace(
     name="idefics2",
     model_types=("idefics2",),
     image_layouts=image_layouts,
+    patches_per_token=resampled,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,))),
 )

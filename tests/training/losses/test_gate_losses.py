@@ -28,8 +28,8 @@ from training.losses.gate_passes import (
     view_of,
 )
 
-from tpcompress.evaluation.cost import decoder_flops
 from tpcompress.families import resolve
+from tpcompress.insertion.cost import decoder_flops
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Selection, create

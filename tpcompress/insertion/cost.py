@@ -1,7 +1,7 @@
-"""Cost by formula: FLOPs of the decoder layers and bytes of the KV cache, layer by layer.
+"""Cost of a prefill by formula: tokens per decoder layer, FLOPs of the decoder layers, bytes of the KV cache.
 
-Measured seconds belong beside these numbers, never in their place: pruning inside the language model leaves the
-early layers long, and a formula over the final length would hide it.
+Formulas complement measured times and do not replace them. They are evaluated layer by layer, because a stage inside
+the language model leaves the layers before it at full length.
 """
 
 from __future__ import annotations
@@ -13,21 +13,27 @@ import torch
 
 from tpcompress.insertion.plan import PruningPlan
 
+EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
+"""Config attributes of mixture-of-experts layers."""
+
 
 def count_lengths(
     plan: PruningPlan | None, text_tokens: int, vision_tokens: int, num_layers: int, num_images: int = 1
 ) -> list[int]:
-    """Tokens that each decoder layer sees in a prefill.
+    """Count the tokens that each decoder layer processes in a prefill.
 
     Args:
         plan: None for the dense model.
-        text_tokens: tokens of the prompt that are no placeholders.
-        vision_tokens: what the projector produces for each image.
+        text_tokens: prompt tokens other than image placeholders.
+        vision_tokens: tokens per image that the projector produces.
         num_layers: decoder layers.
         num_images: images in the prompt.
 
+    Returns:
+        Sequence length at each layer.
+
     Raises:
-        ValueError: a stage beyond the last layer, or negative numbers.
+        ValueError: a stage beyond the last layer, or negative counts.
     """
     if min(text_tokens, vision_tokens, num_images) < 0 or num_layers < 1:
         raise ValueError(
@@ -50,19 +56,19 @@ def count_lengths(
 
 
 def decoder_flops(config: Any, lengths: Sequence[int], head_tokens: int = 0) -> int:
-    """FLOPs of a prefill of one prompt through the decoder layers, a multiply-add counted as 2.
+    """FLOPs of the decoder layers in the prefill of one prompt; a multiply-add counts as 2.
 
-    With n tokens in a layer, hidden size D, H query and G key heads of width d, and MLP width M, each layer takes
+    With n tokens in a layer, hidden size D, H query heads and G key heads of width d, and MLP width M, a layer takes
 
         projections   2 n D (2 H d + 2 G d)     queries and output, keys and values
-        attention     4 n^2 H d                 q k and p v, all n^2 pairs: causal kernels may skip half
+        attention     4 n^2 H d                 q k and p v over all n^2 pairs; causal kernels may skip half
         MLP           6 n D M                   gate, up and down
 
     and the head 2 D C per token for a vocabulary of C. Norms, rotary embedding, softmax and activations are left out.
 
     Args:
-        config: of a vision-language model or of its language model (Llama-like: gated MLP, no experts).
-        lengths: tokens that each layer sees, as `count_lengths` gives them.
+        config: of a vision-language model or of its language model (dense layers with a gated MLP, see `has_formula`).
+        lengths: tokens per layer, as returned by `count_lengths`.
         head_tokens: tokens whose logits are computed; 1 in a prefill that generates.
 
     Raises:
@@ -78,18 +84,32 @@ def decoder_flops(config: Any, lengths: Sequence[int], head_tokens: int = 0) -> 
 
 
 def kv_bytes(config: Any, lengths: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of the KV cache after the prefill of one prompt: 2 n G d per layer, in `dtype`.
+    """Bytes of the KV cache after the prefill of one prompt: 2 n G d elements per layer.
 
     Args:
-        config: as in `decoder_flops`.
-        lengths: tokens that each layer holds.
-        dtype: of the cache.
+        config: see `decoder_flops`.
+        lengths: tokens per layer.
+        dtype: cache dtype.
 
     Raises:
         ValueError: not one length per layer.
     """
     text = _text_config(config, lengths)
     return 2 * sum(lengths) * _key_heads(text) * _head_size(text) * dtype.itemsize
+
+
+def has_formula(config: Any) -> bool:
+    """Whether the formulas hold for a model: every layer has softmax attention with its own keys and one gated MLP.
+
+    Args:
+        config: see `decoder_flops`.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    experts = any(getattr(text, name, None) for name in EXPERTS)
+    shared = bool(getattr(text, "num_kv_shared_layers", 0))
+    complete = hasattr(text, "intermediate_size") and hasattr(text, "num_attention_heads")
+    return complete and not experts and not shared and kinds <= {"full_attention", "sliding_attention"}
 
 
 def _text_config(config: Any, lengths: Sequence[int]) -> Any:

@@ -1,4 +1,4 @@
-"""`load`: an exported folder, local or on the hub, as a transformers model with its plan on."""
+"""`load`: loads an exported folder, local or from the hub, as a transformers model with its plan attached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpcompress.errors import first_line
 from tpcompress.export.budgets import own_budgets, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, read_manifest, unusable_files
 from tpcompress.export.registry import PREFIX, register_model
-from tpcompress.export.verify import check
+from tpcompress.export.replay import check
 from tpcompress.insertion.attach import budgets
 from tpcompress.insertion.budget import Budget, read_budgets
 from tpcompress.insertion.plan import PruningPlan
@@ -35,19 +35,19 @@ def load(
 
     Args:
         folder: local folder or hub id.
-        keep_tokens: another budget than the exported one, one count or one per stage; the loaded model's plan has it.
-        keep_ratio: the same as shares of the vision tokens; give one of the two.
-        verify: replay the stored probe on the loaded model before it is returned (local folders only).
-        allow_outside: import pruners that are not part of tpcompress; they are code, so only if you trust the folder.
-        **from_pretrained: as in transformers: dtype, device_map, attn_implementation, revision ...
+        keep_tokens: another budget than the exported one: one count, or one per stage; it becomes the plan's budget.
+        keep_ratio: the same as ratios.
+        verify: replay the stored probe on the loaded model first (local folders only).
+        allow_outside: import pruners that are not part of tpcompress, which runs their code; for trusted folders only.
+        **from_pretrained: arguments of transformers' `from_pretrained`: dtype, device_map, attn_implementation, ...
 
     Returns:
         The model in eval mode: a subclass of the stock class, with the plan attached.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not an export, damaged, a pruner from outside, an impossible budget, or (with `verify`) other
-            behaviour than in training.
+        ValueError: not an export, damaged, a pruner from outside, an impossible budget, or (with `verify`) behaviour
+            that differs from the trained model.
     """
     asked = read_budgets(None, keep_tokens, keep_ratio)
     local = Path(folder).is_dir()
@@ -63,7 +63,7 @@ def load(
     if not config.model_type.startswith(PREFIX):
         raise ValueError(
             f"{folder} holds a '{config.model_type}' model, not an export of tpcompress; load it with transformers "
-            f"and put a plan on it with tpcompress.attach."
+            f"and attach a plan with tpcompress.attach."
         )
     if asked is not None and config.token_pruning:
         own = PruningPlan.from_dict(config.token_pruning, allow_outside)
@@ -83,12 +83,12 @@ def load(
 
 
 def load_processor(folder: str | Path) -> Any:
-    """The processor of an export.
+    """Load the processor of an export.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: none in the folder, or it is damaged.
     """
-    from transformers import AutoProcessor  # brings tokenizers and image processing, which import tpcompress spares
+    from transformers import AutoProcessor  # loads tokenizers and image processing, too slow for `import tpcompress`
 
     try:
         return AutoProcessor.from_pretrained(folder)
@@ -97,16 +97,16 @@ def load_processor(folder: str | Path) -> Any:
 
 
 def _warn_untrained(manifest: dict[str, Any], asked: Sequence[Budget]) -> None:
-    """Say so if the model was trained, and not at such a budget."""
+    """Warn if the model was trained, and not at such a budget."""
     ranges = ranges_of(manifest)
     if ranges is None or was_trained(asked, ranges, manifest["vision_tokens"]):
         return
     spans = ", then ".join(f"{low} to {high}" if low != high else str(low) for low, high in ranges)
-    logger.warning("Loaded with %s; it was trained at %s.", words(asked), spans)
+    logger.warning("Loaded with %s, but trained at %s.", words(asked), spans)
 
 
 def _check_local(folder: Path) -> None:
-    """Sizes are checked at every load, hashes by `verify` only. A re-saved model has no manifest and is fine."""
+    """Check file sizes; hashes are checked by `verify` only. A folder that was saved again has no manifest."""
     exported_type(folder)
     if (folder / MANIFEST).is_file():
         damaged = unusable_files(damaged_files(folder, read_manifest(folder), hashes=False), folder)

@@ -1,0 +1,114 @@
+"""Replay of a folder's probe on a loaded model, and the report of it: where does the export differ, and why?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpcompress.export.budgets import words
+from tpcompress.export.folder import read_manifest
+from tpcompress.export.probe import Probe, environment, record_probe
+from tpcompress.export.probe_diff import ProbeDiff
+
+ENVIRONMENT = {
+    "dtype": "dtype",
+    "attention": "attention implementation",
+    "device": "device",
+    "transformers": "transformers version",
+    "torch": "torch version",
+}
+"""Settings that can change a replay, by their key in probe.json, most likely first."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Result of `verify`; `str(report)` is one line.
+
+    Attributes:
+        folder: verified folder.
+        files: number of files in the manifest.
+        damaged: what is wrong with each damaged file.
+        error: why the probe could not be replayed, or None.
+        replay: difference from the trained model; None without a replay.
+        others: the same at the other budgets of the probe, by budget; empty if `replay` differs.
+        suspects: likely reasons of a difference.
+    """
+
+    folder: str
+    files: int
+    damaged: dict[str, str]
+    error: str | None = None
+    replay: ProbeDiff | None = None
+    others: dict[str, ProbeDiff] = field(default_factory=dict)
+    suspects: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all files are intact and the model behaves as trained."""
+        replayed = self.error is None and self.replay is not None and self.replay.differs is None
+        return replayed and not self.damaged and self._other is None
+
+    @property
+    def _other(self) -> str | None:
+        """The first of the other budgets with a difference."""
+        return next((budget for budget, found in self.others.items() if found.differs is not None), None)
+
+    def __str__(self) -> str:
+        if self.error is not None or self.replay is None:
+            return self.error or f"{self.folder} was not replayed."
+        likely = f" Likely: {'; '.join(self.suspects)}." if self.suspects else ""
+        if self.replay.differs is not None:
+            return f"Export differs from the trained model first {self.replay.differs}.{likely}"
+        if self._other is not None:
+            found = self.others[self._other].differs
+            return f"At {self._other} the export differs from the trained model first {found}.{likely}"
+        if self.damaged:
+            changes = "; ".join(f"{name} {what}" for name, what in self.damaged.items())
+            return f"{self.folder} behaves as trained on its probe, but files were changed: {changes}."
+        kept = ", ".join(str(stage.retained) for stage in self.replay.stages)
+        also = f", also at {' and '.join(self.others)}" if self.others else ""
+        return (
+            f"{self.folder} behaves as the trained model: its stages retain the same vision tokens ({kept} in the "
+            f"probe{also}), max logit gap {self.replay.logit_gap:.2g}, all {self.files} files are intact."
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VerifyReport:
+        """Rebuild a report from `dataclasses.asdict`."""
+        replay = None if values["replay"] is None else ProbeDiff.from_dict(values["replay"])
+        others = {budget: ProbeDiff.from_dict(found) for budget, found in values["others"].items()}
+        return cls(**values | {"replay": replay, "others": others, "suspects": tuple(values["suspects"])})
+
+
+def check(model: Any, folder: Path, damaged: dict[str, str] | None = None, probe: Probe | None = None) -> VerifyReport:
+    """Replay a folder's probe on a loaded model.
+
+    Args:
+        model: loaded from the folder.
+        folder: local folder.
+        damaged: damage of its files, if known.
+        probe: the folder's probe, if already read.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest or probe.
+        ValueError: they are damaged.
+    """
+    manifest, probe = read_manifest(folder), probe or Probe.read(folder)
+    replay = ProbeDiff.of(probe, record_probe(model, probe.inputs))
+    others = {}
+    if replay.differs is None:
+        for other in probe.others:
+            now = record_probe(model, probe.inputs, other.budgets)
+            others[words(other.budgets)] = ProbeDiff.of(other, now)
+    suspects = _suspects(probe, environment(model), damaged or {})
+    return VerifyReport(str(folder), len(manifest["files"]), dict(damaged or {}), None, replay, others, suspects)
+
+
+def _suspects(probe: Probe, now: dict[str, str], damaged: dict[str, str]) -> tuple[str, ...]:
+    """Likely reasons of a difference, most likely first."""
+    found = [f"changed files ({', '.join(damaged)})"] if damaged else []
+    for key, name in ENVIRONMENT.items():
+        if probe.about[key] != now[key]:
+            found.append(f"{name} (trained {probe.about[key]}, loaded {now[key]})")
+    return tuple(found)

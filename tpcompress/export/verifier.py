@@ -1,0 +1,100 @@
+"""`verify`: checks the files of an exported folder and replays its probe, here or in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcompress.errors import first_line
+from tpcompress.export.folder import damaged_files, read_manifest, unusable_files
+from tpcompress.export.loader import load
+from tpcompress.export.probe import Probe
+from tpcompress.export.replay import VerifyReport, check
+
+PACKAGE = Path(__file__).resolve().parent.parent.parent
+"""Folder that tpcompress is imported from."""
+
+
+def verify(folder: str | Path, *, allow_outside: bool = False, device: str | None = None) -> VerifyReport:
+    """Check every file of an export and replay its probe, in the dtype and attention implementation of training.
+
+    Args:
+        folder: local folder.
+        allow_outside: import pruners that are not part of tpcompress.
+        device: device of the replay; default: the kind of device that the probe was recorded on, if available.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not an export, or its manifest is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    damaged = damaged_files(folder, manifest, hashes=True)
+    broken = unusable_files(damaged, folder)
+
+    def failed(error: str) -> VerifyReport:
+        return VerifyReport(str(folder), len(manifest["files"]), damaged, error)
+
+    if broken:
+        name, what = next(iter(broken.items()))
+        rest = f" ({len(damaged)} files are damaged)" if len(damaged) > 1 else ""
+        return failed(f"{folder / name} {what}{rest}; copy or export the folder again.")
+    try:
+        probe = Probe.read(folder)
+        return check(_load(folder, probe, allow_outside, device), folder, damaged, probe)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        changed = f" Changed since the export: {', '.join(damaged)}." if damaged else ""
+        return failed(f"{folder} cannot be replayed: {first_line(error)}.{changed}")
+
+
+def verify_in_fresh_process(folder: str | Path, *, allow_outside: bool = False) -> VerifyReport:
+    """Run `verify` in a Python process of its own, in which nothing but the folder describes the model.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not an export, or its manifest is damaged.
+    """
+    read_manifest(folder)
+    command = [sys.executable, "-m", "tpcompress.export", str(folder), "--json"]
+    if allow_outside:
+        command.append("--allow-outside")
+    path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    try:
+        return VerifyReport.from_dict(json.loads(run.stdout.strip().splitlines()[-1]))
+    except (IndexError, json.JSONDecodeError):
+        reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        return VerifyReport(str(folder), 0, {}, f"{folder} could not be verified in a fresh process: {reason}")
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m tpcompress.export FOLDER [--json] [--allow-outside]`; exit code 0 if the folder behaves as trained."""
+    folders = [a for a in arguments if not a.startswith("--")]
+    if len(folders) != 1:
+        sys.stderr.write("usage: python -m tpcompress.export FOLDER [--json] [--allow-outside]\n")
+        return 2
+    try:
+        report = verify(folders[0], allow_outside="--allow-outside" in arguments)
+    except (OSError, ValueError) as error:
+        report = VerifyReport(folders[0], 0, {}, first_line(error))
+    sys.stdout.write((json.dumps(asdict(report)) if "--json" in arguments else str(report)) + "\n")
+    return 0 if report.ok else 1
+
+
+def _load(folder: Path, probe: Probe, allow_outside: bool, device: str | None) -> Any:
+    """The model in the environment of the probe, as far as this machine provides it."""
+    options = {"dtype": probe.about["dtype"], "allow_outside": allow_outside}
+    try:
+        model: Any = load(folder, attn_implementation=probe.about["attention"], **options)
+    except ImportError:  # e.g. flash attention is not installed; the report then names the difference
+        model = load(folder, **options)
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    same = here is not None and here.type == probe.about["device"]
+    return model.to(device or (probe.about["device"] if same else "cpu"))
