@@ -265,7 +265,7 @@ def test_own_probe(base: Any, processor: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("probe", "words"),
     [
-        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "hold no image"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "have no image"),
         ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "input_ids are missing"),
         ({"input_ids": [[1, 2]]}, "'input_ids' is a list"),
     ],

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     try:
         report = verify(folders[0], allow_outside="--allow-outside" in arguments)
     except (OSError, ValueError) as error:
-        report = VerifyReport(folders[0], 0, {}, first_line(error))
+        report = VerifyReport(folders[0], 0, {}, f"{first_line(error)}.")
     sys.stdout.write((json.dumps(asdict(report)) if "--json" in arguments else str(report)) + "\n")
     return 0 if report.ok else 1
 
