@@ -11,7 +11,7 @@ import torch
 from support import tiny_model
 from transformers.utils import logging
 
-from tpcompress.insertion.attach import CONTROLLER, detach
+from tpcompress.insertion.attach import ATTACHED, detach
 
 
 def pytest_collection_finish() -> None:
@@ -50,7 +50,7 @@ def model(_bases: dict[str, Any]) -> Iterator[Any]:
         _bases["model"] = tiny_model()
     model = _bases["model"].eval()
     yield model
-    if hasattr(model, CONTROLLER):
+    if hasattr(model, ATTACHED):
         detach(model)
     model.zero_grad(set_to_none=True)
 
@@ -60,7 +60,7 @@ def eager_model(_bases: dict[str, Any]) -> Iterator[Any]:
     """The same with eager attention."""
     model = _base(_bases, "eager")
     yield model
-    if hasattr(model, CONTROLLER):
+    if hasattr(model, ATTACHED):
         detach(model)
 
 

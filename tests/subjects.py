@@ -11,7 +11,7 @@ from exact import tolerance
 from support import Case, Sample, batch, case_id, generate, logit_gap, model_cases, tiny_model
 
 from tpcompress.families import Family, list_families, resolve
-from tpcompress.insertion.attach import CONTROLLER, detach
+from tpcompress.insertion.attach import ATTACHED, detach
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 
@@ -103,7 +103,7 @@ def lent(case: Case) -> Iterator[Subject]:
     subject = _subjects[name]
     yield subject
     subject.model.eval().zero_grad(set_to_none=True)
-    if hasattr(subject.model, CONTROLLER):
+    if hasattr(subject.model, ATTACHED):
         detach(subject.model)
 
 

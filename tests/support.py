@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tpcompress.families import Parts, list_families, resolve
 from tpcompress.families.tiny import IMAGE, VIDEO
-from tpcompress.insertion.views.available import missing
+from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 
@@ -142,7 +142,7 @@ def placed_configs(*layers: int) -> list[tuple[dict[str, Any], int]]:
         (config, layer)
         for config in pruner_configs()
         for layer in layers
-        if not config.get("resample") and missing(_llava_parts(), create(dict(config)), layer) is None
+        if not config.get("resample") and why_unavailable(_llava_parts(), create(dict(config)), layer) is None
     ]
 
 

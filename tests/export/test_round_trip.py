@@ -91,16 +91,16 @@ def test_caller_keeps_their_model(base: Any, round_trip: Any) -> None:
     model.model.vision_tower.eval()
     training = {name: module.training for name, module in model.named_modules()}
     curriculum = [tp.Budget(keep_ratio=0.9), tp.Budget(keep_ratio=0.8)]
-    controller_of(model).set_budgets(curriculum)
+    controller_of(model).set_defaults(budgets=tuple(curriculum))
     parameters = {name: (p, p.clone()) for name, p in model.named_parameters()}
     loaded = round_trip(model)
-    assert controller_of(model).mode == "mask"
-    assert controller_of(model).budgets == curriculum
+    assert controller_of(model).settings.mode == "mask"
+    assert controller_of(model).settings.budgets == tuple(curriculum)
     assert {name: module.training for name, module in model.named_modules()} == training
     assert all(p is parameters[n][0] and torch.equal(p, parameters[n][1]) for n, p in model.named_parameters())
     assert type(model) is LlavaForConditionalGeneration
     assert model.config.model_type == "llava"
-    assert controller_of(loaded).mode == "drop"  # and the curriculum's end, not its middle
+    assert controller_of(loaded).settings.mode == "drop"  # and the curriculum's end, not its middle
     assert [stage.keep_tokens for stage in tp.plan_of(loaded).stages] == [32, 8]
 
 

@@ -14,7 +14,7 @@ from support import TOKENS, answer_labels, batch, generate, gradients, tiny_mode
 from torch import nn
 
 from tpcompress.insertion.attach import (
-    CONTROLLER,
+    ATTACHED,
     PRUNERS,
     attach,
     base_of,
@@ -131,7 +131,7 @@ def test_a_gate_of_another_width_is_refused(model: Any) -> None:
     stage.pruner.build(8)
     with pytest.raises(ValueError, match="built for width 8, the model has 64"):
         attach(model, PruningPlan([stage]))
-    assert not hasattr(model, CONTROLLER)
+    assert not hasattr(model, ATTACHED)
 
 
 def test_nothing_attached(model: Any) -> None:
@@ -150,7 +150,7 @@ def test_unknown_mode_and_restored_mode(model: Any) -> None:
         pass
     with pytest.raises(RuntimeError), mode(model, "off"):
         raise RuntimeError
-    assert controller_of(model).mode == "mask"
+    assert controller_of(model).settings.mode == "mask"
 
 
 def test_the_inner_model_alone_is_pruned_and_forgets(model: Any, base: Any) -> None:
@@ -302,7 +302,7 @@ def test_lora(first: str) -> None:
     assert not any("lora" in n for n in merged.state_dict())
     detach(merged)
     assert logits(merged, inputs).shape == plain.shape
-    assert CONTROLLER not in vars(merged)
+    assert ATTACHED not in vars(merged)
 
 
 def test_lora_on_every_linear_layer_reaches_the_scorer_too() -> None:

@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from tpcompress.families import list_families
 from tpcompress.insertion.attach import attach
 from tpcompress.insertion.cache import STATE, counted_layer, forget, held_columns, on_host, recall, remember
-from tpcompress.insertion.call import Call, Cut, Prefix, join
+from tpcompress.insertion.call import Call
+from tpcompress.insertion.conversation import CachedPrefix, StageCut, join
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 SHORT, WHOLE = SimpleNamespace(dropped=7), SimpleNamespace(dropped=0)
@@ -112,9 +113,9 @@ def test_the_counted_layer_is_the_first_with_attention() -> None:
 # ------------------------------------------------------------------------------------------- what a request carries
 
 
-def cut(layer: int, width: int, lost: int, padding: list[bool] | None = None) -> Cut:
+def cut(layer: int, width: int, lost: int, padding: list[bool] | None = None) -> StageCut:
     mask = None if padding is None else torch.tensor([padding])
-    return Cut(layer, width, mask, mask is None, torch.tensor([[lost]]))
+    return StageCut(layer, width, mask, mask is None, torch.tensor([[lost]]))
 
 
 def test_join() -> None:
@@ -126,20 +127,22 @@ def test_join() -> None:
 
 
 def test_what_each_layer_holds() -> None:
-    prefix = Prefix(20, (cut(0, 12, 8), cut(2, 9, 3), cut(4, 7, 5)))
+    prefix = CachedPrefix(20, (cut(0, 12, 8), cut(2, 9, 3), cut(4, 7, 5)))
     assert [prefix.held(layer) for layer in range(6)] == [12, 12, 9, 9, 7, 7]
-    assert Prefix(20, (cut(2, 9, 3),)).held(1) == 20
+    assert CachedPrefix(20, (cut(2, 9, 3),)).held(1) == 20
     assert prefix.at_layer(1) is None
     assert prefix.at_input() is prefix.cuts[0]
     device = torch.device("cpu")
     assert prefix.before(3, device) is prefix.cuts[1]
     inside = prefix.before(1, device)
-    assert (inside.width, int(inside.lost_B1)) == (12, 0), "positions inside count from the language model's input"
-    assert (Prefix(20).before(5, device).width, Prefix(20).before(5, device).whole) == (20, True)
+    assert (inside.width, int(inside.num_dropped_B1)) == (12, 0), (
+        "positions inside count from the language model's input"
+    )
+    assert (CachedPrefix(20).before(5, device).width, CachedPrefix(20).before(5, device).whole) == (20, True)
 
 
 def test_a_request_grows_by_its_answer() -> None:
-    prefix = Prefix(6, (cut(2, 3, 3, [o, V, V]),), torch.tensor([[o, V, V, V, V, V]]))
+    prefix = CachedPrefix(6, (cut(2, 3, 3, [o, V, V]),), torch.tensor([[o, V, V, V, V, V]]))
     grown = prefix.grown(2, torch.tensor([[V, o]]))
     assert grown.length == 8
     assert grown.cuts[0].width == 5
@@ -149,7 +152,7 @@ def test_a_request_grows_by_its_answer() -> None:
 
 
 def test_a_request_without_its_last_words() -> None:
-    prefix = Prefix(6, (cut(2, 4, 2, [o, V, V, o]), cut(4, 3, 3)), torch.tensor([[o, V, V, V, V, o]]))
+    prefix = CachedPrefix(6, (cut(2, 4, 2, [o, V, V, o]), cut(4, 3, 3)), torch.tensor([[o, V, V, V, V, o]]))
     shorter = prefix.cropped(1)
     assert shorter.length == 5
     assert [c.width for c in shorter.cuts] == [3, 2]
@@ -162,7 +165,7 @@ def test_a_request_without_its_last_words() -> None:
 def test_a_second_turn_stands_behind_the_first() -> None:
     first, second = cut(2, 5, 4, [o, V, V, V, V]), cut(2, 3, 6)
     both = second.after(first)
-    assert (both.layer, both.width, int(both.lost_B1), both.whole) == (2, 8, 10, False)
+    assert (both.layer, both.width, int(both.num_dropped_B1), both.whole) == (2, 8, 10, False)
     assert both.padding_BN.tolist() == [[o, *[V] * 7]]
 
 

@@ -74,15 +74,15 @@ def test_gates_follow() -> None:
 
 def test_hooks_are_those_of_the_layers(model: Any) -> None:
     attach(model, PruningPlan([Stage("divprune", 0, keep_tokens=11)]))
-    controller = controller_of(model)
-    counts = [len(controller.layer_handles)]
+    hooks = model._tpcompress
+    counts = [len(hooks.layer_handles)]
     with layers(model, [4]):
-        counts.append(len(controller.layer_handles))
-    counts.append(len(controller.layer_handles))
+        counts.append(len(hooks.layer_handles))
+    counts.append(len(hooks.layer_handles))
     assert counts == [0, 2, 0]
     with pytest.raises(RuntimeError, match="out"), layers(model, [4]):
         raise RuntimeError("out")
-    assert controller.layers == [0]
+    assert hooks.attachment.settings.layers == (0,)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_hooks_are_those_of_the_layers(model: Any) -> None:
 )
 def test_layers_that_cannot_be(model: Any, stages: list[Any], to: list[int], reason: str | None) -> None:
     attach(model, PruningPlan([Stage(rule, at, keep_tokens=9 - i) for i, (rule, at) in enumerate(stages)]))
-    before = controller_of(model).layers
+    before = controller_of(model).settings.layers
     if reason is None:
         with layers(model, to):
-            assert controller_of(model).layers == to
+            assert controller_of(model).settings.layers == tuple(to)
     else:
         with pytest.raises(ValueError, match=reason), layers(model, to):
             pass
-    assert controller_of(model).layers == before
+    assert controller_of(model).settings.layers == before
 
 
 def test_shared_keys_and_views_bound_moves() -> None:

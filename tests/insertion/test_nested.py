@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import answer_labels, batch, pruner_configs, tiny_model
 
-from tpcompress.insertion.attach import attach, budgets, including, layers, mode, record
+from tpcompress.insertion.attach import attach, budgets, force_retain, layers, mode, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import create, list_pruners
@@ -35,7 +35,7 @@ def test_every_retained_token_is_retained_again(name: str) -> None:
     model, inputs = tiny_model(), batch(SAMPLES)
     attach(model, PruningPlan([Stage("random", 0, keep_tokens=30), Stage(name, 2, keep_tokens=9)]))
     student = call(model, inputs)
-    with including(model, student), budgets(model, LARGER):
+    with force_retain(model, student), budgets(model, LARGER):
         teacher = call(model, inputs)
     for small, large in zip(student.stages, teacher.stages, strict=True):
         assert not (small.retained_RV & ~large.retained_RV).any()
@@ -53,7 +53,7 @@ def test_the_control() -> None:
     student = call(first, inputs)
     with budgets(model, [Budget(keep_tokens=30)]):
         free = call(model, inputs)
-        with including(model, student):
+        with force_retain(model, student):
             bound = call(model, inputs)
     assert (student.stages[0].retained_RV & ~free.stages[0].retained_RV).any()
     assert not (student.stages[0].retained_RV & ~bound.stages[0].retained_RV).any()
@@ -66,13 +66,13 @@ def test_others_come_by_the_pruners_own_order() -> None:
     student = call(model, inputs)
     with budgets(model, [Budget(keep_tokens=21)]):
         free = call(model, inputs)
-        with including(model, student):
+        with force_retain(model, student):
             bound = call(model, inputs)
     assert torch.equal(free.stages[0].retained_RV, bound.stages[0].retained_RV), "a nested choice does not change"
     # Choices of another rule: what is forced, and of the others the best-scored.
     grid = attach(tiny_model(), PruningPlan([Stage("uniform", 2, keep_tokens=9)]))
     other = call(grid, inputs)
-    with budgets(model, [Budget(keep_tokens=21)]), including(model, other):
+    with budgets(model, [Budget(keep_tokens=21)]), force_retain(model, other):
         bound = call(model, inputs)
     stage, forced = bound.stages[0], other.stages[0].retained_RV
     scores = stage.selection.scores_BV.masked_fill(forced, torch.inf)
@@ -83,7 +83,7 @@ def test_stages_may_have_moved() -> None:
     model, inputs = tiny_model(), batch(SAMPLES)
     attach(model, PruningPlan([Stage("fastv", 1, keep_tokens=9)]))
     student = call(model, inputs)
-    with layers(model, [4]), budgets(model, LARGER[1:]), including(model, student):
+    with layers(model, [4]), budgets(model, LARGER[1:]), force_retain(model, student):
         teacher = call(model, inputs)
     assert teacher.stages[0].layer == 4
     assert not (student.stages[0].retained_RV & ~teacher.stages[0].retained_RV).any()
@@ -94,7 +94,7 @@ def test_in_mode_mask_as_well() -> None:
     attach(model, PruningPlan([Stage("random", 0, keep_tokens=30), Stage("fastv", 2, keep_tokens=9)]))
     student, found = call(model, inputs), []
     for how in ("drop", "mask"):
-        with mode(model, how), including(model, student), budgets(model, LARGER):
+        with mode(model, how), force_retain(model, student), budgets(model, LARGER):
             found.append(call(model, inputs).stages[1].retained_RV)
     assert torch.equal(*found)
 
@@ -103,12 +103,12 @@ def test_what_is_refused() -> None:
     inputs, other = batch(SAMPLES), batch([(5, 1, 9)])
     model = attach(tiny_model(), PruningPlan([Stage("uniform", 0, keep_tokens=9)]))
     student = call(model, inputs)
-    with including(model, student):
+    with force_retain(model, student):
         with budgets(model, [Budget(keep_tokens=8)]), pytest.raises(ValueError, match="larger budgets"):
             call(model, inputs)
         with pytest.raises(ValueError, match="earlier call of this batch"):
             call(model, other)
-    with including(model, Trace()), pytest.raises(ValueError, match="record that call"):
+    with force_retain(model, Trace()), pytest.raises(ValueError, match="record that call"):
         call(model, inputs)
     call(model, other)  # nothing stays behind
 
@@ -120,12 +120,12 @@ def test_pruners_that_change_what_they_retain_are_refused() -> None:
         if not (rule.merges or rule.uses_token_sizes) or rule.needs - {"text"}:
             continue
         model: Any = attach(tiny_model(), PruningPlan([Stage(rule, 0, keep_tokens=9)]))
-        with pytest.raises(ValueError, match="changes the tokens"), including(model, Trace()):
+        with pytest.raises(ValueError, match="changes the tokens"), force_retain(model, Trace()):
             pass
         refused += 1
     assert refused > 3
     model = attach(tiny_model(), PruningPlan([Stage({"type": "divprune", "compat": True}, 0, keep_tokens=9)]))
-    with pytest.raises(ValueError, match="counts for itself"), including(model, Trace()):
+    with pytest.raises(ValueError, match="chooses its own count"), force_retain(model, Trace()):
         pass
 
 
@@ -133,7 +133,7 @@ def test_gates_and_forced_tokens_do_not_go_together() -> None:
     model, inputs = tiny_model(), batch(SAMPLES)
     attach(model, PruningPlan([Stage("learned_gate", 0, keep_tokens=9)]), mode="mask")
     student = call(model, inputs)
-    with including(model, student), budgets(model, [Budget(keep_tokens=12)]):
+    with force_retain(model, student), budgets(model, [Budget(keep_tokens=12)]):
         assert not (student.stages[0].retained_RV & ~call(model, inputs).stages[0].retained_RV).any()
         model.train()
         with pytest.raises(ValueError, match="call model.eval"):

@@ -10,10 +10,10 @@ from gating import Gating
 from no_sync import NoSync
 from support import answer_labels, batch, every_placed, tiny_model
 
-from tpcompress.insertion import decode, prefill
-from tpcompress.insertion.answers import _Tap, answers
+from tpcompress.insertion import layer_arguments
+from tpcompress.insertion.answers import _AnswersForward, answers
 from tpcompress.insertion.attach import attach, detach, mode, record
-from tpcompress.insertion.hooks import Controller
+from tpcompress.insertion.hooks import Hooks
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 HOOKS = ("_core_pre", "_language_model_pre", "_language_model_post", "_layer_pre")
@@ -24,13 +24,13 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
     """Puts the guard around our hooks, and around nothing of transformers' own."""
     guard = NoSync()
     for name in HOOKS:
-        inner = getattr(Controller, name)
+        inner = getattr(Hooks, name)
 
-        def outer(self: Controller, *args: Any, _inner: Any = inner) -> Any:
+        def outer(self: Hooks, *args: Any, _inner: Any = inner) -> Any:
             with guard:
                 return _inner(self, *args)
 
-        monkeypatch.setattr(Controller, name, outer)
+        monkeypatch.setattr(Hooks, name, outer)
 
     def layer_mask(*args: Any) -> Any:
         # Transformers looks at each mask that it is given. Only hidden tokens (mode `mask`) or sizes bring us here.
@@ -41,9 +41,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
         finally:
             guard.paused = False
 
-    make_mask = prefill.layer_mask
-    for module in (prefill, decode):
-        monkeypatch.setattr(module, "layer_mask", layer_mask)
+    make_mask = layer_arguments.layer_mask
+    monkeypatch.setattr(layer_arguments, "layer_mask", layer_mask)
     return guard
 
 
@@ -109,13 +108,13 @@ def test_gates_do_not_wait(model: Any, guarded: NoSync, how: str) -> None:
 
 def test_a_known_number_of_answers_does_not_wait(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     guard = NoSync()
-    inner = _Tap.select
+    inner = _AnswersForward.select
 
-    def outer(self: _Tap, *args: Any) -> Any:
+    def outer(self: _AnswersForward, *args: Any) -> Any:
         with guard:
             return inner(self, *args)
 
-    monkeypatch.setattr(_Tap, "select", outer)
+    monkeypatch.setattr(_AnswersForward, "select", outer)
     attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=9)]))
     inputs = batch([(5, 2, 7), (3, 1, 8)])
     with answers(model, num_answers=8):
@@ -130,16 +129,16 @@ def test_a_known_number_of_answers_does_not_wait(monkeypatch: pytest.MonkeyPatch
 def test_cuda_sees_no_wait_either(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """CUDA's own judgement, which knows of plain copies from the host, too."""
     for name in HOOKS:
-        inner = getattr(Controller, name)
+        inner = getattr(Hooks, name)
 
-        def outer(self: Controller, *args: Any, _inner: Any = inner) -> Any:
+        def outer(self: Hooks, *args: Any, _inner: Any = inner) -> Any:
             torch.cuda.set_sync_debug_mode("error")
             try:
                 return _inner(self, *args)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        monkeypatch.setattr(Controller, name, outer)
+        monkeypatch.setattr(Hooks, name, outer)
     model = tiny_model(family).cuda()
     inputs = {k: v.cuda() for k, v in batch([(5, 2, 7)], family=family, config=model.config).items()}
     for positions in ("original", "compact"):

@@ -13,7 +13,7 @@ from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.trace import StageTrace
-from tpcompress.insertion.views.available import missing
+from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import create, list_pruners
 
 NAMES = [name for name, cls in list_pruners().items() if not cls.keeps_none]
@@ -30,7 +30,7 @@ def placed(subject: Subject, name: str) -> Stage | None:
         if config["type"] != name or config.get("resample"):
             continue
         rule = create(dict(config))
-        layer = next((at for at in parts.stage_layers if missing(parts, rule, at) is None), None)
+        layer = next((at for at in parts.stage_layers if why_unavailable(parts, rule, at) is None), None)
         if layer is not None:
             return Stage(rule, layer, keep_tokens=7)
     return None

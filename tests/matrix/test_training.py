@@ -19,7 +19,7 @@ from support import answer_labels, generate, gradients, stir, tiny_model
 from torch import Tensor, nn
 
 from tpcompress.families import resolve
-from tpcompress.insertion.attach import CONTROLLER, PRUNERS, attach, base_of, controller_of, detach, mode, record
+from tpcompress.insertion.attach import ATTACHED, PRUNERS, attach, base_of, controller_of, detach, mode, record
 from tpcompress.insertion.plan import Stage
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 
@@ -175,7 +175,7 @@ def test_lora_before_and_after(subject: Subject) -> None:
     assert not any("lora" in name for name in merged.state_dict())
     detach(merged)
     assert logits(merged, inputs).shape == plain.shape
-    assert CONTROLLER not in vars(merged)
+    assert ATTACHED not in vars(merged)
 
 
 # --------------------------------------------------------------------------------------------------------- copies

@@ -7,7 +7,7 @@ from support import tiny_model
 
 from tpcompress.cli.main import main
 from tpcompress.families import resolve
-from tpcompress.insertion.views.available import missing
+from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.catalogue import COLUMNS, about, arguments, facts, retains, site, unserved
 
@@ -34,8 +34,8 @@ def test_every_pruner_has_a_row_and_a_page(name: str, capsys: pytest.CaptureFixt
 def test_the_site_is_where_its_views_are(name: str) -> None:
     rule = list_pruners()[name]()
     allowed = {">= 0": {0, 2}, ">= 1": {2}, "0": {0}}[site(rule)]
-    if missing(PARTS, rule, 0 if 0 in allowed else 2) is None:
-        assert {layer for layer in (0, 2) if missing(PARTS, rule, layer) is None} == allowed
+    if why_unavailable(PARTS, rule, 0 if 0 in allowed else 2) is None:
+        assert {layer for layer in (0, 2) if why_unavailable(PARTS, rule, layer) is None} == allowed
 
 
 def test_the_table_lists_all(capsys: pytest.CaptureFixture[str]) -> None:

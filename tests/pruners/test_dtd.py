@@ -13,7 +13,7 @@ from tpcompress.families import Layout, resolve
 from tpcompress.families.layout import Grid
 from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.insertion.views.available import missing
+from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.dtd import cell_before, change
 
@@ -211,7 +211,7 @@ def test_tiles_of_an_image_are_no_frames() -> None:
 )
 def test_videos_of_a_model(family: str, arguments: dict[str, Any]) -> None:
     level = arguments.get("level", "feature")
-    if missing(resolve(tiny_model(family)), create({"type": "dtd", **arguments}), 0):
+    if why_unavailable(resolve(tiny_model(family)), create({"type": "dtd", **arguments}), 0):
         assert (family, level) == ("video_llava", "pixel"), "whose class token has no pixels"
         return
     inputs = batch([(4, ["video"], 3), (3, ["video", "image"], 2)], family=family)

@@ -13,7 +13,7 @@ from exact import check
 from support import batch, config_id, inexact_configs, make_view, pruner_configs, tiny_model
 from transformers.models.clip.modeling_clip import CLIPAttention
 
-from tpcompress.insertion.attach import CONTROLLER, attach, detach, record
+from tpcompress.insertion.attach import ATTACHED, attach, detach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import create
 
@@ -59,7 +59,7 @@ def classless(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, Any]]:
 def lent(*arguments: str) -> Iterator[tuple[Any, Any]]:
     model, base = twins(*arguments)
     yield model, base
-    if hasattr(model, CONTROLLER):
+    if hasattr(model, ATTACHED):
         detach(model)
 
 

@@ -117,7 +117,7 @@ class Watch(Callback):
         def note(module: Any, args: tuple, kwargs: dict) -> None:
             if torch.is_grad_enabled():  # not the teacher
                 self.widths.append(kwargs["inputs_embeds"].shape[1])
-                self.modes.append(controller_of(pl_module.model).mode if pl_module.plan else "none")
+                self.modes.append(controller_of(pl_module.model).settings.mode if pl_module.plan else "none")
 
         language_model = next(m for n, m in pl_module.model.named_modules() if n.endswith("language_model"))
         language_model.register_forward_pre_hook(note, with_kwargs=True)

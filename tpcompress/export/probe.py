@@ -127,7 +127,7 @@ def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget]
     base: Any = attached.parts.model
     chosen: AbstractContextManager[None] = nullcontext() if values is None else budgets(model, values)
     with inference(base), mode(model, "drop"), chosen, record(model) as trace:
-        used = [as_dict(budget) for budget in attached.budgets]
+        used = [as_dict(budget) for budget in attached.settings.budgets]
         logits, tokens = _answer(base, inputs, sorted(attached.parts.placeholder_ids.values()))
     if not trace.stages:
         raise ValueError("probe_inputs have no image, so that no stage would be checked; give a prompt with one.")

@@ -1,9 +1,11 @@
-"""HOW the choice reaches the model: `attach` and `detach`, in place, on unmodified transformers classes.
+"""Attaches a plan to an unmodified transformers model in place, detaches it, and changes its settings for a block.
 
 attach(model, "divprune", keep_tokens=64)
 model.generate(...)                     # 64 vision tokens per image
 with disabled(model): ...               # the base
 detach(model)                           # the base, bit for bit
+
+Settings hold in the thread or asyncio task that sets them: other threads run under the settings of `attach`.
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tpcompress.families import resolve
+from tpcompress.insertion.attachment import Attachment
 from tpcompress.insertion.budget import Budget, read_budgets
 from tpcompress.insertion.gates import check_gates
-from tpcompress.insertion.hooks import MODES, Controller
+from tpcompress.insertion.hooks import Hooks
 from tpcompress.insertion.nested import check_nestable
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.insertion.trace import Trace, recording
+from tpcompress.insertion.settings import MODES, Placement
+from tpcompress.insertion.trace import Trace
 from tpcompress.insertion.views.available import check_layers, check_moved, check_views
 from tpcompress.pruners import Pruner
 
-CONTROLLER = "_tpcompress"
+ATTACHED = "_tpcompress"
+"""Attribute of an attached model that holds its `Hooks`."""
 PRUNERS = "token_pruners"
+"""Submodule of an attached model that holds its pruners."""
 
 
 def attach(
@@ -67,7 +73,7 @@ def attach(
     """
     plan = PruningPlan.of(plan, keep_tokens=keep_tokens, keep_ratio=keep_ratio, layer=layer)
     base = base_of(model)
-    if hasattr(base, CONTROLLER):
+    if is_attached(base):
         raise ValueError("This model already carries a plan; call tpcompress.detach(model) first.")
     parts = resolve(base)
     check_layers(parts, [stage.layer for stage in plan.stages])
@@ -76,68 +82,63 @@ def attach(
         if stage.pruner.gates:
             check_gates(parts, stage.pruner.name, stage.layer)
     pruners = nn.ModuleList(copy.deepcopy(stage.pruner) for stage in plan.stages)
-    weight = next(parts.language_model.parameters())
+    # Weights that accelerate offloads are on the meta device between calls.
+    devices = (weight.device for weight in parts.language_model.parameters() if not weight.is_meta)
+    device = next(devices, None)
     for stage, pruner in zip(plan.stages, pruners, strict=True):
         assert isinstance(pruner, type(stage.pruner))
         pruner.build(parts.hidden_size)
-        pruner.to(weight.device)
-    controller = Controller(parts, plan, pruners.train(base.training))
-    controller.set_mode(mode)
+        pruner.to(device)
+    hooks = Hooks(Attachment.of(parts, plan, pruners.train(base.training), mode))
     base.add_module(PRUNERS, pruners)
-    setattr(base, CONTROLLER, controller)
-    controller.install()
+    setattr(base, ATTACHED, hooks)
+    hooks.install()
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take the plan off: the base is back, bit for bit. The pruners and their weights leave the model.
+    """Detach the plan: the model is the base again, bit for bit, without the pruners and their weights.
 
     Raises:
         ValueError: no plan is attached.
     """
     base = base_of(model)
-    controller_of(base).uninstall()
-    delattr(base, CONTROLLER)
+    _hooks_of(base).uninstall()
+    delattr(base, ATTACHED)
     delattr(base, PRUNERS)
     return model
 
 
-def controller_of(model: nn.Module) -> Controller:
-    """The controller of an attached model.
+def controller_of(model: nn.Module) -> Attachment:
+    """The attachment of a model: plan, pruners, parts, and the settings of this context.
 
     Raises:
         ValueError: no plan is attached.
     """
-    controller = getattr(base_of(model), CONTROLLER, None)
-    if controller is None:
-        raise ValueError("No plan is attached to this model; call tpcompress.attach(model, plan) first.")
-    return controller
+    return _hooks_of(model).attachment
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether the model carries a plan."""
-    return hasattr(base_of(model), CONTROLLER)
+    """Whether a plan is attached to the model."""
+    return hasattr(base_of(model), ATTACHED)
 
 
 def plan_of(model: nn.Module) -> PruningPlan:
-    """The plan of an attached model."""
+    """The plan of an attached model.
+
+    Raises:
+        ValueError: no plan is attached.
+    """
     return controller_of(model).plan
 
 
-@contextmanager
-def mode(model: nn.Module, name: str) -> Iterator[None]:
+def mode(model: nn.Module, name: str) -> AbstractContextManager[None]:
     """Run a block in another mode: `drop`, `mask` or `off`.
 
     Raises:
         ValueError: unknown mode, or no plan attached.
     """
-    controller = controller_of(model)
-    before = controller.mode
-    controller.set_mode(name)
-    try:
-        yield
-    finally:
-        controller.set_mode(before)
+    return controller_of(model).using(mode=name)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -149,14 +150,13 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     return mode(model, "off")
 
 
-@contextmanager
 def budgets(
     model: nn.Module,
     values: Budget | float | Sequence[Budget | float] | None = None,
     *,
     keep_tokens: int | Sequence[int] | None = None,
     keep_ratio: float | Sequence[float] | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Run a block with budgets other than the plan's: `with budgets(model, keep_tokens=32): ...`.
 
     Args:
@@ -171,64 +171,58 @@ def budgets(
     chosen = read_budgets(values, keep_tokens, keep_ratio)
     if chosen is None:
         raise ValueError("No budget is given; give keep_tokens, keep_ratio, or one Budget per stage.")
-    controller = controller_of(model)
-    before = controller.budgets
-    controller.set_budgets(chosen)
-    try:
-        yield
-    finally:
-        controller.set_budgets(before)
+    return controller_of(model).using(budgets=tuple(chosen))
 
 
 @contextmanager
 def layers(model: nn.Module, values: Sequence[int]) -> Iterator[None]:
-    """Run a block with stages at other layers than the plan's, one per stage: as if a plan of these were attached.
+    """Run a block with stages at other layers than the plan's, one per stage, as if a plan of these were attached.
 
-    A cache that was filled in the block is of no use behind it, and the other way round.
+    A cache that was filled in the block cannot be continued after it, and the other way round.
 
     Raises:
-        ValueError: layers that do not rise, lie before the plan's own or beyond the model's depth, or at which a pruner
-            does not get the views that it needs.
+        ValueError: layers that do not rise, lie before the plan's own or beyond the model's depth, or at which a view
+            that a pruner needs does not exist.
     """
-    controller = controller_of(model)
-    check_moved(controller.parts, controller.plan, values)
-    before = controller.layers
-    controller.set_layers(values)
-    try:
+    hooks = _hooks_of(model)
+    attachment = hooks.attachment
+    check_moved(attachment.parts, attachment.plan, values)
+    with hooks.placed(Placement.of(attachment.plan, values, len(attachment.parts.layers))):
         yield
-    finally:
-        controller.set_layers(before)
 
 
 @contextmanager
-def including(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Run a block in which every stage retains what it did in an earlier call, and fills its budget with others.
+def force_retain(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Run a block in which every stage retains what it did in an earlier call, and fills its budget with other tokens.
 
     Args:
-        model: with a plan of exact pruners that only select, in evaluation or without gates.
-        trace: what `record` collected in a call of the same batch; its last call counts.
+        model: with a plan of pruners with exact counts that only select; in evaluation, or without gates.
+        trace: record of a call of the same batch, of which the last prefill counts.
 
     Raises:
-        ValueError: a pruner into whose choice nothing can be put. A call raises it if its batch is another, or if a
-            budget is smaller than what is to be included.
+        ValueError: a pruner to whose choice nothing can be added. A call raises it for another batch, and for a budget
+            smaller than the number of tokens to retain.
     """
-    controller = controller_of(model)
-    check_nestable(controller.plan)
-    before = controller.included
-    controller.included = {stage.stage: stage for stage in trace.stages}
-    try:
+    attachment = controller_of(model)
+    check_nestable(attachment.plan)
+    with attachment.using(retained={stage.stage: stage for stage in trace.stages}):
         yield
-    finally:
-        controller.included = before
 
 
-def record(model: nn.Module) -> AbstractContextManager[Trace]:
-    """Collect what the stages do: `with record(model) as trace: model.generate(...)`; then print(trace)."""
-    return recording(controller_of(model))
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Record the stages of a block: `with record(model) as trace: model.generate(...)`; then `print(trace)`.
+
+    Raises:
+        ValueError: no plan is attached.
+    """
+    attachment, trace = controller_of(model), Trace()
+    with attachment.using(traces=(*attachment.settings.traces, trace)):
+        yield trace
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, out of a PEFT wrapper if there is one.
+    """The transformers model, unwrapped from a PEFT model.
 
     Raises:
         TypeError: there is none.
@@ -240,7 +234,14 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return base
 
 
+def _hooks_of(model: nn.Module) -> Hooks:
+    hooks: Hooks | None = getattr(base_of(model), ATTACHED, None)
+    if hooks is None:
+        raise ValueError("No plan is attached to this model; call tpcompress.attach(model, plan) first.")
+    return hooks
+
+
 __all__ = [
-    "MODES", "Controller", "attach", "base_of", "budgets", "controller_of", "detach", "disabled", "including", "layers",
-    "mode", "plan_of", "record",
+    "ATTACHED", "MODES", "PRUNERS", "Attachment", "attach", "base_of", "budgets", "controller_of", "detach",
+    "force_retain", "is_attached", "layers", "mode", "plan_of", "record",
 ]  # fmt: skip

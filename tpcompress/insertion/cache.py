@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 STATE = "_tpcompress_state"
-"""Attribute of a KV cache that carries the request's `Prefix`."""
+"""Attribute of a KV cache that carries the request's `CachedPrefix`."""
 
 
 class Conversation:

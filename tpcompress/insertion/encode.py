@@ -1,80 +1,57 @@
-"""Encoder outputs know how their tokens lie: `generate` encodes images before the prefill and drops their sizes."""
+"""Stand-ins for the encoders: their outputs are unchanged, and what is known of their features is kept beside them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpcompress.families import Layout, Parts
-from tpcompress.insertion.views.tower import TowerValues
-
-if TYPE_CHECKING:
-    from tpcompress.insertion.hooks import Controller
-
-NOTE = "_tpcompress_encoded"
-"""Attribute of an encoder's output that carries its `Encoded`."""
+from tpcompress.insertion.attachment import Attachment
+from tpcompress.insertion.encoded import Encoded, recall_features, remember_features
+from tpcompress.insertion.signatures import unbound_signature
 
 
-@dataclass
-class Encoded:
-    """What is known of one call of an encoder.
+class EncoderOverride:
+    """Replaces `core.get_image_features` or `core.get_video_features`; same signature, same output."""
 
-    Attributes:
-        layouts: one per feature of its `pooler_output`.
-        tower: what pruners see of the vision tower, feature by feature.
-    """
-
-    layouts: list[Layout]
-    tower: TowerValues = field(default_factory=dict)
-
-    def reordered(self, index: list[int]) -> Encoded:
-        """The same features in another order, some perhaps several times (beams)."""
-        tower = {key: [values[i] for i in index] for key, values in self.tower.items()}
-        return Encoded([self.layouts[i] for i in index], tower)
-
-
-class EncoderTap:
-    """Stands in for `core.get_image_features` or `core.get_video_features`; same signature, same answer."""
-
-    def __init__(self, controller: Controller, modality: str) -> None:
-        self.controller, self.modality = controller, modality
+    def __init__(self, attachment: Attachment, modality: str) -> None:
+        self.attachment, self.modality = attachment, modality
         self.__signature__ = unbound_signature(self._plain)
 
     @property
     def _plain(self) -> Any:
-        return getattr(type(self.controller.parts.core), f"get_{self.modality}_features")
+        return getattr(type(self.attachment.parts.core), f"get_{self.modality}_features")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parts, outermost, tower = self.controller.parts, not self.controller.encoding, self.controller.tower
-        self.controller.encoding = True
-        try:
-            with tower.watching(outermost and self.controller.mode != "off") as seen:
-                output = self._plain(parts.core, *args, **kwargs)
-        finally:
-            self.controller.encoding = not outermost
+        attachment, parts, tower = self.attachment, self.attachment.parts, self.attachment.tower
+        if tower.is_open:  # some models encode videos through their image function
+            return self._plain(parts.core, *args, **kwargs)
+        with tower.watching(attachment.settings.mode != "off") as seen:
+            output = self._plain(parts.core, *args, **kwargs)
         features = getattr(output, "pooler_output", None)
-        # Some models encode videos through their image function; a plain tuple is only the caller's own business.
-        if not outermost or features is None:
+        if features is None:  # a plain tuple, which no call of the model takes
             return output
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         named = {**arguments, **arguments.get("kwargs", {})}
         layouts = lay_out(parts, self.modality, named, features)
         sizes = [layout.placeholders for layout in layouts]
-        note = Encoded(layouts, tower.values(seen, self.modality, named, sizes))
-        setattr(output, NOTE, note)
-        if self.controller.call is not None:
-            self.controller.call.encoded[self.modality] = note
+        encoded = Encoded(layouts, tower.values(seen, self.modality, named, sizes))
+        remember_features(features, encoded)
+        if attachment.call is not None:
+            attachment.call.encoded[self.modality] = encoded
         return output
 
 
-class ExpandTap:
-    """Stands in for `model._expand_multimodal_outputs`: layouts are repeated with the features of their beams."""
+class ExpandOverride:
+    """Replaces `model._expand_multimodal_outputs`: stacked features are copied for beams, and what is known with them.
+
+    Lists of features repeat their tensors, by which everything is found anyway.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -86,32 +63,30 @@ class ExpandTap:
         plain = kind._expand_multimodal_outputs
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         outputs = arguments["mm_encoder_output"]
-        notes = {m: getattr(output, NOTE) for m, output in outputs.items() if hasattr(output, NOTE)}
-        # The order is transformers' own: its function is asked to expand stand-ins, which it repeats as objects.
+        known = {}
+        for modality, output in outputs.items():
+            features = getattr(output, "pooler_output", None)
+            if isinstance(features, Tensor) and (encoded := recall_features(features)) is not None:
+                known[modality] = encoded
+        # The order is transformers' own: its function expands stand-ins too, which it repeats as objects.
         stand_ins = {
             modality: SimpleNamespace(pooler_output=[torch.empty(len(x), 0) for x in outputs[modality].pooler_output])
-            for modality in notes
+            for modality in known
         }
         place = {id(x): i for stand_in in stand_ins.values() for i, x in enumerate(stand_in.pooler_output)}
         stand_ins = plain(self.model, **(arguments | {"mm_encoder_output": stand_ins}))
         outputs = plain(self.model, **arguments)
-        for modality, note in notes.items():
+        for modality, encoded in known.items():
             order = [place[id(x)] for x in stand_ins[modality].pooler_output]
-            setattr(outputs[modality], NOTE, note.reordered(order))
+            remember_features(outputs[modality].pooler_output, encoded.reordered(order))
         return outputs
-
-
-def unbound_signature(function: Any) -> inspect.Signature:
-    """Signature of a method without its `self`."""
-    signature = inspect.signature(function)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def lay_out(parts: Parts, modality: str, arguments: Mapping[str, Any], features: Any) -> list[Layout]:
     """Layouts of the features of one encoder call, from its arguments by name.
 
     Raises:
-        ValueError: the family's layouts do not hold as many tokens as the features.
+        ValueError: the family's layouts hold another number of tokens than the features.
     """
     sizes = [x.numel() // x.shape[-1] for x in features]
     family = parts.family.layouts(modality)
@@ -126,7 +101,7 @@ def lay_out(parts: Parts, modality: str, arguments: Mapping[str, Any], features:
 
 
 def layouts_of(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, list[Layout]]:
-    """Encode the images of a call only to see how their tokens lie, by modality."""
+    """Layouts of the images of a call by modality; encodes them for it."""
     found = {}
     for modality in parts.placeholder_ids:
         core: Any = parts.core
@@ -136,31 +111,6 @@ def layouts_of(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, list[Layout
         if any(k.startswith("pixel_values") for k in arguments):
             with torch.no_grad():
                 output = encode(**arguments, return_dict=True)
-            note = getattr(output, NOTE, None)
-            found[modality] = note.layouts if note else lay_out(parts, modality, arguments, output.pooler_output)
+            encoded = recall_features(output.pooler_output)
+            found[modality] = encoded.layouts if encoded else lay_out(parts, modality, arguments, output.pooler_output)
     return found
-
-
-def given_notes(inputs: Mapping[str, Any]) -> dict[str, Encoded]:
-    """Notes of features that were encoded before the call.
-
-    Raises:
-        ValueError: features without a note.
-    """
-    outputs = {m: output for m, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
-    for modality, output in outputs.items():
-        if not hasattr(output, NOTE):
-            raise ValueError(
-                f"The {modality} features of this call do not say how they lie: they were cut by a chunked prefill, or "
-                f"made before the plan was attached. Leave prefill_chunk_size out, or call get_{modality}_features of "
-                f"the attached model."
-            )
-    return {modality: getattr(output, NOTE) for modality, output in outputs.items()}
-
-
-def has_pixels(inputs: Mapping[str, Any]) -> bool:
-    """Whether a call brings images or videos, encoded or not."""
-    if any(output is not None for output in (inputs.get("mm_encoder_outputs") or {}).values()):
-        return True
-    pixels = (value for name, value in inputs.items() if name.startswith("pixel_values"))
-    return any(value is not None and len(value) > 0 for value in pixels)

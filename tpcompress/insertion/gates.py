@@ -26,8 +26,9 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tpcompress.families import Parts
+from tpcompress.insertion.kernel_config import KernelConfig
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
-from tpcompress.insertion.shorten.sizes import weighed
+from tpcompress.insertion.shorten.sizes import add_log_sizes
 
 KERNEL = "tpcompress_gated"
 """The name that a gated copy of an attention gives as its attention implementation."""
@@ -67,22 +68,10 @@ class GatedAttention:
         return type(self.attention).forward(self.attention, *args, **kwargs)
 
 
-class _Config:
-    """The config of an attention, but for its kernel."""
-
-    _attn_implementation = KERNEL
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.config, name)
-
-
 def _twin(attention: nn.Module) -> Any:
     """An attention with the same weights that calls our kernel."""
     twin: Any = copy.copy(attention)
-    twin.config = _Config(attention.config)
+    twin.config = KernelConfig(attention.config, KERNEL)
     twin.__dict__["gated"] = attention
     return twin
 
@@ -105,7 +94,7 @@ def _attend(
         value = value * gates.value_gate_BN[:, None, :, None].to(value.dtype)
     if gates.key_bias_BN is not None and kwargs.get("softcap") is not None:
         # A bias must not be capped; eager attention, which alone caps here, has its mask as numbers anyway.
-        attention_mask = weighed(attention_mask, gates.key_bias_BN, query.dtype)
+        attention_mask = add_log_sizes(attention_mask, gates.key_bias_BN, query.dtype)
     elif gates.key_bias_BN is not None:
         query, key, value = _biased(query, key, value, gates.key_bias_BN / scaling)
     output, weights = kernel(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -135,7 +124,7 @@ def _kernel(attention: Any) -> Any:
 # ------------------------------------------------------------------------------------------- from stage to layers
 
 
-def hand_down(
+def route_gates(
     hidden_BND: Tensor, value_gate_BN: Tensor | None, key_bias_BN: Tensor | None, layer: nn.Module
 ) -> tuple[Tensor, Gates | None]:
     """Gates as the layers behind a stage get them, and the hidden states that go there.
@@ -159,12 +148,12 @@ def hand_down(
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in given) and _apart(layer)):
         return hidden_BND, Gates(value_gate_BN, key_bias_BN)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in given]
-    handed: Tensor = _Junction.apply(hidden_BND, leaves, *given)  # type: ignore[no-untyped-call]
+    handed: Tensor = _GateGradient.apply(hidden_BND, leaves, *given)  # type: ignore[no-untyped-call]
     rest = iter(leaves)
     return handed, Gates(*(None if x is None else next(rest) for x in (value_gate_BN, key_bias_BN)))
 
 
-class _Junction(torch.autograd.Function):
+class _GateGradient(torch.autograd.Function):
     """Hidden states pass; in the backward pass what leaves gathered goes to what they are copies of."""
 
     @staticmethod

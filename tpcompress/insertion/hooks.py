@@ -1,126 +1,79 @@
-"""The hooks of one attached model: outer model, language model and decoder layers, and nothing else.
+"""Installs the hooks and method stand-ins of an attached model, and routes its calls to prefill and decode.
 
-State of a request never stays here: it lives in the `Call`, or on the request's KV cache. Hooks stay out of compiled
-graphs, which would otherwise be made anew for every call's state.
+Nothing of a call stays here: it is in the context's `Request`, or on the KV cache. Hooks are excluded from compiled
+graphs, which would otherwise be recompiled for the state of every call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tpcompress.families import Parts
 from tpcompress.insertion import decode, prefill
+from tpcompress.insertion.attachment import Attachment
 from tpcompress.insertion.cache import counted_layer, remember
-from tpcompress.insertion.call import Call, parameters_of
-from tpcompress.insertion.encode import EncoderTap, ExpandTap, has_pixels
+from tpcompress.insertion.encode import EncoderOverride, ExpandOverride
+from tpcompress.insertion.encoded import has_pixels
 from tpcompress.insertion.gates import GatedAttention
-from tpcompress.insertion.layer_probe import LayerInput
-from tpcompress.insertion.overrides import DeepstackTap, ForwardTap, ShortenedLoss
-from tpcompress.insertion.plan import Budget, PruningPlan
-from tpcompress.insertion.trace import StageTrace, Trace
-from tpcompress.insertion.views.tower import TowerWatch
-from tpcompress.pruners.base import BEFORE_VIEWS
+from tpcompress.insertion.layer_arguments import update_in_decode
+from tpcompress.insertion.layer_probe import LayerProbe
+from tpcompress.insertion.overrides import DeepstackOverride, ForwardOverride, LossOverride, PrefillOverride
+from tpcompress.insertion.settings import Placement
+from tpcompress.insertion.signatures import named_arguments
 
-MODES = ("drop", "mask", "off")
+_layer_lock = threading.Lock()
 
 
-class Controller:
-    """Runs the stages of a plan on one model."""
+class Hooks:
+    """Hooks and stand-ins of one attached model."""
 
-    def __init__(self, parts: Parts, plan: PruningPlan, pruners: nn.ModuleList) -> None:
-        self.parts, self.plan, self.pruners = parts, plan, pruners
-        self.mode = "drop"
-        self.budgets: list[Budget] = [stage.budget for stage in plan.stages]
-        self.traces: list[Trace] = []
-        self.call: Call | None = None
-        self.labels: Tensor | None = None
-        self.candidates = 0
-        self.encoding = False
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
         self.handles: list[RemovableHandle] = []
-        self.layer_handles: list[RemovableHandle] = []
+        self.layer_handles: dict[int, RemovableHandle] = {}
+        self.layer_users: dict[int, int] = {}
         self.replaced: list[tuple[nn.Module, str, Any]] = []
-        self.included: dict[int, StageTrace] | None = None
-        self.tower = TowerWatch(parts, [stage.pruner for stage in plan.stages])
-        self.reads_input = any("input" in s.pruner.needs for s in plan.stages)
-        self._place([stage.layer for stage in plan.stages])
-
-    def _place(self, layers: Sequence[int]) -> None:
-        """Note at which layer each stage acts, and what follows from it."""
-        placed = [(stage.pruner, layer) for stage, layer in zip(self.plan.stages, layers, strict=True)]
-        self.layers = list(layers)
-        self.stage_at = {layer: number for number, layer in enumerate(layers)}
-        self.watched = {layer - 1 for rule, layer in placed if layer and rule.needs & BEFORE_VIEWS}
-        self.looks_ahead = {layer for rule, layer in placed if layer and "attention_next" in rule.needs}
-
-    def set_mode(self, mode: str) -> None:
-        """Switch between `drop`, `mask` and `off`."""
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        self.mode = mode
-
-    def set_budgets(self, budgets: Sequence[Budget]) -> None:
-        """Replace the budgets of the stages, one each."""
-        if len(budgets) != len(self.plan.stages):
-            raise ValueError(f"The plan has {len(self.plan.stages)} stages, got {len(budgets)} budgets.")
-        self.budgets = list(budgets)
-
-    def set_layers(self, layers: Sequence[int]) -> None:
-        """Move the stages, each to a layer of its own."""
-        for handle in self.layer_handles:
-            handle.remove()
-        self.layer_handles = []
-        self._place(layers)
-        self._install_layers()
 
     def install(self) -> None:
-        """Register everything; bound methods only, so that copies and pickles of the model keep their own."""
-        parts, pre = self.parts, {"with_kwargs": True}
+        """Register everything; bound methods only, so that copies and pickles of the model use their own."""
+        attachment, parts, pre = self.attachment, self.attachment.parts, {"with_kwargs": True}
         self.handles = [
             parts.core.register_forward_pre_hook(self._core_pre, **pre),
+            parts.core.register_forward_hook(self._core_post, always_call=True),
             parts.language_model.register_forward_pre_hook(self._language_model_pre, **pre),
             parts.language_model.register_forward_hook(self._language_model_post),
-            *self.tower.install(),
+            *attachment.tower.install(),
         ]
-        self._install_layers()
+        self._add_layers(attachment.settings.placement)
         model: Any = parts.model
-        # PEFT calls `forward` directly, so a hook on the outermost model would be passed by; and the labels must be
-        # seen before the stages run, because no score may look past the prompt.
-        self._replace(model, "forward", ForwardTap(self, model.__dict__.get("forward")))
-        self._replace(model, "_loss_function", ShortenedLoss(self, model.loss_function))
-        # For a static cache `generate` builds one 4-D mask; layers of unequal length must make their own.
+        # PEFT calls `forward` directly, past any hook of the outermost model; and labels must be known before the
+        # stages run, because no score may read beyond the prompt.
+        self._replace(model, "forward", ForwardOverride(attachment, model.__dict__.get("forward")))
+        self._replace(model, "_loss_function", LossOverride(attachment, model.loss_function))
+        # For a static cache `generate` builds one 4-D mask; layers of unequal length need one each.
         self._replace(model, "create_masks_for_generate", _keep_2d)
-        self._replace(model, "_expand_multimodal_outputs", ExpandTap(model))
+        self._replace(model, "_expand_multimodal_outputs", ExpandOverride(model))
+        self._replace(model, "_prefill", PrefillOverride(attachment))
         for modality in parts.placeholder_ids:
-            self._replace(parts.core, f"get_{modality}_features", EncoderTap(self, modality))
+            self._replace(parts.core, f"get_{modality}_features", EncoderOverride(attachment, modality))
         if hasattr(parts.language_model, "_deepstack_process"):
-            self._replace(parts.language_model, "_deepstack_process", DeepstackTap(self))
-        gating = [stage.layer for stage in self.plan.stages if stage.pruner.gates]
+            self._replace(parts.language_model, "_deepstack_process", DeepstackOverride(attachment))
+        gating = [stage.layer for stage in attachment.plan.stages if stage.pruner.gates]
         if gating:
             for layer in parts.layers[min(gating) :]:
                 attention: Any = layer.self_attn
                 self._replace(attention, "forward", GatedAttention(attention, attention.__dict__.get("forward")))
 
-    def _install_layers(self) -> None:
-        """Register what layers need where the stages are now."""
-        inside = [layer for layer in self.layers if layer > 0]
-        # Sizes and gates given before the language model act in every layer.
-        rules = [stage.pruner for stage, layer in zip(self.plan.stages, self.layers, strict=True) if layer == 0]
-        every = any(rule.uses_token_sizes or rule.gates for rule in rules)
-        first = 0 if every else min(inside, default=len(self.parts.layers))
-        for index, layer in enumerate(self.parts.layers):
-            if index >= first or index in self.watched:
-                hook = functools.partial(self._layer_pre, index)
-                self.layer_handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-
     def uninstall(self) -> None:
         """Undo `install`."""
-        for handle in self.handles + self.layer_handles:
+        for handle in [*self.handles, *self.layer_handles.values()]:
             handle.remove()
         for module, name, before in reversed(self.replaced):
             del module.__dict__[name]
@@ -128,65 +81,94 @@ class Controller:
                 module.__dict__[name] = before
         self.replaced = []
 
+    @contextmanager
+    def placed(self, placement: Placement) -> Iterator[None]:
+        """Run a block with stages at other layers, in this context; layers get the hooks that they need for it."""
+        self._add_layers(placement)
+        try:
+            with self.attachment.using(placement=placement):
+                yield
+        finally:
+            self._remove_layers(placement)
+
+    def _add_layers(self, placement: Placement) -> None:
+        with _layer_lock:
+            for index in sorted(placement.hooked):
+                self.layer_users[index] = self.layer_users.get(index, 0) + 1
+                if index not in self.layer_handles:
+                    layer = self.attachment.parts.layers[index]
+                    hook = functools.partial(self._layer_pre, index)
+                    self.layer_handles[index] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _remove_layers(self, placement: Placement) -> None:
+        with _layer_lock:
+            for index in placement.hooked:
+                self.layer_users[index] -= 1
+                if not self.layer_users[index]:
+                    self.layer_handles.pop(index).remove()
+
     def _replace(self, module: nn.Module, name: str, stand_in: Any) -> None:
         self.replaced.append((module, name, module.__dict__.get(name)))
         module.__dict__[name] = stand_in
 
-    # ------------------------------------------------------------------ outer model
+    # ------------------------------------------------------------------ core model
 
     @torch.compiler.disable
     def _core_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.call = None
-        if self.mode == "off":
+        attachment, request = self.attachment, self.attachment.begin_inner()
+        request.call = None
+        if attachment.settings.mode == "off":
             return None
-        kwargs = _named(module, args, kwargs)
-        self.call = prefill.begin(self, kwargs) if has_pixels(kwargs) else decode.begin(self, kwargs)
+        kwargs = named_arguments(module, args, kwargs)
+        begin = prefill.begin if has_pixels(kwargs) else decode.begin
+        request.call = begin(attachment, request, kwargs)
         return (), kwargs
+
+    @torch.compiler.disable
+    def _core_post(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """End the call of a core model that was called directly, also if it raised."""
+        self.attachment.end_inner()
 
     # ------------------------------------------------------------------ language model
 
     @torch.compiler.disable
     def _language_model_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = self.call
-        if call is None:
+        request = self.attachment.request
+        if request is None or request.call is None:
             return None
-        kwargs = _named(module, args, kwargs)
+        call, kwargs = request.call, named_arguments(module, args, kwargs)
         if not call.is_prefill:
-            decode.enter(self, call, kwargs)
-        elif not prefill.enter(self, call, kwargs):
-            self.call = None
+            decode.enter(self.attachment, call, kwargs)
+        elif not prefill.enter(self.attachment, call, kwargs, request.num_candidates):
+            request.call = None
         return (), kwargs
 
     @torch.compiler.disable
     def _language_model_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """A prefill leaves its cuts on the cache; a prefill that cut nothing wipes what an earlier request left."""
-        cache, call = getattr(output, "past_key_values", None), self.call
+        """A prefill leaves its cuts on the cache; one that cut nothing removes those of an earlier request."""
+        cache, call = getattr(output, "past_key_values", None), self.attachment.call
         if call is not None and call.is_prefill and cache is not None:
-            remember(cache, call.end(counted_layer(cache), getattr(self.parts.core, "rope_deltas", None)))
+            rope_deltas = getattr(self.attachment.parts.core, "rope_deltas", None)
+            remember(cache, call.end(counted_layer(cache), rope_deltas))
 
     # ------------------------------------------------------------------ decoder layers
 
     @torch.compiler.disable
     def _layer_pre(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = self.call
-        if call is None:
+        attachment, call = self.attachment, self.attachment.call
+        if call is None or index not in call.settings.placement.hooked:
             return None
-        # Only hidden states stay positional: reentrant checkpointing asks for that.
-        kwargs = _named(layer, args, kwargs)
+        kwargs = named_arguments(layer, args, kwargs)
+        # Hidden states stay positional: reentrant checkpointing requires it.
         first = next(iter(kwargs)) if args else "hidden_states"
         hidden_BND = kwargs.pop(first)
         if call.is_prefill:
-            hidden_BND = prefill.shorten_layer(self, call, index, layer, hidden_BND, kwargs)
-            if index in self.watched:
-                call.before = LayerInput(layer, index, hidden_BND, kwargs)
+            hidden_BND = prefill.shorten_layer(attachment, call, index, layer, hidden_BND, kwargs)
+            if index in call.settings.placement.watched:
+                call.before = LayerProbe(layer, index, hidden_BND, kwargs)
         else:
-            decode.layer_arguments(self, call, index, hidden_BND, kwargs)
+            update_in_decode(attachment, call, index, hidden_BND, kwargs)
         return ((hidden_BND,), kwargs) if args else (args, {first: hidden_BND} | kwargs)
-
-
-def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """All arguments by name, in a dict of our own."""
-    return dict(zip(parameters_of(type(module).forward), args, strict=False)) | kwargs
 
 
 def _keep_2d(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tpcompress.insertion.gates import ARGUMENT, Gates
+from tpcompress.insertion.kernel_config import KernelConfig
 
 KERNEL = "tpcompress_look"
 """The name that a looking copy gives as its attention implementation."""
 
 
 @dataclass(frozen=True)
-class Looked:
+class AttentionInputs:
     """What an attention hands to its kernel.
 
     Attributes:
@@ -60,20 +61,8 @@ class Looked:
 class _Stop(Exception):
     """Leaves a looking copy at its kernel."""
 
-    def __init__(self, looked: Looked) -> None:
+    def __init__(self, looked: AttentionInputs) -> None:
         self.looked = looked
-
-
-class _Config:
-    """The config of an attention, but for its kernel."""
-
-    _attn_implementation = KERNEL
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.config, name)
 
 
 def _stop(
@@ -90,13 +79,13 @@ def _stop(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     gates: Gates | None = kwargs.get(ARGUMENT)
     bias_BL = None if gates is None else gates.key_bias_BN
-    raise _Stop(Looked(query, key, value, attention_mask, scaling, softcap, sliding_window, bias_BL))
+    raise _Stop(AttentionInputs(query, key, value, attention_mask, scaling, softcap, sliding_window, bias_BL))
 
 
 AttentionInterface.register(KERNEL, _stop)
 
 
-def look(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, Any]) -> Looked:
+def run_to_kernel(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, Any]) -> AttentionInputs:
     """Run a layer up to its attention kernel. Neither the layer nor a cache changes.
 
     Args:
@@ -108,7 +97,7 @@ def look(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, Any]) -> 
         ValueError: its attention calls no kernel of transformers.
     """
     twin, inner = copy.copy(layer), copy.copy(getattr(layer, attention))
-    inner.config = _Config(inner.config)
+    inner.config = KernelConfig(inner.config, KERNEL)
     inner.__dict__.pop("forward", None)
     twin.__dict__["_modules"] = layer._modules | {attention: inner}
     twin.gradient_checkpointing = False
@@ -123,7 +112,7 @@ def look(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, Any]) -> 
 
 
 @dataclass
-class LayerInput:
+class LayerProbe:
     """What one decoder layer was called with; its queries, keys and values are recomputed from this, at most once.
 
     Attributes:
@@ -140,14 +129,14 @@ class LayerInput:
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def looked(self) -> Looked:
+    def looked(self) -> AttentionInputs:
         """Queries, keys and values of the columns at hand; of shared keys, all that the layer reads."""
         if "looked" not in self.memo:
             kwargs = dict(self.kwargs) | {"past_key_values": None}
             if kwargs.get("shared_kv_states") is not None:
                 # Gemma 4: a layer may write its keys there, and these lack what the cache holds.
                 kwargs["shared_kv_states"] = dict(kwargs["shared_kv_states"])
-            self.memo["looked"] = look(self.layer, "self_attn", (self.hidden_BND,), kwargs)
+            self.memo["looked"] = run_to_kernel(self.layer, "self_attn", (self.hidden_BND,), kwargs)
         return self.memo["looked"]
 
     def keys(self) -> Tensor:

@@ -1,19 +1,13 @@
-"""Per-call record: vision tokens in and out, sequence lengths and retained tokens of every stage."""
+"""Record of a call: vision tokens in and out, sequence lengths and retained tokens of every stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tpcompress.families import Layout
 from tpcompress.pruners import Selection, TokenView
-
-if TYPE_CHECKING:
-    from tpcompress.insertion.hooks import Controller
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,15 +16,15 @@ class StageTrace:
 
     Attributes:
         stage: index in the plan.
-        layer: first decoder layer that sees fewer.
-        total: vision tokens of each row out of the projector.
-        vision_in, vision_out: vision tokens of each row before and after, as many as were really there.
-        sequence_in, sequence_out: columns of the batch before and after.
+        layer: first decoder layer with the pruned sequence.
+        total: vision tokens of each row that the projector produced.
+        vision_in, vision_out: vision tokens of each row before and after the stage, padding excluded.
+        sequence_in, sequence_out: columns of the batch before and after the stage.
         retained_RV: bool, which of the projector's tokens each row still has.
         owner: sample of each row.
-        layouts: how the tokens of each row lie: one image or video, or all of a prompt.
-        view, selection: what the pruner saw and said; None if it was not asked, because the budget kept everything or
-            nothing was left. A row without tokens among others showed one stand-in.
+        layouts: layouts of each row's tokens: one image or video, or all of a prompt.
+        view, selection: input and output of the pruner; None if it was skipped, because the budget kept everything or
+            no token was left. An empty row among others showed one dummy token.
     """
 
     stage: int
@@ -49,11 +43,11 @@ class StageTrace:
 
 @dataclass(eq=False)
 class Trace:
-    """Everything recorded inside one `record` block; prefills follow each other in `stages`.
+    """Everything that was recorded inside one `record` block, in the order of the prefills.
 
     Attributes:
         stages: one entry per stage and prefill.
-        labels_BN: labels as the last call's loss saw them, shortened like its logits; None without labels.
+        labels_BN: labels that the loss of the last call read, shortened like its logits; None without labels.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
@@ -66,14 +60,3 @@ class Trace:
             for s in self.stages
         ]
         return "\n".join(lines) or "no vision token was pruned"
-
-
-@contextmanager
-def recording(controller: Controller) -> Iterator[Trace]:
-    """Collect what the stages do while the block runs."""
-    trace = Trace()
-    controller.traces.append(trace)
-    try:
-        yield trace
-    finally:
-        controller.traces.remove(trace)

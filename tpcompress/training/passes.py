@@ -75,7 +75,7 @@ def run_pass(
         if is_attached(model):
             if values is not None:
                 stack.enter_context(budgets(model, values))
-            used = list(controller_of(model).budgets)
+            used = list(controller_of(model).settings.budgets)
             trace = stack.enter_context(record(model))
         run = _whole if own else _answers_only
         here = run(model, call, inputs["labels"], count_answers(batch), trace)

@@ -8,7 +8,7 @@ from tpcompress.families import Grid, Layout
 from tpcompress.insertion.call import last_prompt_token
 from tpcompress.insertion.shorten.columns import get_tokens, put_tokens, take, take_square
 from tpcompress.insertion.shorten.locate import locate
-from tpcompress.insertion.shorten.sequence import Frame, Rows
+from tpcompress.insertion.shorten.sequence import BudgetRows, Frame
 
 CPU = torch.device("cpu")
 V = True
@@ -20,7 +20,7 @@ def image(*grids: tuple[int, int], newline: bool = False, tail: int = 0) -> Layo
     return Layout(tuple(Grid(rows, cols, newline) for rows, cols in grids), tail)
 
 
-def locate_images(place: list[list[bool]], layouts: list[Layout], scope: str = "image", **more: bool) -> Rows:
+def locate_images(place: list[list[bool]], layouts: list[Layout], scope: str = "image", **more: bool) -> BudgetRows:
     return locate({"image": torch.tensor(place)}, {"image": layouts}, scope, **more)
 
 

@@ -16,7 +16,7 @@ from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.shorten.masks import layer_mask
-from tpcompress.insertion.shorten.sizes import joined, weighed
+from tpcompress.insertion.shorten.sizes import add_log_sizes, concat_log_sizes
 from tpcompress.pruners import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import keep_topk
 
@@ -238,14 +238,14 @@ def test_masks_by_hand() -> None:
     log = torch.tensor([[0.0, 2.0]])
     low = torch.finfo(torch.float32).min
     seen = torch.tensor([[[[True, False, False], [True, True, True]]]])
-    assert weighed(seen, log, torch.float32).tolist() == [[[[0.0, low, low], [0.0, 2.0, 0.0]]]]
+    assert add_log_sizes(seen, log, torch.float32).tolist() == [[[[0.0, low, low], [0.0, 2.0, 0.0]]]]
     floats = torch.tensor([[[[0.0, low, low], [1.0, 1.0, 1.0]]]])
-    assert weighed(floats, log, torch.float32).tolist() == [[[[0.0, low, low], [1.0, 3.0, 1.0]]]]
-    assert weighed(seen, log, torch.bfloat16).dtype == torch.bfloat16
-    assert joined(None, 2, None, 3) is None
-    assert joined(log, 2, None, 1).tolist() == [[0.0, 2.0, 0.0]]
-    assert joined(None, 1, log, 2).tolist() == [[0.0, 0.0, 2.0]]
-    assert joined(log, 2, log, 2).tolist() == [[0.0, 2.0, 0.0, 2.0]]
+    assert add_log_sizes(floats, log, torch.float32).tolist() == [[[[0.0, low, low], [1.0, 3.0, 1.0]]]]
+    assert add_log_sizes(seen, log, torch.bfloat16).dtype == torch.bfloat16
+    assert concat_log_sizes(None, 2, None, 3) is None
+    assert concat_log_sizes(log, 2, None, 1).tolist() == [[0.0, 2.0, 0.0]]
+    assert concat_log_sizes(None, 1, log, 2).tolist() == [[0.0, 0.0, 2.0]]
+    assert concat_log_sizes(log, 2, log, 2).tolist() == [[0.0, 2.0, 0.0, 2.0]]
 
 
 def test_sizes_of_stages_multiply(model: Any) -> None:

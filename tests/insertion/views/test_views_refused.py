@@ -11,7 +11,7 @@ from looks import Looks, plan_of
 from support import batch, tiny_model
 
 from tpcompress.families import list_families
-from tpcompress.insertion import layer_probe as look
+from tpcompress.insertion import layer_probe
 from tpcompress.insertion.attach import attach, detach, is_attached, mode
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import list_pruners
@@ -139,8 +139,8 @@ def test_features_that_came_without_are_refused(lend: Any) -> None:
 
 def test_a_layer_is_looked_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
-    once = look.look
-    monkeypatch.setattr(look, "look", lambda layer, *rest: looked.append(layer) or once(layer, *rest))
+    once = layer_probe.run_to_kernel
+    monkeypatch.setattr(layer_probe, "run_to_kernel", lambda layer, *rest: looked.append(layer) or once(layer, *rest))
     words = ("keys", "attention", "attention_prompt", "attention_last_vision", "text")
     stages = [
         Stage(Looks(words), 2, keep_tokens=9),

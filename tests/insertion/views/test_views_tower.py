@@ -14,8 +14,8 @@ from support import Case, batch, case_id, generate, model_cases, tiny_model
 from torch import Tensor
 
 from tpcompress.families import list_families, resolve
-from tpcompress.insertion import layer_probe as look
-from tpcompress.insertion.attach import CONTROLLER, attach, detach, record
+from tpcompress.insertion import layer_probe
+from tpcompress.insertion.attach import ATTACHED, attach, detach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.views import tower
 from tpcompress.insertion.views.tower import tower_layers
@@ -43,7 +43,7 @@ def lent(case: Case, impl: str = "eager") -> Iterator[Any]:
     if name not in _models:
         _models[name] = tiny_model(case[0], *case[1], impl=impl)
     yield _models[name]
-    if hasattr(_models[name], CONTROLLER):
+    if hasattr(_models[name], ATTACHED):
         detach(_models[name])
 
 
@@ -256,7 +256,9 @@ def test_kernels_agree(case: Case, model: Any) -> None:
 
 def test_layers_stand_in_the_order_asked_for_and_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case, looked = ("llava", ("clip_vision_model",)), []
-    monkeypatch.setattr(tower, "look", lambda block, *rest: looked.append(block) or look.look(block, *rest))
+    monkeypatch.setattr(
+        tower, "run_to_kernel", lambda block, *rest: looked.append(block) or layer_probe.run_to_kernel(block, *rest)
+    )
     for model in lent(case):
         inputs = inputs_of(case, model)
         every = ("tower_cls", "tower_received", "tower_keys")

@@ -78,8 +78,8 @@ def state_of(model, plan):
     adapters = [part.disable_adapters for part in model.modules() if hasattr(part, "disable_adapters")]
     if plan is None:
         return parts, adapters
-    controller = controller_of(model)
-    return parts, adapters, controller.mode, controller.budgets, controller.layers, controller.included
+    settings = controller_of(model).settings
+    return parts, adapters, settings.mode, settings.budgets, settings.layers, settings.retained
 
 
 @EACH

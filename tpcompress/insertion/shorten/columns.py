@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def to_device_async(x: Tensor, device: torch.device) -> Tensor:
     """What the host knows, on the device. (Made there or copied plainly, it would wait for all work before it.)"""
     return x.to(device, non_blocking=True)
 
@@ -27,7 +27,7 @@ def take(x: Tensor, index_BN: Tensor, dim: int) -> Tensor:
 
 
 def take_square(mask_BHSS: Tensor, index_BN: Tensor) -> Tensor:
-    """Rows and columns of a 4-D mask (B or 1, H or 1, S, S)."""
+    """BudgetRows and columns of a 4-D mask (B or 1, H or 1, S, S)."""
     return _gather(_gather(mask_BHSS, index_BN, 0, 2), index_BN, 0, 3)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.families import Layout
-from tpcompress.insertion.shorten.columns import sent
-from tpcompress.insertion.shorten.sequence import Rows
+from tpcompress.insertion.shorten.columns import to_device_async
+from tpcompress.insertion.shorten.sequence import BudgetRows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def locate(
     scope: str,
     joins_tiles: bool = False,
     splits_tiles: bool = False,
-) -> Rows:
+) -> BudgetRows:
     """Find the vision tokens of every image and video.
 
     Args:
@@ -65,9 +65,9 @@ def locate(
     tables = [_table(group) for group in groups]
     total_R = [len(table) for table in tables]
     # One tensor and one copy to the device: everything that is known of the tokens beforehand.
-    table_RV5 = sent(torch.nn.utils.rnn.pad_sequence(tables, batch_first=True), device)
+    table_RV5 = to_device_async(torch.nn.utils.rnn.pad_sequence(tables, batch_first=True), device)
     token_V = torch.arange(max(total_R), device=device)
-    count_R1 = sent(torch.tensor(total_R), device)[:, None]
+    count_R1 = to_device_async(torch.tensor(total_R), device)[:, None]
     token_RV = token_V.minimum(count_R1 - 1)
     table_RV5 = table_RV5.gather(1, token_RV[..., None].expand_as(table_RV5))
     index_RV, table_RV4 = place_T[table_RV5[..., 0]] % S, table_RV5[..., 1:]
@@ -79,12 +79,12 @@ def locate(
         )
     canvases = [[sum(run.layout.canvas[0] for run in group) for group in groups]]
     canvases.append([max(run.layout.canvas[1] for run in group) for group in groups])
-    return Rows(
+    return BudgetRows(
         owner=[group[0].owner for group in groups],
         total=total_R,
         count=total_R,
         layouts=[tuple(run.layout for run in group) for group in groups],
-        owner_R=sent(torch.tensor([group[0].owner for group in groups]), device),
+        owner_R=to_device_async(torch.tensor([group[0].owner for group in groups]), device),
         index_RV=index_RV,
         token_RV=token_RV,
         valid_RV=token_V < count_R1,
@@ -101,7 +101,10 @@ def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tile
     edge_2R = [[0] * len(starts)] * 2
     if B > 1 or joins:
         edge_2R = (
-            place_T[sent(torch.tensor([starts, [end - 1 for end in ends]]), place_T.device)].cpu().numpy().tolist()
+            place_T[to_device_async(torch.tensor([starts, [end - 1 for end in ends]]), place_T.device)]
+            .cpu()
+            .numpy()
+            .tolist()
         )
     runs: list[_Run] = []
     previous = -1

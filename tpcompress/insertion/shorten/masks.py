@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 from tpcompress.families.base import Blocks
 from tpcompress.insertion.shorten.columns import take_square
 from tpcompress.insertion.shorten.sequence import Frame
-from tpcompress.insertion.shorten.sizes import weighed
+from tpcompress.insertion.shorten.sizes import add_log_sizes
 
 RECURRENT = ("conv", "linear_attention")
 """Kinds of layers that carry a state from column to column: nothing can be hidden from them."""
@@ -73,7 +73,7 @@ def layer_mask(
             f"load the model with attn_implementation='sdpa' or 'eager', or use a pruner without sizes."
         )
     forgotten = 0 if cache is None else cache.get_mask_sizes(hidden_BND.shape[1], layer)[1]
-    return weighed(mask, log_size_BN[:, forgotten:], hidden_BND.dtype)
+    return add_log_sizes(mask, log_size_BN[:, forgotten:], hidden_BND.dtype)
 
 
 def _made(
@@ -108,7 +108,7 @@ def _made(
 
 
 def custom_mask(mask_BHSS: Tensor, frame: Frame) -> Tensor:
-    """Rows and columns of a caller's 4-D mask; fillers and hidden tokens see themselves and are seen by nobody.
+    """BudgetRows and columns of a caller's 4-D mask; fillers and hidden tokens see themselves and are seen by nobody.
 
     Args:
         mask_BHSS: bool (True = may look), or additive floats.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompress.insertion.call import Call, parameters_of
-from tpcompress.insertion.shorten.columns import sent, take
+from tpcompress.insertion.shorten.columns import take
+from tpcompress.insertion.signatures import parameters_of
 
 
 def closed_up(positions_ABS: Tensor, real_BS: Tensor | None, alive_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,29 +67,6 @@ def rotary(language_model: Any, hidden: Tensor, positions: Tensor, kind: str) ->
     embed = next(getattr(language_model, name) for name in ROTARY if hasattr(language_model, name))
     more = (kind,) if "layer_type" in parameters_of(type(embed).forward) else ()
     return embed(hidden, positions, *more)
-
-
-def retained_positions(call: Call, policy: str) -> tuple[Tensor, Tensor]:
-    """Position ids of the columns at hand, and the positions that each sample lost since the input (B, 1).
-
-    Args:
-        call: the prefill under way.
-        policy: `original` or `compact`; places that tokens took count under the first only.
-    """
-    frame, positions = call.frame, call.positions
-    assert frame is not None and positions is not None
-    lost_B1 = sent(torch.tensor(frame.lost), frame.index_BN.device)[:, None]
-    if policy == "original":
-        return take(positions, frame.positioned_BN, -1), lost_B1
-    if positions.ndim < 3:
-        return take(positions, frame.base_BN, -1) - frame.shift_BN, lost_B1
-    B, N0 = len(frame.index_BN), positions.shape[-1]
-    alive_BN = torch.zeros(B, N0, dtype=torch.bool, device=positions.device)
-    present_BN = torch.ones_like(frame.base_BN, dtype=torch.bool) if frame.present_BN is None else frame.present_BN
-    alive_BN = alive_BN.scatter(1, frame.base_BN, present_BN)
-    text, axes = positions[: len(positions) - 3], positions[-3:].expand(3, B, N0)
-    closed, lost_B1 = closed_up(axes, call.real_BN, alive_BN)
-    return torch.cat([take(text, frame.base_BN, -1), take(closed, frame.base_BN, -1)]), lost_B1
 
 
 def take_rotary(source: Any, index_BN: Tensor) -> Any:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from tpcompress.families import Layout
-from tpcompress.insertion.shorten.columns import sent
+from tpcompress.insertion.shorten.columns import to_device_async
 
 PER_COLUMN = ("index_BN", "base_BN", "place_BN", "log_size_BN", "value_gate_BN", "key_bias_BN")
 """Fields of a `Frame` that go with its columns as they are."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class BudgetRows:
     """The vision tokens still in the sequence, one row per budget.
 
     Attributes:
@@ -53,7 +53,7 @@ class Rows:
         """Whether some row is padded."""
         return len(set(self.count)) > 1
 
-    def retain(self, keep_RV: Tensor, count: list[int]) -> Rows:
+    def retain(self, keep_RV: Tensor, count: list[int]) -> BudgetRows:
         """The rows after a stage kept `count` tokens of each."""
         order_RK = (~keep_RV).to(torch.int8).argsort(dim=1, stable=True)[:, : max(count)]
         return replace(
@@ -65,14 +65,14 @@ class Rows:
             table_RV4=self.table_RV4.gather(1, order_RK[..., None].expand(-1, -1, 4)),
         )
 
-    def stood_in(self) -> Rows:
-        """The same rows for a pruner to look at: one that has no token left shows a stand-in, some column of its own.
+    def with_dummies(self) -> BudgetRows:
+        """The same rows with one dummy token in every empty row, so that pruners need not handle V = 0.
 
-        Rules need not mind a row of nothing, and rows do not know each other. What is said of a stand-in is ignored.
+        The selection of a dummy is discarded.
         """
         if all(self.count):
             return self
-        empty_R = sent(torch.tensor([not count for count in self.count]), self.valid_RV.device)
+        empty_R = to_device_async(torch.tensor([not count for count in self.count]), self.valid_RV.device)
         first_V = torch.arange(self.valid_RV.shape[1], device=self.valid_RV.device) == 0
         return replace(self, valid_RV=self.valid_RV | (empty_R[:, None] & first_V))
 
@@ -144,7 +144,7 @@ class Frame:
         )
         return replace(self, base_BN=base_BN, shift_BN=torch.zeros_like(self.shift_BN), lost=nothing, place_BN=None)
 
-    def calibrated(self, rows: Rows, size_RV: Tensor | None, place_RV: Tensor | None) -> Frame:
+    def calibrated(self, rows: BudgetRows, size_RV: Tensor | None, place_RV: Tensor | None) -> Frame:
         """The same columns after vision tokens took sizes and places; only those that stay matter.
 
         Args:
@@ -168,7 +168,7 @@ class Frame:
             place_BN = taken_M[:-1].view(B, N)
         return replace(self, place_BN=place_BN, log_size_BN=log_size_BN)
 
-    def gated(self, rows: Rows, value_gate_RV: Tensor | None, key_bias_RV: Tensor | None) -> Frame:
+    def gated(self, rows: BudgetRows, value_gate_RV: Tensor | None, key_bias_RV: Tensor | None) -> Frame:
         """The same columns after vision tokens took gates; those of an earlier stage multiply, its biases add.
 
         Args:
@@ -185,7 +185,7 @@ class Frame:
             bias_BN = new_BN if bias_BN is None else bias_BN + new_BN
         return replace(self, value_gate_BN=gate_BN, key_bias_BN=bias_BN)
 
-    def _spread(self, rows: Rows, value_RV: Tensor, other: float) -> Tensor:
+    def _spread(self, rows: BudgetRows, value_RV: Tensor, other: float) -> Tensor:
         """Numbers of vision tokens at their columns (B, N), at least fp32, differentiable; `other` everywhere else."""
         B, N = self.index_BN.shape
         into_T = self.cells(rows).masked_fill(~rows.valid_RV, B * N).reshape(-1)
@@ -198,13 +198,13 @@ class Frame:
         slot_BS = self.index_BN.new_zeros(self.index_BN.shape[0], self.length).scatter(1, self.index_BN, column_BN)
         return slot_BS.gather(1, index_BK)
 
-    def cells(self, rows: Rows) -> Tensor:
+    def cells(self, rows: BudgetRows) -> Tensor:
         """Flat index (R, V) of each row's tokens into the B * N columns."""
         all_BS = torch.arange(self.length, device=self.index_BN.device).expand(self.index_BN.shape[0], -1)
         slot_BS = self.column_of(all_BS)
         return rows.owner_R[:, None] * self.width + slot_BS[rows.owner_R[:, None], rows.index_RV]
 
-    def cut(self, rows: Rows, keep_RV: Tensor, count: list[int], hide: bool) -> tuple[Frame, Tensor | None]:
+    def cut(self, rows: BudgetRows, keep_RV: Tensor, count: list[int], hide: bool) -> tuple[Frame, Tensor | None]:
         """Take dropped tokens out.
 
         Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def weighed(mask_BHQL: Tensor, log_size_BN: Tensor, dtype: torch.dtype) -> Tensor:
+def add_log_sizes(mask_BHQL: Tensor, log_size_BN: Tensor, dtype: torch.dtype) -> Tensor:
     """A 4-D mask that adds the logarithms of sizes to the logits, (B, H, Q, L).
 
     Args:
@@ -26,7 +26,7 @@ def weighed(mask_BHQL: Tensor, log_size_BN: Tensor, dtype: torch.dtype) -> Tenso
     return mask_BHQL + bias_B11L.to(mask_BHQL.dtype)
 
 
-def joined(old_BN: Tensor | None, width: int, new_BQ: Tensor | None, steps: int) -> Tensor | None:
+def concat_log_sizes(old_BN: Tensor | None, width: int, new_BQ: Tensor | None, steps: int) -> Tensor | None:
     """Logarithms of the sizes of two neighbouring runs of columns; None if all stand for one.
 
     Args:

@@ -23,10 +23,10 @@ def check_views(parts: Parts, plan: PruningPlan) -> None:
         ValueError: one does not; the message says why, and which pruners would work there.
     """
     for stage in plan.stages:
-        reason = missing(parts, stage.pruner, stage.layer)
+        reason = why_unavailable(parts, stage.pruner, stage.layer)
         if reason is not None:
             others = {name: cls for name, cls in list_pruners().items() if not cls.keeps_none}
-            fit = [name for name, cls in others.items() if missing(parts, cls(), stage.layer) is None]
+            fit = [name for name, cls in others.items() if why_unavailable(parts, cls(), stage.layer) is None]
             raise ValueError(f"Pruner '{stage.pruner.name}' needs {reason}, or use one of: {', '.join(fit)}.")
 
 
@@ -62,12 +62,12 @@ def check_moved(parts: Parts, plan: PruningPlan, layers: Sequence[int]) -> None:
         raise ValueError(f"Layers of stages must rise, got {list(layers)}.")
     check_layers(parts, layers)
     for stage, layer in zip(plan.stages, layers, strict=True):
-        reason = missing(parts, stage.pruner, layer)
+        reason = why_unavailable(parts, stage.pruner, layer)
         if reason is not None:
             raise ValueError(f"Pruner '{stage.pruner.name}' cannot move to layer {layer}: it needs {reason}.")
 
 
-def missing(parts: Parts, rule: Pruner, layer: int) -> str | None:
+def why_unavailable(parts: Parts, rule: Pruner, layer: int) -> str | None:
     """Which view a pruner does not get at a layer, why, and what would help; None if it gets all."""
     for word in sorted(rule.needs):
         if word in LAYER_VIEWS:

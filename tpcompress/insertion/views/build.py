@@ -5,15 +5,16 @@ B samples, N columns, R budget rows, V vision tokens, H query heads, Q queries, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpcompress.families import Parts
-from tpcompress.insertion.layer_probe import LayerInput
-from tpcompress.insertion.shorten.columns import get_tokens, sent
-from tpcompress.insertion.shorten.sequence import Frame, Rows
+from tpcompress.insertion.call import Call
+from tpcompress.insertion.layer_probe import LayerProbe
+from tpcompress.insertion.shorten.columns import get_tokens, to_device_async
+from tpcompress.insertion.shorten.sequence import BudgetRows, Frame
 from tpcompress.pruners import Pruner, TokenView
 from tpcompress.pruners.base import (
     BEFORE_VIEWS,
@@ -24,9 +25,6 @@ from tpcompress.pruners.base import (
     TOWER_FIELDS,
     TOWER_VIEWS,
 )
-
-if TYPE_CHECKING:
-    from tpcompress.insertion.call import Call
 
 
 def build_view(
@@ -78,10 +76,10 @@ def build_view(
         if "input" in needs:
             optional |= _at_input(call, rows, frame, hidden_BND, query_BQ)
         if "attention_next" in needs:
-            behind = call.behind
-            assert behind is not None
-            held = 0 if call.prefix is None else call.prefix.held(behind.index)
-            weight_BHQN = behind.attention(last_prompt_B[:, None], held)
+            ahead = call.ahead
+            assert ahead is not None
+            held = 0 if call.prefix is None else call.prefix.held(ahead.index)
+            weight_BHQN = ahead.attention(last_prompt_B[:, None], held)
             optional["attention_next_BHV"] = _to_tokens(weight_BHQN[rows.owner_R], column_RV)[:, :, 0]
         if needs & BEFORE_VIEWS:
             before = call.before
@@ -129,11 +127,11 @@ def build_view(
     return view, cell_RV
 
 
-def _of_videos(rows: Rows, image_RV: Tensor) -> Tensor:
+def _of_videos(rows: BudgetRows, image_RV: Tensor) -> Tensor:
     """bool (R, V): tokens of videos; which of a row's pictures are some, the host knows."""
     pictures = max(map(len, rows.layouts))
     flags = [[layout.video for layout in row] + [False] * (pictures - len(row)) for row in rows.layouts]
-    return sent(torch.tensor(flags), image_RV.device).gather(1, image_RV)
+    return to_device_async(torch.tensor(flags), image_RV.device).gather(1, image_RV)
 
 
 def _prompt_text(call: Call, frame: Frame, padding_BN: Tensor | None, last_prompt_B: Tensor) -> Tensor:
@@ -144,7 +142,7 @@ def _prompt_text(call: Call, frame: Frame, padding_BN: Tensor | None, last_promp
     return text_BN if padding_BN is None else text_BN & padding_BN
 
 
-def _roles(rows: Rows, column_RV: Tensor, text_BN: Tensor) -> Tensor:
+def _roles(rows: BudgetRows, column_RV: Tensor, text_BN: Tensor) -> Tensor:
     """int8 (R, N): where each word of the prompt stands relative to the row's vision tokens; 0 on everything else."""
     N = text_BN.shape[1]
     column_N = torch.arange(N, device=text_BN.device)
@@ -154,7 +152,7 @@ def _roles(rows: Rows, column_RV: Tensor, text_BN: Tensor) -> Tensor:
     return role_RN.masked_fill(~text_BN[rows.owner_R], 0).to(torch.int8)
 
 
-def _last_column(rows: Rows, column_RV: Tensor) -> Tensor:
+def _last_column(rows: BudgetRows, column_RV: Tensor) -> Tensor:
     """Column (R,) of each row's last vision token."""
     return column_RV.masked_fill(~rows.valid_RV, -1).amax(1)
 
@@ -165,7 +163,7 @@ def _to_tokens(weight_RHQN: Tensor, column_RV: Tensor) -> Tensor:
     return weight_RHQN.gather(3, column_RV[:, None, None].expand(R, H, Q, -1))
 
 
-def _words(rows: Rows, frame: Frame, text_BN: Tensor) -> Tensor:
+def _words(rows: BudgetRows, frame: Frame, text_BN: Tensor) -> Tensor:
     """Columns (B, Q) of the words of the prompt, in order; others follow where a sample has fewer.
 
     Q is what is left of the longest sample without its placeholders, which the host knows: answers count, too.
@@ -176,7 +174,7 @@ def _words(rows: Rows, frame: Frame, text_BN: Tensor) -> Tensor:
     return (~text_BN).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *words.values())]
 
 
-def _at_input(call: Call, rows: Rows, frame: Frame, hidden_BND: Tensor, query_BQ: Tensor) -> dict[str, Tensor]:
+def _at_input(call: Call, rows: BudgetRows, frame: Frame, hidden_BND: Tensor, query_BQ: Tensor) -> dict[str, Tensor]:
     """Vision tokens and words at the language model's input; no stage drops a word."""
     rows, entry, input_BND = call.entry or (rows, frame.as_input(), hidden_BND)
     place_RQ = frame.base_BN.gather(1, query_BQ)[rows.owner_R] if call.entry else query_BQ[rows.owner_R]
@@ -188,17 +186,17 @@ def _at_input(call: Call, rows: Rows, frame: Frame, hidden_BND: Tensor, query_BQ
     }
 
 
-def _last_vision_row(before: LayerInput, rows: Rows, column_RV: Tensor, held: int) -> Tensor:
+def _last_vision_row(before: LayerProbe, rows: BudgetRows, column_RV: Tensor, held: int) -> Tensor:
     """Attention (R, H, V) of each row's last vision token to all of them."""
     slots = [rows.owner[:r].count(owner) for r, owner in enumerate(rows.owner)]
-    slot_R = sent(torch.tensor(slots), column_RV.device)
+    slot_R = to_device_async(torch.tensor(slots), column_RV.device)
     query_BQ = column_RV.new_zeros(len(before.hidden_BND), max(slots) + 1)
     query_BQ = query_BQ.index_put((rows.owner_R, slot_R), _last_column(rows, column_RV))
     weight_RHN = before.attention(query_BQ, held)[rows.owner_R, :, slot_R]
     return _to_tokens(weight_RHN[:, :, None], column_RV)[:, :, 0]
 
 
-def _from_tower(call: Call, rows: Rows, word: str, layer: int) -> Tensor:
+def _from_tower(call: Call, rows: BudgetRows, word: str, layer: int) -> Tensor:
     """One view of one layer of the tower, with the vision tokens in the dimension before the last (R, ..., V, D).
 
     Features fill the placeholders of their modality in the order of the flattened batch.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,15 +18,25 @@ from torch.utils.hooks import RemovableHandle
 
 from tpcompress.families import Parts
 from tpcompress.families.base import ToTokens
-from tpcompress.insertion.layer_probe import Looked, look
+from tpcompress.insertion.context import PerContext
+from tpcompress.insertion.encoded import TowerValues
+from tpcompress.insertion.layer_probe import AttentionInputs, run_to_kernel
 from tpcompress.pruners import Pruner
 from tpcompress.pruners.base import LOOSE_VIEWS, TOWER_VIEWS
 
-TowerValues = dict[tuple[str, int], list[Tensor]]
-"""(word of the view, layer as the pruner counts it or 0) -> values of the placeholders of each feature."""
-
 QUERIES = 1024
 """Queries whose attention maps exist at one time."""
+
+
+@dataclass
+class _Capture:
+    """What is captured while one encoder runs."""
+
+    on: bool
+    values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+
+_captures: PerContext[_Capture] = PerContext("tpcompress_tower")
 
 
 class TowerWatch:
@@ -39,7 +50,6 @@ class TowerWatch:
             for word in rule.needs & TOWER_VIEWS
             for layer in ((0,) if word in LOOSE_VIEWS else rule.tower_layers)
         }
-        self.seen: dict[tuple[str, int], Tensor] | None = None
 
     def install(self) -> list[RemovableHandle]:
         """Register the hooks; bound methods only, so that copies and pickles of the model keep their own."""
@@ -59,18 +69,30 @@ class TowerWatch:
                 handles.append(block.register_forward_hook(functools.partial(self._after, index)))
         return handles
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an encoder runs in this context."""
+        return _captures.get(self) is not None
+
     @contextmanager
     def watching(self, on: bool) -> Iterator[dict[tuple[str, int], Tensor]]:
-        """Watch the tower while an encoder runs; yields what will be seen, by view and layer."""
-        if not on:
-            yield {}
-            return
-        seen: dict[tuple[str, int], Tensor] = {}
-        self.seen = seen
+        """Mark in this context that an encoder runs; yields what the hooks capture meanwhile, by view and layer.
+
+        Args:
+            on: whether they capture anything.
+        """
+        capture = _Capture(on)
         try:
-            yield seen
+            _captures.set(self, capture)
+            yield capture.values
         finally:
-            self.seen = None
+            _captures.set(self, None)
+
+    @property
+    def _seen(self) -> dict[tuple[str, int], Tensor] | None:
+        """Where to put what a hook captures; None if it captures nothing."""
+        capture = _captures.get(self)
+        return capture.values if capture is not None and capture.on else None
 
     def values(
         self, seen: Mapping[tuple[str, int], Tensor], modality: str, arguments: Mapping[str, Any], sizes: Sequence[int]
@@ -118,7 +140,8 @@ class TowerWatch:
         return layer % len(tower_layers(self.parts))
 
     def _before(self, index: int, words: frozenset[str], block: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.seen is None:
+        seen = self._seen
+        if seen is None:
             return
         tower = self.parts.family.tower
         assert tower is not None
@@ -127,7 +150,7 @@ class TowerWatch:
             if bounds is not None:
                 # One run over all patches; which of them see each other is settled below.
                 kwargs = kwargs | {"cu_seqlens": torch.tensor([0, len(args[0])])}
-            looked = look(block, tower.attention, args, kwargs)
+            looked = run_to_kernel(block, tower.attention, args, kwargs)
             windows = [looked.key_BGLd.shape[2]] if bounds is None else bounds.diff().tolist()
             made = {
                 "tower_keys": lambda: looked.key_BGLd.transpose(1, 2),
@@ -135,21 +158,23 @@ class TowerWatch:
                 "tower_cls_query": lambda: looked.query_BHNd[:, :, :1].expand_as(looked.query_BHNd).transpose(1, 2),
                 "tower_received": lambda: _received(looked, windows).mT,
             }
-            self.seen |= {(word, index): made[word]() for word in sorted(words & made.keys())}
+            seen |= {(word, index): made[word]() for word in sorted(words & made.keys())}
 
     def _given(self, word: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """What the projector or the tower was called with."""
-        if self.seen is None:
+        seen = self._seen
+        if seen is None:
             return
         x = args[0] if args else next(iter(kwargs.values()))
         if word == "pixels":
             x = patches(x.detach(), self.parts.model.config.vision_config.patch_size)
-        self.seen[word, 0] = x
+        seen[word, 0] = x
 
     def _after(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
-        if self.seen is not None:
+        seen = self._seen
+        if seen is not None:
             x = output[0] if isinstance(output, tuple) else output
-            self.seen["tower_features", index] = (x if x.ndim == 3 else x[None]).detach()
+            seen["tower_features", index] = (x if x.ndim == 3 else x[None]).detach()
 
 
 def tower_layers(parts: Parts) -> nn.ModuleList:
@@ -168,12 +193,12 @@ def patches(pixels: Tensor, patch_size: int | Sequence[int]) -> Tensor:
     return torch.nn.functional.unfold(pixels.float(), side, stride=side).mT
 
 
-def _rows(looked: Looked, queries: slice, window: slice) -> Tensor:
+def _rows(looked: AttentionInputs, queries: slice, window: slice) -> Tensor:
     """Attention of some positions to those of their window, fp32 (B, H, Q, N)."""
     return looked.logits(looked.query_BHNd[:, :, queries], looked.key_BGLd[:, :, window]).softmax(-1)
 
 
-def _received(looked: Looked, windows: Sequence[int]) -> Tensor:
+def _received(looked: AttentionInputs, windows: Sequence[int]) -> Tensor:
     """Attention that every position receives, mean over the positions of its window, fp32 (B, H, N)."""
     found, start = [], 0
     for length in windows:

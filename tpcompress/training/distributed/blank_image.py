@@ -14,7 +14,7 @@ from torch import Tensor
 from tpcompress.data import IMAGE_MARKER, ChatCollator
 from tpcompress.data.collate import packed_mask
 from tpcompress.data.encode import IGNORED
-from tpcompress.insertion.encode import has_pixels
+from tpcompress.insertion.encoded import has_pixels
 
 SIZE = 64
 """Edge of the picture in pixels; processors resize it to what their model takes."""

@@ -98,7 +98,7 @@ def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
     watched: set[int] = set()
     if is_attached(model):
         controller = controller_of(model)
-        pruners, watched = set(controller.pruners.parameters()), controller.watched
+        pruners, watched = set(controller.pruners.parameters()), controller.settings.placement.watched
     for parameter in pruners:
         parameter.data = parameter.data.to(mesh.device_type)
     for index, layer in enumerate(parts.layers):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tpcompress.inference import inference
-from tpcompress.insertion.attach import including, layers, mode
+from tpcompress.insertion.attach import force_retain, layers, mode
 from tpcompress.insertion.nested import check_nestable
 from tpcompress.insertion.plan import Budget
 from tpcompress.training.losses.base import Ramp, at
@@ -69,7 +69,7 @@ class LargerBudget(Teacher):
                 stack.enter_context(layers(model, [stage.layer for stage in stages]))
                 if self.nested and not _is_gated(here):
                     assert here.trace is not None
-                    stack.enter_context(including(model, here.trace))
+                    stack.enter_context(force_retain(model, here.trace))
             values = self.budgets(here.budgets, progress)
             taught = run_pass(model, batch, values, own=here.own_AC is not None)
         check_answers(here, len(taught.targets_A))
