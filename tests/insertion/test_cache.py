@@ -21,8 +21,10 @@ from tpcompress.insertion.cache import STATE, counted_layer, forget, held_column
 from tpcompress.insertion.call import Call
 from tpcompress.insertion.conversation import CachedPrefix, StageCut, join
 from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.insertion.settings import Placement, Settings
 
 SHORT, WHOLE = SimpleNamespace(dropped=7), SimpleNamespace(dropped=0)
+SETTINGS = Settings("drop", (), Placement((), {}, frozenset(), frozenset(), frozenset()))
 
 V = True
 o = False
@@ -170,9 +172,9 @@ def test_a_second_turn_stands_behind_the_first() -> None:
 
 
 def test_a_call_knows_whether_it_brings_images() -> None:
-    assert not Call().is_prefill
-    assert Call(places={"image": torch.ones(1, 1, dtype=torch.bool)}).is_prefill
-    call, made = Call(), []
+    assert not Call(SETTINGS).is_prefill
+    assert Call(SETTINGS, places={"image": torch.ones(1, 1, dtype=torch.bool)}).is_prefill
+    call, made = Call(SETTINGS), []
     for _ in range(2):
         assert call.once("mask", lambda: made.append(1) or "mask") == "mask"
     assert made == [1]

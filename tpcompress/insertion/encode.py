@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tpcompress.families import Layout, Parts
 from tpcompress.insertion.attachment import Attachment
@@ -48,10 +48,7 @@ class EncoderOverride:
 
 
 class ExpandOverride:
-    """Replaces `model._expand_multimodal_outputs`: stacked features are copied for beams, and what is known with them.
-
-    Lists of features repeat their tensors, by which everything is found anyway.
-    """
+    """Replaces `model._expand_multimodal_outputs`: what is known of features is repeated with them for beams."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -66,7 +63,7 @@ class ExpandOverride:
         known = {}
         for modality, output in outputs.items():
             features = getattr(output, "pooler_output", None)
-            if isinstance(features, Tensor) and (encoded := recall_features(features)) is not None:
+            if features is not None and (encoded := recall_features(features)) is not None:
                 known[modality] = encoded
         # The order is transformers' own: its function expands stand-ins too, which it repeats as objects.
         stand_ins = {

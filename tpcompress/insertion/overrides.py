@@ -60,7 +60,8 @@ class PrefillOverride:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.__signature__ = unbound_signature(type(attachment.parts.model)._prefill)
+        kind: Any = type(attachment.parts.model)
+        self.__signature__ = unbound_signature(kind._prefill)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.__signature__.bind(*args, **kwargs).arguments
@@ -70,8 +71,9 @@ class PrefillOverride:
                 "A plan cannot prune images in a chunked prefill, whose stages would see one chunk at a time; leave "
                 "prefill_chunk_size out."
             )
-        model: Any = self.attachment.parts.model
-        return type(model)._prefill(model, *args, **kwargs)
+        model = self.attachment.parts.model
+        kind: Any = type(model)
+        return kind._prefill(model, *args, **kwargs)
 
 
 class DeepstackOverride:

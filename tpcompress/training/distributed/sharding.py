@@ -95,7 +95,7 @@ def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
         mesh: one dimension, the processes that share the weights.
     """
     pruners: set[nn.Parameter] = set()
-    watched: set[int] = set()
+    watched: frozenset[int] = frozenset()
     if is_attached(model):
         controller = controller_of(model)
         pruners, watched = set(controller.pruners.parameters()), controller.settings.placement.watched
