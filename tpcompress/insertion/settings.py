@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.budget import Budget
+from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace, Trace
 from tpcompress.pruners.base import BEFORE_VIEWS
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.attachment import Attachment
+from tpcompress.insertion.budget import check_budget
 from tpcompress.insertion.call import Call
 from tpcompress.insertion.gates import check_gated, route_gates
 from tpcompress.insertion.nested import add_retained
-from tpcompress.insertion.plan import check_budget
 from tpcompress.insertion.shorten.columns import put_tokens, take
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.insertion.trace import StageTrace
