@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 from exact import tolerance
-from support import Case, Sample, batch, case_id, generate, logit_gap, model_cases, tiny_model
+from structure import structure
+from support import Case, Sample, batch, case_id, generate, logit_gap, tiny_model
 
 from tpcompress.families import Family, list_families, resolve
 from tpcompress.insertion.attach import ATTACHED, detach
 from tpcompress.insertion.plan import PruningPlan, Stage
-
-
-def combinations(names: Iterable[str], *quick: str) -> pytest.MarkDecorator:
-    """Plans by name with both position policies; what is not among the `quick` ones ("name, policy") is slow."""
-    both = [(name, policy) for name in names for policy in ("original", "compact")]
-    marked = [
-        pytest.param(*pair, marks=() if ", ".join(pair) in quick else pytest.mark.slow, id=" ".join(pair))
-        for pair in both
-    ]
-    return pytest.mark.parametrize(("name", "positions"), marked)
-
-
-def plans(names: Iterable[str], *quick: str) -> pytest.MarkDecorator:
-    """Plans by name; what is not among the `quick` ones is slow."""
-    marked = [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-    return pytest.mark.parametrize("name", marked)
-
-
-def quick_cases(quick: Sequence[str]) -> list[Any]:
-    """Every family and variant; what is not among the `quick` ones is slow."""
-    return [
-        pytest.param(case, id=case_id(case), marks=() if case_id(case) in quick else pytest.mark.slow)
-        for case in model_cases()
-    ]
-
-
-def families_first() -> list[Any]:
-    """Every family and variant; a family's variants after its first are slow."""
-    return quick_cases([case_id((name, family.tiny.variants[0])) for name, family in list_families().items()])
 
 
 @dataclass
@@ -74,9 +45,7 @@ class Subject:
     @property
     def hides(self) -> bool:
         """Mode `mask` works at any length: no layer counts columns or carries a state."""
-        kinds = getattr(self.config.get_text_config(), "layer_types", None) or ()
-        window = getattr(self.config.get_text_config(), "sliding_window", None)
-        return not (set(kinds) & {"conv", "linear_attention", "sliding_attention"} or (window and not kinds))
+        return structure(self.case).hides
 
     def batch(self, *samples: Sample, side: str = "left", seed: int = 0) -> dict[str, Any]:
         """Inputs of one call."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from exact import tolerance
-from subjects import Subject, lent, quick_cases, ragged
-from support import Case, answer_labels, case_id, gradients, model_cases
+from structure import some
+from subjects import Subject, ragged
+from support import answer_labels, gradients
 from torch import Tensor
 
 from tpcompress.insertion.answers import answers
@@ -19,16 +19,7 @@ from tpcompress.insertion.plan import PruningPlan, Stage
 QUICK = ("llava-clip_vision_model", "qwen2_5_vl", "aya_vision", "gemma4-small", "paligemma-gemma2")
 """Plain, M-RoPE, logits with a scale, and two that cap them."""
 
-
-def test_the_quick_ones_exist() -> None:
-    assert set(QUICK) <= {case_id(case) for case in model_cases()}
-
-
-@pytest.fixture(params=quick_cases(QUICK))
-def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    """A family's tiny model."""
-    case: Case = request.param
-    yield from lent(case)
+pytestmark = some(*QUICK)
 
 
 def step(model: Any, inputs: dict[str, Any], labels: Tensor) -> tuple[Any, dict[str, Tensor], list[int]]:

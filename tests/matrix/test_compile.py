@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from exact import tolerance
+from structure import some
 from subjects import Subject
-from support import answer_labels, case_id, generate, gradients, logit_gap, model_cases, tiny_model
+from support import answer_labels, generate, gradients, logit_gap, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from tpcompress.families import resolve
@@ -22,15 +23,6 @@ QUICK = ("llava-clip_vision_model", "lfm2_vl-lfm2")
 SETTLES_LATER = ("ernie4_5_vl_moe",)
 STAGES = [Stage("pool", 0, keep_ratio=0.5), Stage("divprune", 2, keep_ratio=0.3)]
 SAMPLES: list[Any] = [(5, 1, 9), (4, 0, 7)]
-
-
-def subjects(quick: Sequence[str]) -> Any:
-    """Every variant; those that are not named here only where slow tests run."""
-    cases = [
-        pytest.param(case, id=case_id(case), marks=[] if case_id(case) in quick else pytest.mark.slow)
-        for case in model_cases()
-    ]
-    return pytest.mark.parametrize("subject", cases, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +52,7 @@ def pruned_pair(subject: Subject) -> tuple[Any, Any]:
     return attach(subject.model, plan), attach(other, plan)
 
 
-@subjects(QUICK)
+@some(*QUICK)
 @pytest.mark.parametrize("how", ["compile", "forward"])
 def test_steps_of_one_shape_compile_once(subject: Subject, how: str) -> None:
     model, other = pruned_pair(subject)
@@ -88,7 +80,7 @@ def test_steps_of_one_shape_compile_once(subject: Subject, how: str) -> None:
     assert frames[4] <= frames[5] == frames[6] <= frames[4] + spare, frames
 
 
-@subjects(("llava-clip_vision_model", "gemma3"))
+@some("llava-clip_vision_model", "gemma3")
 def test_decoding_into_a_static_cache_compiles_once(subject: Subject) -> None:
     if subject.case[0] in SETTLES_LATER:
         pytest.skip("its experts compile anew for other words, without a plan as well")

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from exact import tolerance
-from subjects import Subject, combinations
+from structure import plans
+from subjects import Subject
 from support import generate, logit_gap, new_tokens
 from transformers import DynamicCache, StaticCache
+from ways import ways
 
 from tpcompress.insertion.attach import attach, detach, record
 from tpcompress.insertion.plan import Stage
@@ -47,7 +49,8 @@ def reads_ahead(subject: Subject, inputs: dict[str, Any]) -> bool:
     return ids is not None and bool((ids[:, 0] >= 0).any())
 
 
-@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
+@plans(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
+@ways("drop prefill", "drop continuing", "drop decoding")
 def test_text_continues(subject: Subject, name: str, positions: str) -> None:
     """A second question about the same picture, through `generate`."""
     inputs = subject.batch((5, subject.kinds, 7))
@@ -63,7 +66,7 @@ def test_text_continues(subject: Subject, name: str, positions: str) -> None:
     assert torch.equal(out.sequences, fresh.sequences)
 
 
-@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
+@plans(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
 def test_new_picture_continues(subject: Subject, name: str, positions: str) -> None:
     """A picture in the second turn is pruned, too, and everything is as if both had come at once."""
     turns = [subject.batch((5, subject.kinds, 7)), subject.batch((3, 1, 4), seed=5)]

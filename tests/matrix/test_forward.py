@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from exact import check, tolerance
-from subjects import Subject, combinations
+from structure import each_family, plans
+from subjects import Subject
 from support import alone, generate, tiny_model
+from ways import ways
 
 from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.plan import Stage
@@ -37,25 +39,35 @@ def logits(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
         return model(**inputs, **more).logits
 
 
-@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, original", "three, compact", "merge, compact")
+@plans(PLANS, "three, compact", "merge, original", every_family=["three, compact"])
+@ways("drop forward", "mask forward")
 def test_equals_the_reference(subject: Subject, name: str, positions: str) -> None:
+    """A ragged batch padded on the left, and one sample alone."""
     plan = subject.plan(PLANS[name], positions=positions)
     modes = ("mask",) if subject.hides else ()
-    for inputs in (
-        subject.batch(*LEFT),
-        subject.batch(*ragged(subject)),
-        subject.batch(*ragged(subject), side="right"),
-        subject.batch((5, subject.kinds, 7)),
-    ):
+    for inputs in (subject.batch(*ragged(subject)), subject.batch((5, subject.kinds, 7))):
         check(subject.model, subject.base, plan, inputs, modes=modes)
         detach(subject.model)
 
 
+@plans(PLANS)
+def test_other_batches_equal_the_reference(subject: Subject, name: str, positions: str) -> None:
+    """Samples of one length, and padding on the right."""
+    plan = subject.plan(PLANS[name], positions=positions)
+    modes = ("mask",) if subject.hides else ()
+    for inputs in (subject.batch(*LEFT), subject.batch(*ragged(subject), side="right")):
+        check(subject.model, subject.base, plan, inputs, modes=modes)
+        detach(subject.model)
+
+
+@ways("drop forward", plan="several")
 def test_one_budget_for_a_prompt(subject: Subject) -> None:
     plan = subject.plan(PLANS["three"], scope="prompt")
     check(subject.model, subject.base, plan, subject.batch(*ragged(subject)), modes=())
 
 
+@ways("drop forward", plan="input")
+@ways("drop forward", plan="several")
 def test_without_any_mask(subject: Subject) -> None:
     inputs = subject.batch((5, subject.kinds, 7))
     del inputs["attention_mask"]
@@ -141,6 +153,7 @@ def test_packed_positions_without_a_mask_are_refused(subject: Subject) -> None:
         logits(subject.model, inputs, position_ids=rows)
 
 
+@each_family()
 def test_load_balancing_loss_is_refused(subject: Subject) -> None:
     inputs = subject.batch((5, 1, 7))
     if "output_router_logits" not in inspect.signature(type(subject.base).forward).parameters:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from exact import tolerance
 from gating import Gating, dense
-from subjects import Subject, lent, quick_cases, ragged
-from support import Case, answer_labels, case_id, gradients, model_cases
+from structure import some
+from subjects import Subject, ragged
+from support import answer_labels, gradients
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, detach, record
@@ -20,16 +20,7 @@ from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 QUICK = ("llava-clip_vision_model", "qwen2_5_vl", "gemma3", "paligemma-gemma2", "gemma4-small")
 """Plain, M-RoPE, windows and blocks, capped logits, shared keys."""
 
-
-def test_the_quick_ones_exist() -> None:
-    assert set(QUICK) <= {case_id(case) for case in model_cases()}
-
-
-@pytest.fixture(params=quick_cases(QUICK))
-def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    """A family's tiny model."""
-    case: Case = request.param
-    yield from lent(case)
+pytestmark = some(*QUICK)
 
 
 def gated(subject: Subject, layer: int) -> int | None:

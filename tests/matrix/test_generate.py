@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from exact import tolerance
-from subjects import Subject, combinations, plans
+from structure import plans
+from subjects import Subject
 from support import alone, generate, logit_gap, new_tokens
+from ways import ways
 
 from tpcompress.insertion.attach import attach, detach, mode, record
 from tpcompress.insertion.plan import Stage
@@ -46,7 +48,8 @@ def agree(subject: Subject, a: Any, b: Any) -> None:
     assert torch.equal(a.sequences, b.sequences)
 
 
-@combinations(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
+@plans(PLANS, "stage 0, original", "layer 2, compact", "three, compact", every_family=["layer 2, compact"])
+@ways("drop prefill", "drop decoding", "mask prefill", "mask decoding", "drop static decoding")
 def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -> None:
     inputs = subject.batch(*ragged(subject))
     plain = generate(subject.model, inputs, new=4)
@@ -61,11 +64,12 @@ def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -
     assert logit_gap(cached, plain) > 0.05, "control: pruning must change the logits"
 
 
-@plans(PLANS, "three")
-def test_batch_equals_alone(subject: Subject, name: str) -> None:
+@plans(PLANS, "three, original")
+@ways("drop decoding")
+def test_batch_equals_alone(subject: Subject, name: str, positions: str) -> None:
     samples = ragged(subject)
     inputs = subject.batch(*samples)
-    attach(subject.model, subject.plan(PLANS[name]))
+    attach(subject.model, subject.plan(PLANS[name], positions=positions))
     together = generate(subject.model, inputs, new=4)
     for b in range(len(samples)):
         single = generate(subject.model, alone(inputs, samples, b, subject.case[0], subject.config), new=4)
@@ -74,9 +78,9 @@ def test_batch_equals_alone(subject: Subject, name: str) -> None:
         assert torch.equal(new_tokens(single, 4)[0], new_tokens(together, 4)[b])
 
 
-@plans(PLANS, "three")
-def test_beams_and_sampling_equal_recomputation(subject: Subject, name: str) -> None:
-    attach(subject.model, subject.plan(PLANS[name], positions="compact"))
+@plans(PLANS, "three, compact")
+def test_beams_and_sampling_equal_recomputation(subject: Subject, name: str, positions: str) -> None:
+    attach(subject.model, subject.plan(PLANS[name], positions=positions))
     inputs = subject.batch(*ragged(subject))
     for options in (
         {"num_beams": 3, "num_return_sequences": 2},
@@ -110,8 +114,9 @@ def test_encoded_images_are_pruned_alike(subject: Subject) -> None:
         assert torch.equal(a.retained_RV, b.retained_RV)
 
 
-@plans(PLANS, "three")
-def test_assisted_decoding_equals_greedy(subject: Subject, name: str) -> None:
+@plans(PLANS, "three, original")
+@ways("drop decoding")
+def test_assisted_decoding_equals_greedy(subject: Subject, name: str, positions: str) -> None:
     """Rejected candidates are cropped from layers of unequal length."""
     inputs = subject.batch((5, 1, 7))
     words = torch.tensor([[11, 12, 13, 14, 11, 12, 13, 14, 11, 12]])
@@ -122,7 +127,7 @@ def test_assisted_decoding_equals_greedy(subject: Subject, name: str) -> None:
         generate(subject.base, inputs, new=6, prompt_lookup_num_tokens=3)
     except (ValueError, IndexError) as error:
         pytest.skip(f"transformers: {error}")
-    attach(subject.model, subject.plan(PLANS[name]))
+    attach(subject.model, subject.plan(PLANS[name], positions=positions))
     greedy = generate(subject.model, inputs, new=6)
     calls = []
     hook = subject.model.model.register_forward_pre_hook(
@@ -144,7 +149,8 @@ def test_chunked_prefill_through_an_image_is_refused(subject: Subject) -> None:
         generate(subject.model, subject.batch((5, 1, 7)), prefill_chunk_size=20)
 
 
-@combinations(PLANS, "stage 0, compact", "three, original")
+@plans(PLANS, "stage 0, compact", "three, original")
+@ways("drop decoding")
 def test_decoding_by_hand(subject: Subject, name: str, positions: str) -> None:
     """Without position ids, as a caller's own loop does; two requests in turns, each with its own cache."""
     requests = [subject.batch((5, 1, 7)), subject.batch((9, subject.kinds, 4), seed=2)]

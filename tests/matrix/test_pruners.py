@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import Subject, quick_cases
+from structure import some
+from subjects import Subject
 from support import alone, pruner_configs
 
 from tpcompress.families import resolve
@@ -20,7 +21,7 @@ NAMES = [name for name, cls in list_pruners().items() if not cls.keeps_none]
 
 # One of each kind: one square; tiles; any size with M-RoPE; two kinds of masks; states beside attention; a resampler.
 QUICK = ("llava-clip_vision_model", "llava_next", "qwen2_5_vl", "gemma3", "lfm2_vl-lfm2", "idefics2")
-every_family = pytest.mark.parametrize("subject", quick_cases(QUICK), indirect=True)
+every_family = some(*QUICK)
 
 
 def placed(subject: Subject, name: str) -> Stage | None:

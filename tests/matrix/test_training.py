@@ -17,6 +17,7 @@ from reference import Reference
 from subjects import Subject
 from support import answer_labels, generate, gradients, stir, tiny_model
 from torch import Tensor, nn
+from ways import ways
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import ATTACHED, PRUNERS, attach, base_of, controller_of, detach, mode, record
@@ -62,6 +63,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------ gradients
 
 
+@ways("drop training", plan="several")
 def test_gradients_equal_those_of_the_reference(subject: Subject) -> None:
     model, base = subject.model.train(), subject.base.train()
     inputs = subject.batch(*SAMPLES, (3, 2, 8), (6, subject.kinds, 5))
@@ -233,6 +235,8 @@ def everything(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Any]:
     return found
 
 
+@ways("drop training", "drop decoding", plan="merging")
+@ways("mask training", "drop decoding", plan="learned")
 def test_detach_restores_the_base(subject: Subject) -> None:
     model, inputs = subject.model, subject.batch(*SAMPLES)
     generate(model, inputs, new=2)  # transformers puts hooks of its own in place at the first call
