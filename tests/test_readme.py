@@ -1,11 +1,15 @@
-"""The README's commands and snippets, run in order as a reader would, with runs of a few steps."""
+"""The README: its commands and snippets run as a reader would run them, its links resolve, its figures are measured."""
+
+from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from PIL import Image
 
@@ -14,120 +18,146 @@ from tpcompress.cli import commands
 from tpcompress.cli.main import main
 from tpcompress.data.collate import PromptCollator
 from tpcompress.evaluation.compare.config import Comparison
-from tpcompress.pruners import list_pruners
-from tpcompress.pruners.gate_components import KINDS, list_parts
-from tpcompress.training import schedules
-from tpcompress.training.losses import list_losses
-from tpcompress.training.module import load_base, load_processor
-from tpcompress.training.teachers import list_teachers
+from tpcompress.models import load_base, load_processor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "scripts/docs_site/guides/results.md").read_text()
+GUIDES = sorted((ROOT / "scripts/docs_site/guides").rglob("*.md"))
 SHORT = ["--trainer.max_steps", "2", "--data.init_args.batch_size", "2", "--data.init_args.num_val", "0"]
 
 
-def fences(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def fences(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
-COMMANDS = [
-    shlex.split(line, comments=True)[1:]
-    for fence in fences("bash")
-    for line in fence.splitlines()
-    if line.startswith("tpcompress ")
-]
+def commands_of(text: str) -> list[list[str]]:
+    lines = [line for fence in fences("bash", text) for line in fence.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tpcompress ")]
+
+
+COMMANDS = commands_of(README)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("reader")
-
-
-def test_the_commands_run_in_order(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reader")
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def test_the_commands_run_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     assert {command[0] for command in COMMANDS} == {"fit", "export", "verify", "compare"}
     for command in COMMANDS:
-        if command[0] == "compare":  # the whole run is tests/evaluation/compare/test_compare.py
+        if command[0] == "compare":  # the whole run is tested with the comparison
             assert Comparison.from_file(command[2]).training_aware
-            continue
-        if "llava15_7b" in " ".join(command):  # two steps of it are tests/training/recipe/test_recipes.py
+        elif "llava15_7b" in " ".join(command):  # two steps of it are tested with the recipes
             with pytest.raises(SystemExit) as stop:
                 main([*command, "--print_config"])
             assert stop.value.code in (0, None)
-            continue
-        assert main([*command, *(SHORT if command[0] == "fit" else [])]) == 0, command
+        else:
+            assert main([*command, *(SHORT if command[0] == "fit" else [])]) == 0, command
 
 
-def test_the_loading_snippet_answers(folder, monkeypatch):
+def test_the_loading_snippet_loads_the_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    (snippet,) = [code for code in fences("python") if "tp.load(" in code]
-    names = {"tp": tp}
+    (snippet,) = [code for code in fences("python") if "runs/tiny_llava" in code]
+    names: dict[str, Any] = {"tp": tp}
     exec(snippet, names)
-    assert tp.plan_of(names["model"]).counts(144) == [9]
+    assert tp.plan_of(names["model"]).counts(144) == [16]
 
 
-def test_the_three_lines():
-    (snippet,) = [code for code in fences("python") if "tp.detach" in code]
-    model, processor = load_base("tiny_llava").eval(), load_processor("tiny_llava")
+def test_the_first_snippet_prunes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the bundled base, which has the class of the model that the snippet names."""
+    (snippet,) = [code for code in fences("python") if "tp.attach" in code]
+    asked: list[str] = []
+
+    base = load_base("tiny_llava").eval()
+
+    def from_pretrained(name: str) -> Any:
+        asked.append(name)
+        return base
+
+    inputs = inputs_of_an_image()
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    names: dict[str, Any] = {"inputs": inputs}
+    exec(snippet, names)
+    assert asked == ["llava-hf/llava-1.5-7b-hf"]
+    assert type(names["model"]) is transformers.LlavaForConditionalGeneration
+    with tp.record(names["model"]) as trace:
+        names["model"](**names["inputs"])
+    assert trace.stages[0].vision_out == [64]
+    assert "64" in capsys.readouterr().out
+
+
+def test_what_the_text_says_of_the_interface_holds() -> None:
+    for call in ("tp.detach(model)", "tp.disabled(model)", "tp.budgets(model, keep_tokens=32)"):
+        assert f"`{call}`" in README or f"`with {call}:`" in README
+    inputs, model = inputs_of_an_image(), load_base("tiny_llava").eval()
+    with torch.no_grad():
+        before = model(**inputs).logits
+        tp.attach(model, "divprune", keep_tokens=64)
+        with tp.budgets(model, keep_tokens=32), tp.record(model) as trace:
+            model(**inputs)
+        assert trace.stages[0].vision_out == [32]
+        with tp.disabled(model):
+            assert torch.equal(model(**inputs).logits, before)
+        tp.detach(model)
+        assert torch.equal(model(**inputs).logits, before)
+    (short,) = re.findall(r'`"(\w+:[^"]+)"`', README)
+    stages = tp.PruningPlan.of(short).stages
+    assert [(stage.layer, stage.keep_tokens, stage.keep_ratio) for stage in stages] == [(0, 64, None), (8, None, 0.25)]
+
+
+def inputs_of_an_image() -> dict[str, Any]:
     row = {"images": [Image.new("RGB", (96, 96))], "families": ["x"]}
     row["conversations"] = [[{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red"}]]
-    inputs = PromptCollator(processor)([row])
+    inputs = PromptCollator(load_processor("tiny_llava"))([row])
     inputs.pop("meta")
-    before = model(**inputs).logits
-    seen = []
-    snippet = snippet.replace("model.generate(**inputs)", "seen.append(look(model, inputs))")
-
-    def look(model, inputs):
-        with tp.record(model) as trace:
-            model.generate(**inputs, max_new_tokens=2)
-        return trace.stages[0].vision_out
-
-    exec(snippet, {"tp": tp, "model": model, "inputs": inputs, "seen": seen, "look": look})
-    assert seen == [[64]]
-    assert torch.equal(model(**inputs).logits, before)
+    return inputs | {"max_new_tokens": 2}
 
 
-def test_the_plan_file_is_a_plan():
-    (text,) = [code for code in fences("yaml") if "plan.yaml" in code]
+def test_it_is_short_and_counts_right() -> None:
+    assert README.count("\n") <= 130
+    families, pruners = map(int, re.search(r"(\d+) model families and (\d+) pruners", README).groups())  # type: ignore[union-attr]
+    assert (families, pruners) == (len(tp.list_families()), len(tp.list_pruners()))
+
+
+def test_links_resolve_and_paths_exist() -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", README):
+        file, _, anchor = target.partition("#")
+        assert (ROOT / file).is_file(), target
+        titles = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), flags=re.M) if file.endswith(".md") else []
+        assert not anchor or anchor in {slug(title) for title in titles}, target
+    for text in (README, *[guide.read_text() for guide in GUIDES]):
+        for path in re.findall(r"`((?:recipes|scripts|tpcompress|tests)/[\w/.-]+\.\w+)`", text):
+            assert (ROOT / path).exists() or f"Write `{path}`" in text, path
+
+
+def slug(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+
+
+def test_its_five_rows_are_those_of_the_results() -> None:
+    (table,) = [text for text in fences("text") if "training-free" in text]
+    rows = table.splitlines()[1:]
+    assert len(rows) == 5
+    for row in rows:
+        name = re.match(r"\w+", row)
+        assert name
+        (line,) = [line for line in RESULTS.splitlines() if line.startswith(f"| `{name[0]}`")]
+        assert re.findall(r"\d+\.\d ±\d\.\d", row) == re.findall(r"\d+\.\d ±\d\.\d", line)
+
+
+def test_every_command_of_the_guides_exists() -> None:
+    named = {command[0] for guide in GUIDES for command in commands_of(guide.read_text())}
+    named |= {word for guide in GUIDES for word in re.findall(r"`tpcompress ([\w-]+)", guide.read_text())}
+    assert len(named) > 6
+    assert named <= set(commands.COMMANDS)
+
+
+def test_the_plan_file_is_a_plan() -> None:
+    (text,) = fences("yaml", (ROOT / "scripts/docs_site/guides/prune.md").read_text())
     plan = tp.PruningPlan.from_dict(yaml.safe_load(text))
     assert plan.counts(576) == [144, 64]
-
-
-def test_the_example_pruner_keeps_exact_counts():
-    (code,) = [code for code in fences("python") if "class Norm" in code]
-    names: dict = {}
-    exec(code, names)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    view = tp.TokenView.of(torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)))
-    keep = names["Norm"]()(view, torch.tensor([5, 1])).keep_BV
-    assert keep.sum(1).tolist() == [5, 1]
-
-
-def test_what_it_names_exists():
-    listed = README.partition("| rules | pruners |")[2].partition("\n\n")[0]
-    named = {word for cell in re.findall(r"\|([^|]*)\|$", listed, flags=re.M) for word in re.findall(r"`(\w+)`", cell)}
-    assert named == set(list_pruners())
-    for path in re.findall(r"`((?:recipes|scripts|tpcompress)/[\w/.{},]+)`", README):
-        for one in _braces(path):
-            assert one.endswith("mine.py") or (ROOT / one).exists(), one
-    tree = README.partition("## Files")[2].partition("```\n")[2].partition("```")[0]
-    files = {path.name for folder in ("tpcompress", "scripts") for path in (ROOT / folder).rglob("*.py")}
-    assert set(re.findall(r"\b(\w+\.py)\b", tree)) <= files
-    assert "quickstart" in commands.COMMANDS
-
-
-def _braces(path: str) -> list[str]:
-    match = re.search(r"\{(.*?)\}", path)
-    return [path] if not match else [path.replace(match.group(0), one, 1) for one in match.group(1).split(",")]
-
-
-def test_the_notes_on_training_list_every_part():
-    text = (ROOT / "tpcompress/training/README.md").read_text()
-    rows = dict(re.findall(r"\| (\w+) \(`[\w/]+`\) \| (.*?) \|\n", text))
-    listed = {kind: set(re.findall(r"`(\w+)`", row)) for kind, row in rows.items()}
-    for kind in KINDS:
-        assert listed[f"{kind}s"] == set(list_parts(kind)), kind
-    assert listed["losses"] == {cls.__name__ for cls in list_losses().values()}
-    assert listed["teachers"] == set(list_teachers())
-    assert listed["schedules"] == {name for name in schedules.__all__ if name[0].isupper()} - {"Schedule"}

@@ -39,7 +39,8 @@ TITLES = {
 }
 
 ORDER = (
-    "prune.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md", "troubleshooting.md",
+    "prune.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md", "results.md",
+    "troubleshooting.md",
     "limits.md",
 )  # fmt: skip
 """Guides in the order of the navigation; those in `adding/` follow the order of the kinds."""
