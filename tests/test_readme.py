@@ -91,6 +91,14 @@ def test_the_first_snippet_prunes(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "64" in capsys.readouterr().out
 
 
+def test_the_summary_is_that_of_llava() -> None:
+    (printed,) = [text for text in fences("text") if "LlavaForConditionalGeneration" in text]
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+        tp.attach(model, "divprune", keep_tokens=64)
+        assert str(tp.summary(model)) == printed.rstrip()
+
+
 def test_what_the_text_says_of_the_interface_holds() -> None:
     for call in ("tp.detach(model)", "tp.disabled(model)", "tp.budgets(model, keep_tokens=32)"):
         assert f"`{call}`" in README or f"`with {call}:`" in README
@@ -107,7 +115,7 @@ def test_what_the_text_says_of_the_interface_holds() -> None:
         assert torch.equal(model(**inputs).logits, before)
     (short,) = re.findall(r'`"(\w+:[^"]+)"`', README)
     stages = tp.PruningPlan.of(short).stages
-    assert [(stage.layer, stage.keep_tokens, stage.keep_ratio) for stage in stages] == [(0, 64, None), (8, None, 0.25)]
+    assert [(stage.layer, stage.keep_tokens, stage.keep_ratio) for stage in stages] == [(0, None, 0.25), (8, 64, None)]
 
 
 def inputs_of_an_image() -> dict[str, Any]:
