@@ -75,9 +75,9 @@ def watched(model: Any) -> Iterator[set[Way]]:
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if is_attached(module):
-            controller = controller_of(module)
-            stages = controller.plan.stages
-            seen.add(Way(kind_of(stages), controller.plan.positions, controller.mode, kind_of_call(args, kwargs)))
+            attached = controller_of(module)
+            stages = attached.plan.stages
+            seen.add(Way(kind_of(stages), attached.plan.positions, attached.settings.mode, kind_of_call(args, kwargs)))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
