@@ -1,4 +1,4 @@
-"""What ships inside the package: the tiny base model and the recipes."""
+"""Locate the files that ship with the package: the tiny base model and the recipes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ PACKAGE = Path(__file__).parent
 
 
 def base_path(name: str) -> str:
-    """Where a base model is: the folder of a bundled one (`tiny_llava`), else the name as it is (a path or hub id)."""
+    """The folder of a bundled base model (`tiny_llava`); any other name (path or hub id) is returned unchanged."""
     folder = PACKAGE / "assets" / name
     return str(folder) if "/" not in name and (folder / "config.json").is_file() else name
 
 
 def recipes_folder() -> Path:
-    """The folder of recipes: beside the package in a checkout, inside it when installed."""
+    """The folder of recipes: next to the package in a checkout, inside it when installed."""
     inside = PACKAGE / "recipes"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
 
 def find_config(path: str) -> str:
-    """A configuration file as given, or the bundled recipe of that name (`recipes/tiny_llava/pool_full.yaml`).
+    """The path of a configuration file, or of the bundled recipe of that name (`recipes/tiny_llava/pool_full.yaml`).
 
     Raises:
         FileNotFoundError: neither exists.

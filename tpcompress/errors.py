@@ -1,4 +1,4 @@
-"""One-line errors: the first line of an exception, a suggestion for a misspelt name, a YAML file that is not YAML."""
+"""Helpers for one-line error messages: first line of an exception, suggestion for a misspelt name, YAML errors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import yaml
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, without a closing full stop; its type if the message is empty."""
+    """The first line of an exception's message, without a final full stop; its type if the message is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" .:") or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` Did you mean X?` for the known name closest to a misspelt one; empty if none is close."""
+    """` Did you mean X?` for the known name that is closest to `name`; empty if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file.
+    """Read a YAML file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not YAML, or not text.
+        ValueError: the file is not YAML, or not text.
     """
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))

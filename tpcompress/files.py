@@ -1,4 +1,4 @@
-"""Atomic writes: a reader, or a process that is killed, never sees half a file."""
+"""Atomic file writes: a file is either complete or unchanged, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of the same suffix, which replaces `path` if the block succeeds.
+    """Yield a temporary path in the same folder and with the same suffix, which replaces `path` if the block succeeds.
 
-    The name holds the process id, so that several processes may write the same file. After an exception the temporary
-    file is removed and `path` is untouched.
+    The temporary name contains the process id, so that several processes can write the same file. After an exception
+    the temporary file is removed and `path` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,6 +26,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file in one step; its folder is made."""
+    """Write a UTF-8 text file atomically; its folder is created."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The base model and its processor, from a folder, the hub, or the package, with failures in one line."""
+"""Load the base model and its processor from a folder, the hub, or the package."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ HINT = "give a folder, a hub id that can be reached, or tiny_llava."
 def load_base(
     base: str, dtype: str = "float32", attention: str | None = None, quantize: dict[str, Any] | None = None
 ) -> nn.Module:
-    """A vision-language model from a folder, the hub, or the package.
+    """Load a vision-language model.
 
     Args:
-        base: where it is.
-        dtype: of its weights.
-        attention: attention implementation; None takes that of transformers.
-        quantize: fields of transformers' BitsAndBytesConfig; None leaves the weights as they are.
+        base: folder, hub id or bundled name.
+        dtype: weight dtype.
+        attention: attention implementation; None for the default of transformers.
+        quantize: fields of transformers' BitsAndBytesConfig; None disables quantisation.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: unknown dtype, nothing loadable there, or no bitsandbytes to quantise with.
+        FileNotFoundError: no such folder.
+        ValueError: unknown dtype, no loadable model, or bitsandbytes is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -44,11 +44,11 @@ def load_base(
 
 
 def load_processor(base: str) -> Any:
-    """The processor of a base model.
+    """Load the processor of a base model.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: there is no processor.
+        FileNotFoundError: no such folder.
+        ValueError: no loadable processor.
     """
     path = _path_of(base)
     return _load(lambda: AutoProcessor.from_pretrained(path), "processor", base)
@@ -56,11 +56,11 @@ def load_processor(base: str) -> Any:
 
 def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
-        raise ValueError("quantize needs bitsandbytes, which is not installed; install it, or leave quantize out.")
+        raise ValueError("quantize requires bitsandbytes, which is not installed; install it, or leave quantize out.")
     known = set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"}
-    unknown = sorted(set(fields) - known)  # transformers only warns of them
+    unknown = sorted(set(fields) - known)  # transformers only warns about them
     if unknown:
-        raise ValueError(f"quantize: no field {', '.join(unknown)}; it takes those of BitsAndBytesConfig.")
+        raise ValueError(f"quantize: no field {', '.join(unknown)}; use the fields of BitsAndBytesConfig.")
     return BitsAndBytesConfig(**fields)
 
 
@@ -70,7 +70,7 @@ def _path_of(base: str) -> str:
     if is_path and not Path(path).is_dir():
         raise FileNotFoundError(f"No folder {path}; {HINT}")
     if not Path(path).is_dir():
-        # Asked for alone first: offline, each of a processor's many files would be tried again and again.
+        # The config is requested first: offline, every file of a processor would be retried several times.
         _load(lambda: cached_file(path, "config.json"), "model", base)
     return path
 
@@ -79,5 +79,5 @@ def _load(load: Callable[[], Any], what: str, base: str) -> Any:
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        # The hub client, the file formats and missing kernels each bring their own error, most of several lines.
+        # The hub client, file formats and missing kernels raise unrelated types, most with several lines.
         raise ValueError(f"No {what} at '{base}': {first_line(error)}. Give another base: {HINT}") from error

@@ -147,14 +147,14 @@ def test_what_cannot_be_made_smaller_is_one_line(vqa, processor, monkeypatch):
         downsampled(vqa, processor, 0).__enter__()
     fixed = type(processor).replace_image_token
     monkeypatch.setattr(type(processor), "replace_image_token", lambda self, *a, **k: "<image>" * 64)
-    with pytest.raises(ValueError, match="^[^\n]*llava cannot be made smaller[^\n]*64 placeholders[^\n]*leave[^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*llava cannot be downsampled[^\n]*64 placeholders[^\n]*leave[^\n]*$"):
         downsampled(vqa, processor, 16).__enter__()
     assert not resolve(vqa).vision_tower._forward_pre_hooks
     monkeypatch.setattr(type(processor), "replace_image_token", fixed)
     tiles = SimpleNamespace(image_processor=lambda images, return_tensors: {"pixel_values": torch.zeros(1, 5, 3, 8, 8)})
-    with pytest.raises(ValueError, match="cuts pictures into parts"):
+    with pytest.raises(ValueError, match="splits images into tiles"):
         downsampled(vqa, tiles, 16).__enter__()
-    with pytest.raises(ValueError, match="^[^\n]*cannot be made smaller[^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*cannot be downsampled[^\n]*$"):
         downsampled(tiny_model("got_ocr2"), tiles, 16).__enter__()
 
 

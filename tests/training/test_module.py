@@ -300,7 +300,7 @@ def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
         ({"plan": GATE, "full_every": -1}, "full_every is a whole number of at least 0, got -1"),
         ({"losses": []}, "losses is empty; leave it out for the label loss"),
         ({"lora": {"peft_type": "PROMPT_TUNING"}}, "lora: no tuner 'PROMPT_TUNING' whose weights can be merged"),
-        ({"quantize": {"load_in_4bit": True}}, "quantize needs bitsandbytes, which is not installed"),
+        ({"quantize": {"load_in_4bit": True}}, "quantize requires bitsandbytes, which is not installed"),
         ({"lora": {"rank": 4}}, "lora: got an unexpected keyword argument 'rank'"),
         ({"lora": {"target_modules": "nowhere"}}, "lora: "),
         ({"plan": {"pruner": "pool", "keep_tokens": 3, "layer": 9}}, "Stage 0 acts at layer 9, but the model has 4"),

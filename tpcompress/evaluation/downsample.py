@@ -1,10 +1,10 @@
-"""Fewer vision tokens because the picture is smaller: the baseline without any rule (decision: no training, no pruner).
+"""Downsampling baseline: fewer vision tokens through smaller images, without a pruner and without training.
 
     with downsampled(model, processor, 36) as smaller:
         evaluate(model, smaller.processor, rows)
 
-Towers with a fixed grid (CLIP, SigLIP) get a smaller picture and their own interpolated position embeddings;
-processors that choose a picture's size themselves get a lower limit.
+Towers with a fixed grid (CLIP, SigLIP) get smaller images and interpolate their position embeddings; processors that
+choose the image size themselves get a lower limit.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
+from tpcompress.inference import inputs_for
 from tpcompress.insertion.attach import base_of
 from tpcompress.insertion.encode import layouts_of
 
 STRETCH = 1.5
-"""How much taller or wider than the tower's own grid a smaller one may be, so that a budget is met more closely."""
+"""Maximum change of the aspect ratio of a fixed grid, which allows grids closer to the budget."""
 INTERPOLATES = "interpolate_pos_encoding"
 
 
 @dataclass(frozen=True)
 class Smaller:
-    """A processor of smaller pictures.
+    """A processor that returns smaller images.
 
     Attributes:
-        processor: makes them, and as many placeholders as they have tokens.
-        grid: rows and columns of vision tokens; None where every picture keeps its own shape.
+        processor: processor whose number of placeholders matches the smaller images.
+        grid: rows and columns of vision tokens; None if images keep their own aspect ratios.
     """
 
     processor: Any
@@ -46,16 +47,16 @@ class Smaller:
 
 @contextmanager
 def downsampled(model: nn.Module, processor: Any, keep_tokens: int) -> Iterator[Smaller]:
-    """Let a model take smaller pictures for a while; a plan may be attached as well.
+    """Run a block in which a model accepts smaller images, with or without an attached plan.
 
     Args:
-        model: a vision-language model.
-        processor: of the model; it stays as it is.
-        keep_tokens: vision tokens per picture, met exactly where a grid of nearly the tower's shape has as many, else
-            by the next smaller one; pictures of any size get at most as many.
+        model: vision-language model.
+        processor: processor of the model, which is not changed.
+        keep_tokens: vision tokens per image. Fixed grids get the largest grid of a similar aspect ratio with at most as
+            many tokens; images of variable size get at most as many.
 
     Raises:
-        ValueError: no token asked for, or this model's pictures have a size that cannot be chosen.
+        ValueError: `keep_tokens` is not a positive integer, or the image size of this model cannot be changed.
     """
     if isinstance(keep_tokens, bool) or not isinstance(keep_tokens, int) or keep_tokens < 1:
         raise ValueError(f"keep_tokens must be a whole number of at least 1, got {keep_tokens!r}.")
@@ -75,9 +76,10 @@ def downsampled(model: nn.Module, processor: Any, keep_tokens: int) -> Iterator[
 
 
 def smaller_grid(rows: int, cols: int, keep_tokens: int) -> tuple[int, int]:
-    """The grid of most tokens, at most `keep_tokens`, that is no more than 1.5 times as tall or wide as (rows, cols).
+    """The largest grid with at most `keep_tokens` tokens whose aspect ratio differs from (rows, cols) by at most 1.5.
 
-    Among equals the least stretched; where the limit leaves none (very few tokens), the least stretched of all.
+    Ties are resolved by the smallest change of the aspect ratio; if no grid meets the limit (very few tokens), the grid
+    with the smallest change is returned.
     """
     found = []
     for tall in range(1, min(rows, keep_tokens) + 1):
@@ -89,11 +91,11 @@ def smaller_grid(rows: int, cols: int, keep_tokens: int) -> tuple[int, int]:
 
 
 def tokens_per_image(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Placeholders of an image in collated batches, on average.
+    """Mean number of placeholders per image in collated batches.
 
     Args:
-        model: whose placeholders they are.
-        batches: with `input_ids` and pixels.
+        model: model that defines the placeholder id.
+        batches: batches with `input_ids` and pixels.
     """
     token = resolve(base_of(model)).placeholder_ids["image"]
     placeholders = sum(int((batch["input_ids"] == token).sum()) for batch in batches)
@@ -101,7 +103,7 @@ def tokens_per_image(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
 
 
 def _shrinking(plain: Any, height: int, width: int) -> Any:
-    """An image processor, and a resize of the pictures that it makes: the same part of the image, on fewer pixels."""
+    """An image processor whose outputs are resized: the same crop of the image, with fewer pixels."""
 
     class Shrinking(type(plain)):  # type: ignore[misc]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,73 +116,72 @@ def _shrinking(plain: Any, height: int, width: int) -> Any:
             made["pixel_values"] = smaller.to(values.dtype)
             return made
 
-    settings = copy.copy(plain)
-    settings.__class__ = Shrinking  # not a stand-in around it: processors write their parts out by their type
-    return settings
+    changed = copy.copy(plain)
+    changed.__class__ = Shrinking  # not a wrapper, because processors serialise their parts by type
+    return changed
 
 
-def _chooses_size(settings: Any) -> bool:
-    """Whether pictures keep their shape, between limits on their pixels (Qwen2-VL and its like)."""
-    size = getattr(settings, "size", None) or {}
+def _chooses_size(image_processor: Any) -> bool:
+    """Whether images keep their aspect ratios, within limits on their pixels (such as Qwen2-VL)."""
+    size = getattr(image_processor, "size", None) or {}
     limits = all(getattr(size, "get", lambda key: None)(name) for name in ("shortest_edge", "longest_edge"))
-    return limits and bool(getattr(settings, "merge_size", None))
+    return limits and bool(getattr(image_processor, "merge_size", None))
 
 
 def _limited(processor: Any, keep_tokens: int) -> Smaller:
-    """A lower limit on pixels; in these processors both edges of `size` are areas."""
-    settings = copy.deepcopy(processor.image_processor)
-    area = (settings.patch_size * settings.merge_size) ** 2
-    most = min(settings.size["longest_edge"], keep_tokens * area)
-    settings.size = {"shortest_edge": min(settings.size["shortest_edge"], most), "longest_edge": most}
-    return Smaller(_with(processor, settings), None)
+    """Set a lower limit on pixels; in these processors both edges of `size` are areas."""
+    changed = copy.deepcopy(processor.image_processor)
+    area = (changed.patch_size * changed.merge_size) ** 2
+    most = min(changed.size["longest_edge"], keep_tokens * area)
+    changed.size = {"shortest_edge": min(changed.size["shortest_edge"], most), "longest_edge": most}
+    return Smaller(_with(processor, changed), None)
 
 
 def _shrunk(parts: Parts, processor: Any, keep_tokens: int) -> Smaller:
-    """A resize behind the image processor, for towers that can interpolate their positions."""
+    """Resize after the image processor, for towers that can interpolate their position embeddings."""
     config = parts.model.config.vision_config
     side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if INTERPOLATES not in inspect.signature(parts.vision_tower.forward).parameters:
         raise ValueError(_refusal(parts, f"{type(parts.vision_tower).__name__} cannot interpolate its positions"))
     if not isinstance(side, int) or not isinstance(patch, int):
-        raise ValueError(_refusal(parts, "its tower has no one picture size"))
+        raise ValueError(_refusal(parts, "its tower has no single image size"))
     pixels = processor.image_processor(images=[_sample()], return_tensors="pt").get("pixel_values")
     if not isinstance(pixels, Tensor) or tuple(pixels.shape) != (1, 3, side, side):
-        raise ValueError(_refusal(parts, "its processor cuts pictures into parts, or into sizes of its own"))
+        raise ValueError(_refusal(parts, "its processor splits images into tiles, or chooses their sizes"))
     rows, cols = smaller_grid(side // patch, side // patch, keep_tokens)
-    settings = _shrinking(processor.image_processor, rows * patch, cols * patch)
-    return Smaller(_with(processor, settings), (rows, cols))
+    image_processor = _shrinking(processor.image_processor, rows * patch, cols * patch)
+    return Smaller(_with(processor, image_processor), (rows, cols))
 
 
 def _check(parts: Parts, smaller: Smaller, keep_tokens: int) -> None:
-    """Placeholders and encoder must agree: processors may have their numbers fixed, projectors their grids."""
+    """Check that placeholders and encoder agree: some processors have fixed counts, some projectors fixed grids."""
     processor = smaller.processor
     inputs = dict(processor(text=[processor.image_token], images=[_sample()], return_tensors="pt"))
-    weight = next(parts.vision_tower.parameters())
-    arguments = {k: v.to(weight.device, weight.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     try:
-        (layout,) = layouts_of(parts, arguments)["image"]
+        (layout,) = layouts_of(parts, inputs_for(parts.vision_tower, inputs))["image"]
     except (RuntimeError, ValueError) as error:
-        raise ValueError(_refusal(parts, f"its encoder takes no smaller picture ({type(error).__name__})")) from error
+        raise ValueError(_refusal(parts, f"its encoder rejects smaller images ({type(error).__name__})")) from error
     placeholders = int((inputs["input_ids"] == parts.placeholder_ids["image"]).sum())
     if placeholders != layout.placeholders:
-        why = f"its processor writes {placeholders} placeholders for a picture of {layout.placeholders} tokens"
+        why = f"its processor returns {placeholders} placeholders for an image of {layout.placeholders} tokens"
         raise ValueError(_refusal(parts, why))
     if layout.count > keep_tokens or smaller.grid not in (None, (layout.grids[0].rows, layout.grids[0].cols)):
-        raise ValueError(_refusal(parts, f"a picture of {keep_tokens} tokens came out with {layout.count}"))
+        raise ValueError(_refusal(parts, f"an image of {keep_tokens} tokens was encoded to {layout.count}"))
 
 
 def _refusal(parts: Parts, why: str) -> str:
-    return f"Pictures of {parts.family.name} cannot be made smaller: {why}; leave `downsample` out."
+    return f"Images of {parts.family.name} cannot be downsampled: {why}; leave `downsample` out."
 
 
-def _with(processor: Any, settings: Any) -> Any:
+def _with(processor: Any, image_processor: Any) -> Any:
+    """A shallow copy of a processor with another image processor."""
     changed = copy.copy(processor)
-    changed.image_processor = settings
+    changed.image_processor = image_processor
     return changed
 
 
 def _interpolating(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A hook: the tower's own interpolation, which the models around it do not pass on."""
+    """Pre-hook that enables the tower's own interpolation, which the enclosing model does not expose."""
     return args, {**kwargs, INTERPOLATES: True}
 
 

@@ -94,7 +94,7 @@ def test_adapters_of_a_quantised_base_are_merged_into_its_own_weights(work, tmp_
     saved["tpcompress"]["settings"]["quantize"] = {"load_in_4bit": True}
     torch.save(saved, work.last())
     if not is_bitsandbytes_available():
-        with pytest.raises(ValueError, match="quantize needs bitsandbytes"):
+        with pytest.raises(ValueError, match="quantize requires bitsandbytes"):
             load_trained(work.folder / "run")
     folder = export_run(work.folder / "run", tmp_path / "out")
     assert verify(folder).ok
