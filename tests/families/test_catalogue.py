@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import tpcompress
 from tpcompress.cli import commands
 from tpcompress.cli import main as cli
-from tpcompress.families import list_families
-from tpcompress.families.catalogue import COLUMNS, about, by_reason, facts, find, in_full
+from tpcompress.families import Family, list_families
+from tpcompress.families.catalogue import (
+    COLUMNS,
+    about,
+    attribute_docs,
+    by_reason,
+    describe,
+    facts,
+    field_docs,
+    find,
+    in_full,
+    refusals,
+)
 from tpcompress.families.refused import REFUSED
 
+FOLDER = Path(tpcompress.__file__).parent / "families"
 families = pytest.mark.parametrize("name", list_families())
 
 
@@ -55,11 +70,11 @@ def test_facts_follow_from_the_description() -> None:
     known = list_families()
     assert facts(known["gemma4"])["stages"] == "some layers"
     assert facts(known["qwen3_vl"]) == {
-        "positions": "M-RoPE", "images": "any size", "video": "yes", "both ways": "-", "stages": "all layers",
+        "positions": "M-RoPE", "images": "any size", "video": "yes", "bidirectional": "-", "stages": "all layers",
         "tower": "yes",
     }  # fmt: skip
     assert "in sliding_attention layers" in in_full(known["gemma4"])["attention"]
-    assert in_full(known["llava"])["images"] == "of one size"
+    assert in_full(known["llava"])["images"] == "one size"
 
 
 def test_names_types_and_what_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,3 +87,31 @@ def test_names_types_and_what_is_neither(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_names_of_one_reason_stand_together() -> None:
     assert by_reason([("a", "x"), ("b", "y"), ("c", "x")]) == {"x": ["a", "c"], "y": ["b"]}
+
+
+@families
+def test_a_description_has_all_that_a_page_needs(name: str) -> None:
+    family = list_families()[name]
+    found = describe(family)
+    assert (FOLDER / found.file).is_file()
+    assert f'name="{name}"' in (FOLDER / found.file).read_text()
+    assert found.text.startswith(found.summary)
+    assert (found.model_types, found.limits) == (family.model_types, family.limits)
+    assert (found.facts, found.details) == (facts(family), in_full(family))
+
+
+def test_every_field_is_documented_with_its_default() -> None:
+    found = {field.name: field for field in field_docs()}
+    assert list(found) == [field.name for field in fields(Family)]
+    assert all(field.text for field in found.values())
+    assert set(attribute_docs(Family)) == set(found), "the docstring documents no other field"
+    assert found["name"].default is None
+    assert found["positions"].default == "'1d'"
+    assert found["keys_of"].default == "own_keys"
+    assert found["vision_tower"].text == found["projector"].text
+    assert found["splits_tiles"].text.endswith("tell which grids belong together.")
+
+
+def test_every_refused_type_is_listed_once() -> None:
+    listed = [name for names in refusals().values() for name in names]
+    assert sorted(listed) == sorted(REFUSED)

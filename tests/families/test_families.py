@@ -209,7 +209,7 @@ def test_refused_model_types_exist_and_say_why() -> None:
         assert "\n" not in reason
         assert not reason.endswith(".")
         text = refusal(SimpleNamespace(model_type=model_type))
-        assert text == f"{model_type} cannot be pruned: {reason}. `tpcompress families` lists what can."
+        assert text == f"{model_type} cannot be pruned: {reason}. See `tpcompress families` for others."
 
 
 def test_a_real_mllama_is_refused_and_stays_as_it_is() -> None:
@@ -225,7 +225,7 @@ def test_a_real_mllama_is_refused_and_stays_as_it_is() -> None:
     }  # fmt: skip
     model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
     before = set(vars(model))
-    with pytest.raises(ValueError, match="^mllama cannot be pruned: its text reaches images by cross-attention"):
+    with pytest.raises(ValueError, match="^mllama cannot be pruned: its text attends to images by cross-attention"):
         attach(model, PruningPlan([Stage("uniform", 0, keep_tokens=3)]))
     assert set(vars(model)) == before
 
@@ -246,4 +246,4 @@ def test_encoders_made_of_a_decoder_are_refused(family: str, value: Any) -> None
     tiny = list_families()[family].tiny
     config = tiny.config(*tiny.variants[0])
     config.get_text_config().use_bidirectional_attention = value
-    assert "its text attends both ways" in refusal(config)
+    assert "its text attention is bidirectional" in refusal(config)

@@ -1,4 +1,4 @@
-"""WHERE vision tokens are: one file per model family, found by being here. See README, "A new model family"."""
+"""Model families: one file each, registered automatically, that describes the vision tokens of a model type."""
 
 from tpcompress.families.base import Family, Parts, Tower, family_of, list_families, resolve
 from tpcompress.families.layout import Grid, Layout

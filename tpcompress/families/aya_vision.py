@@ -1,4 +1,4 @@
-"""Aya Vision: square tiles, overview last, four patches to a token; a word of the prompt before every tile."""
+"""Aya Vision: square tiles, overview last, four patches per token; a text token before every tile."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from tpcompress.families import internvl
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 
-TILE = 105
-"""Id of the word before a tile in a tiny model's prompt."""
+TILES_APART = "Every tile counts as a separate image, because the prompt has text tokens between tiles."
 
-TILES_APART = "A tile counts as an image of its own: the prompt has a token between tiles."
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+TILE = 105
+"""Id of the text token before a tile."""
 
 
 def tiny_config() -> AyaVisionConfig:
@@ -26,15 +29,17 @@ def tiny_config() -> AyaVisionConfig:
 
 
 def tiny_cohere2() -> dict[str, Any]:
-    """A Cohere2 that mixes layers with a window and layers without, which have no positions either."""
+    """Config of a Cohere2 with sliding-window layers and full-attention layers, which have no positions."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     return tiny_text("cohere2", sliding_window=48, layer_types=kinds)
 
 
 def tiny_ids(config: Any, kind: str) -> list[int]:
-    """The tiles of an image, each behind its word, between two marks."""
+    """The tiles of an image, each after its text token, between start and end."""
     return [START] + ([TILE] + [IMAGE] * 36) * internvl.TILES[kind] + [END]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 AYA_VISION = Family(
     name="aya_vision",

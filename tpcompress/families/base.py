@@ -1,4 +1,4 @@
-"""WHERE the vision tokens of a given MLLM are: one declarative `Family` per file, resolved to `Parts` of a model."""
+"""The declarative description of a model family (`Family`), and its resolution to the modules of a model (`Parts`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tpcompress.families.layout import Layout
 from tpcompress.families.refused import check_not_refused
 
 Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
-"""(config, arguments of the encoder by name, tokens of each of its features) -> one layout per image or video."""
+"""(config, encoder arguments by name, token count of each encoder feature) -> one layout per image or video."""
 
 ToTokens = Callable[[Any, str, Mapping[str, Any], Tensor], Sequence[Tensor]]
 """See `Tower.to_tokens`."""
@@ -28,13 +28,13 @@ MODALITIES = ("image", "video")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Vision tokens that attend to each other in both directions.
+    """Blocks of tokens with bidirectional attention.
 
     Attributes:
-        ids: (config, arguments of the core model by name) -> int (B, S): equal numbers >= 0 see each other; None if
-            nothing does.
-        kinds: the kinds of layers that do so, as `config.layer_types` calls them.
-        beyond_window: a sliding window does not cut a block.
+        ids: (config, core model arguments by name) -> int (B, S): tokens with equal numbers >= 0 attend to each other;
+            None if there are no blocks.
+        kinds: layer types with bidirectional blocks, as in `config.layer_types`.
+        beyond_window: a sliding window does not limit attention within a block.
     """
 
     ids: Callable[[Any, Mapping[str, Any]], Tensor | None]
@@ -43,37 +43,39 @@ class Blocks:
 
 
 def supported(config: Any) -> str | None:
-    """Nothing to refuse. A function with a name, because a model with a plan attached can be pickled."""
+    """Every variant is supported. A named function, because attached models can be pickled."""
     return None
 
 
 def own_keys(config: Any, layer: int) -> int:
-    """Every layer computes its own keys."""
+    """Every layer attends to its own keys and values."""
     return layer
 
 
 def rotary_only(config: Any) -> bool:
-    """Layers know positions from the rotary embedding alone."""
+    """Layers read positions only through the rotary embedding."""
     return False
 
 
 def no_arguments(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """Nothing beside ids, mask and pixels."""
+    """There are no further model inputs."""
     return {}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A random model of a few thousand parameters and inputs for it, for the tests that every family gets.
+    """Test fixture of a family: a random model of a few thousand parameters, and inputs for it.
+
+    The contract tests of all families build it. It is part of the family's file, so that adding a family is one file.
 
     Attributes:
-        config: (any arguments) -> config of six decoder layers (or as few as the family allows), vocabulary 128, width
-            64; words are ids 3 to 89.
-        pixels: (config, kinds of pictures per sample, generator) -> what the processor makes of them, by name.
-        ids: (config, kind) -> the run of ids that one picture has in the prompt, separators included.
-        kinds: kinds of pictures: `image` always; `wide`, an image of another size, and `video` where there are any.
-        arguments: (config, input ids (B, S)) -> further arguments that the processor derives from the ids.
-        variants: positional arguments of `config` worth a run of all tests.
+        config: (arguments of a variant) -> config with six decoder layers (or as few as the family allows), vocabulary
+            128 and width 64; text tokens have ids 3 to 89.
+        pixels: (config, kinds of media per sample, generator) -> image and video inputs by name, as from the processor.
+        ids: (config, kind) -> ids of one image or video in the prompt, including separators.
+        kinds: kinds of media: always `image`; `wide`, an image of another size, and `video` if supported.
+        arguments: (config, input ids (B, S)) -> further inputs that the processor derives from the ids.
+        variants: arguments of `config` for each variant that all tests cover.
     """
 
     config: Callable[..., PretrainedConfig]
@@ -86,18 +88,18 @@ class Tiny:
 
 @dataclass(frozen=True)
 class Tower:
-    """What layers of a vision tower show, and which vision tokens its patches become.
+    """Access to the layers of a vision tower, and the mapping from its patches to vision tokens.
 
     Attributes:
-        layers: dotted path of the layers, from the tower.
-        attention: name of the attention of such a layer.
-        to_tokens: (core model, modality, arguments of the encoder by name, values (T, P, C) of the patches of T
-            images, tiles or frames, or of all patches behind each other with T = 1) -> values (placeholders, C) of
-            each feature of the encoder, weighted as the model weighs patches; separators may hold anything.
-        has_class: (config) -> whether a class token stands before the patches.
-        refuse: (config) -> reason why patches cannot be told apart in a variant, or None.
-        projected: the same for rows of the projector's input; None where no such row is one vision token.
-        pixels: the same for the pixels of patches; None if they lie as in the layers.
+        layers: dotted path of the layers, relative to the tower.
+        attention: name of the attention module of a layer.
+        to_tokens: (core model, modality, encoder arguments by name, values (T, P, C) of the patches of T images, tiles
+            or frames, or (1, all patches, C)) -> values (placeholders, C) of each encoder feature, weighted as the
+            model weights patches; values at separators are arbitrary.
+        has_class: (config) -> whether a class token precedes the patches.
+        refuse: (config) -> reason why the mapping is undefined for a variant, or None.
+        projected: the same mapping for rows of the projector's input; None if a row is not one vision token.
+        pixels: the same mapping for the pixels of patches; None if it equals `to_tokens`.
     """
 
     layers: str
@@ -111,32 +113,32 @@ class Tower:
 
 @dataclass(frozen=True)
 class Family:
-    """What tpcompress must know of a model family. Paths are dotted names from the outermost model.
+    """Description of a model family. Paths are dotted names from the outermost model.
 
     Attributes:
-        name: the word used in tables and errors.
-        model_types: values of `config.model_type` that it covers.
-        vision_tower, projector: where they are; a tower that projects by itself names its merger.
-        tower: what pruners may see of the tower's layers; None if its patches cannot be followed to vision tokens.
+        name: name in tables and errors.
+        model_types: values of `config.model_type` of the family.
+        vision_tower, projector: paths of vision tower and projector; the projector is the merger if the tower has one.
+        tower: access to the tower's layers for pruners; None if patches cannot be mapped to vision tokens.
         image_layouts: layouts of the images of one call of `core.get_image_features`.
-        tiny: a tiny model and its inputs.
-        core: the model that merges vision tokens into the sequence.
-        language_model, layers: the text model and its decoder layers.
+        tiny: test fixture: a tiny model and its inputs.
+        core: path of the model that merges vision tokens into the sequence.
+        language_model, layers: paths of the text model and its decoder layers.
         final_norm: name of the language model's last norm.
-        image_token, video_token: config attributes with the ids that vision tokens have in `input_ids`.
-        video_layouts: the same as `image_layouts` for `core.get_video_features`; None if the family has no videos.
-        positions: `1d`, or `mrope` for rows of time, height and width.
+        image_token, video_token: config attributes with the placeholder ids in `input_ids`.
+        video_layouts: the same as `image_layouts` for `core.get_video_features`; None if videos are not supported.
+        positions: `1d`, or `mrope` for positions in time, height and width.
         masks_in_core: the core model builds attention masks before it calls the text model.
-        blocks: vision tokens see each other both ways.
-        joins_tiles: features whose placeholders follow each other without a gap are tiles of one image.
-        splits_tiles: every rectangle of a feature is an image of its own: text stands between them, and nothing tells
-            which belong together.
+        blocks: blocks of tokens with bidirectional attention; None if attention is causal.
+        joins_tiles: features with adjacent placeholders are tiles of one image.
+        splits_tiles: every grid of a feature is a separate image, because text separates them and the inputs do not
+            tell which grids belong together.
         keys_of: (config, layer) -> the layer whose keys and values a layer attends to.
-        reads_positions: (config) -> whether layers read position ids beside the rotary embedding.
+        reads_positions: (config) -> whether layers read position ids in addition to the rotary embedding.
         patches_per_token: (config) -> patches of the vision encoder that become one vision token, or None where a
             resampler makes a fixed count.
         refuse: (config) -> reason why a variant is not supported, or None.
-        limits: what is known not to work, one sentence each.
+        limits: known limitations, one sentence each.
     """
 
     name: str
@@ -165,7 +167,7 @@ class Family:
     limits: tuple[str, ...] = ()
 
     def layouts(self, modality: str) -> Layouts | None:
-        """The function that lays out images or videos; None if the family has none."""
+        """The layout function of images or videos; None if the modality is not supported."""
         return self.image_layouts if modality == "image" else self.video_layouts
 
     def tokens_per_image(self, config: Any) -> int | None:
@@ -175,10 +177,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Parts:
-    """A family resolved on one model.
+    """The modules of one model that a family describes.
 
     Attributes:
-        placeholder_ids: the id of vision tokens by modality (`image`, `video`).
+        placeholder_ids: placeholder id by modality (`image`, `video`).
     """
 
     family: Family
@@ -197,12 +199,12 @@ class Parts:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm behind the last decoder layer."""
+        """The norm after the last decoder layer."""
         return self.language_model.get_submodule(self.family.final_norm)
 
     @property
     def stage_layers(self) -> list[int]:
-        """Layers before which a stage may act: none behind may read the keys of a layer that saw more."""
+        """Layers at which a stage can act: no later layer attends to keys of an earlier one, which has more tokens."""
         keys = [self.family.keys_of(self.text_config, layer) for layer in range(len(self.layers))]
         return [layer for layer in range(len(keys)) if layer == 0 or min(keys[layer:]) >= layer]
 
@@ -214,7 +216,7 @@ class Parts:
 
 @cache
 def list_families() -> dict[str, Family]:
-    """Every family of this folder by name."""
+    """All families of this folder by name."""
     package = importlib.import_module("tpcompress.families")
     modules = [importlib.import_module(f"{package.__name__}.{i.name}") for i in pkgutil.iter_modules(package.__path__)]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
@@ -225,7 +227,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a model config.
 
     Raises:
-        ValueError: no family covers `config.model_type`, none can (with the reason), or its variant is not supported.
+        ValueError: `config.model_type` is unknown or refused, or its variant is not supported; with the reason.
     """
     model_type = getattr(config, "base_model_type", None) or config.model_type
     for family in list_families().values():
@@ -239,15 +241,15 @@ def family_of(config: PretrainedConfig) -> Family:
     hint = did_you_mean(model_type, known)
     raise ValueError(
         f"'{model_type}' is not a known family (known: {', '.join(known)}).{hint} "
-        f"Add tpcompress/families/{model_type}.py; see README, 'A new model family'."
+        f"Add tpcompress/families/{model_type}.py; see 'Adding a model family' in the documentation."
     )
 
 
 def resolve(model: PreTrainedModel) -> Parts:
-    """Find the parts of a model.
+    """Find the modules of a model.
 
     Raises:
-        ValueError: the model is of no known family.
+        ValueError: the family of the model is unknown, refused or not supported.
     """
     family = family_of(model.config)
     part = model.get_submodule

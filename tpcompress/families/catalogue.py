@@ -1,41 +1,135 @@
-"""What a reader may want to know of the families, read from their descriptions; no model is built."""
+"""Documentation of the model families, generated from their descriptions without building a model."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable
+from dataclasses import MISSING, dataclass
 
 from tpcompress.errors import did_you_mean
 from tpcompress.families.base import Family, list_families, own_keys
-from tpcompress.families.refused import check_not_refused
+from tpcompress.families.refused import REFUSED, check_not_refused
 
-COLUMNS = ("positions", "images", "video", "both ways", "stages", "tower")
-"""The entries of `facts`."""
+COLUMNS = ("positions", "images", "video", "bidirectional", "stages", "tower")
+"""The keys of `facts`."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Documentation of one family.
+
+    Attributes:
+        name: name of the family.
+        model_types: values of `config.model_type`.
+        summary: one sentence: the first paragraph of the file's docstring.
+        text: docstring of the file, one line per paragraph.
+        facts: capabilities in a word or two, by the names in `COLUMNS`.
+        details: the same in sentences, with model types and paths.
+        limits: known limitations, one sentence each.
+        file: file name of the family in tpcompress/families.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    summary: str
+    text: str
+    facts: dict[str, str]
+    details: dict[str, str]
+    limits: tuple[str, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class FieldDoc:
+    """Documentation of one field of `Family`.
+
+    Attributes:
+        name: name of the field.
+        text: its meaning, from the docstring of `Family`.
+        default: Python expression of the default; None for a required field.
+    """
+
+    name: str
+    text: str
+    default: str | None
+
+
+def describe(family: Family) -> Description:
+    """Everything that a page about a family needs."""
+    text = about(family)
+    return Description(
+        name=family.name,
+        model_types=family.model_types,
+        summary=text.partition("\n")[0],
+        text=text,
+        facts=facts(family),
+        details=in_full(family),
+        limits=family.limits,
+        file=f"{_module(family).rpartition('.')[2]}.py",
+    )
+
+
+def describe_all() -> list[Description]:
+    """The descriptions of all families, by name."""
+    return [describe(family) for family in list_families().values()]
+
+
+def field_docs() -> list[FieldDoc]:
+    """The fields of `Family` with their documentation and defaults, required fields first."""
+    texts = attribute_docs(Family)
+    found = []
+    for field in dataclasses.fields(Family):
+        default = field.default
+        shown = None if default is MISSING else default.__name__ if inspect.isfunction(default) else repr(default)
+        found.append(FieldDoc(field.name, texts[field.name], shown))
+    return found
+
+
+def refusals() -> dict[str, list[str]]:
+    """The refused model types of each reason."""
+    return by_reason(REFUSED.items())
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The entries of the `Attributes:` section of a docstring, by name; `a, b: text` documents both."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        entry = line.removeprefix("    ")
+        if not line.startswith("    "):
+            break
+        if not entry.startswith(" "):
+            head, _, entry = entry.partition(": ")
+            names = head.split(", ")
+        for name in names:
+            found[name] = f"{found.get(name, '')} {entry.strip()}".strip()
+    return found
 
 
 def facts(family: Family) -> dict[str, str]:
-    """What a family can do, a word or two each: a row of the table of all families."""
+    """Capabilities of a family in a word or two: a row of the table of all families."""
     return {
         "positions": "M-RoPE" if family.positions == "mrope" else "1d",
         "images": "any size" if "wide" in family.tiny.kinds else "one size",
         "video": "yes" if family.video_layouts is not None else "-",
-        "both ways": "yes" if family.blocks is not None else "-",
+        "bidirectional": "yes" if family.blocks is not None else "-",
         "stages": "all layers" if family.keys_of is own_keys else "some layers",
         "tower": "yes" if family.tower is not None else "-",
     }
 
 
 def in_full(family: Family) -> dict[str, str]:
-    """The same in sentences, with model types and paths."""
+    """Capabilities of a family in sentences, with model types and paths."""
     found = facts(family)
-    videos = "frames are rectangles of one video" if family.video_layouts else "none; frames may come as images"
-    both_ways = "causal"
+    attention = "causal"
     if family.blocks is not None:
-        both_ways = f"blocks of tokens see each other both ways, in {' and '.join(family.blocks.kinds)} layers"
+        attention = f"bidirectional within blocks of tokens, in {' and '.join(family.blocks.kinds)} layers"
     stages = "before the language model and before every decoder layer"
     if family.keys_of is not own_keys:
-        stages = "before the language model and before layers behind which no layer reads the keys of an earlier one"
+        stages = "before the language model, and before layers from which on no layer reads keys of an earlier one"
     return {
         "model types": ", ".join(family.model_types),
         "vision tower": family.vision_tower,
@@ -43,22 +137,22 @@ def in_full(family: Family) -> dict[str, str]:
         "language model": family.language_model,
         "decoder layers": family.layers,
         "positions": "time, height and width (M-RoPE)" if found["positions"] == "M-RoPE" else "one per token",
-        "images": "of several sizes, as a whole or in tiles" if found["images"] == "any size" else "of one size",
-        "video": videos,
-        "attention": both_ways,
+        "images": "several sizes, as a whole or in tiles" if found["images"] == "any size" else "one size",
+        "video": "frames are grids of one video" if family.video_layouts else "not supported; pass frames as images",
+        "attention": attention,
         "stages": stages,
-        "tower": "shows its layers' attention, keys and features" if family.tower is not None else "shows nothing",
+        "tower": "pruners can read attention, keys and features of its layers" if family.tower else "not readable",
     }
 
 
 def about(family: Family) -> str:
-    """The docstring of the file that describes a family, one line per paragraph."""
-    text = inspect.getdoc(sys.modules[family.tiny.config.__module__]) or ""
+    """The docstring of the file of a family, one line per paragraph."""
+    text = inspect.getdoc(sys.modules[_module(family)]) or ""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def by_reason(reasons: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Pairs of name and reason as the names of each reason."""
+    """Group pairs (name, reason) to the names of each reason."""
     found: dict[str, list[str]] = {}
     for name, reason in reasons:
         found.setdefault(reason, []).append(name)
@@ -69,7 +163,7 @@ def find(name: str) -> Family:
     """A family by its name or by a model type.
 
     Raises:
-        ValueError: there is none; with the reason if the type is refused, else with the nearest name.
+        ValueError: the name is refused (with the reason) or unknown (with the closest name).
     """
     known = {t: family for family in list_families().values() for t in family.model_types} | list_families()
     if name in known:
@@ -77,3 +171,8 @@ def find(name: str) -> Family:
     check_not_refused(name)
     hint = did_you_mean(name, known)
     raise ValueError(f"No family or model type '{name}'; `tpcompress families` lists them.{hint}")
+
+
+def _module(family: Family) -> str:
+    """Module that describes a family: the one that defines its tiny config."""
+    return family.tiny.config.__module__

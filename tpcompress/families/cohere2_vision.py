@@ -1,4 +1,4 @@
-"""Command A Vision: square tiles, overview last, four patches to a token; a line break of the prompt after each."""
+"""Command A Vision: square tiles, overview last, four patches per token; a line break after every tile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from tpcompress.families.aya_vision import TILES_APART, tiny_cohere2
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_vision
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
 BREAK = 105
-"""Id of the line break after a tile in a tiny model's prompt."""
+"""Id of the line break after a tile."""
 
 
 def tiny_config() -> Cohere2VisionConfig:
@@ -26,9 +28,11 @@ def tiny_config() -> Cohere2VisionConfig:
 
 
 def tiny_ids(config: Any, kind: str) -> list[int]:
-    """The tiles of an image, each before its line break, between two marks."""
+    """The tiles of an image, each before its line break, between start and end."""
     return [START] + ([IMAGE] * 36 + [BREAK]) * internvl.TILES[kind] + [END]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 COHERE2_VISION = Family(
     name="cohere2_vision",

@@ -1,4 +1,4 @@
-"""DeepSeek-VL, also with a second tower for high resolution: one fixed grid per image."""
+"""DeepSeek-VL, also with a second high-resolution tower: one fixed grid per image."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, 
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Every patch of the tower is a token; the second tower adds to its width."""
+    """One token per patch; the second tower only adds channels."""
     return square(sizes)
 
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
+
 def tiny_config(hybrid: bool = False) -> DeepseekVLConfig | DeepseekVLHybridConfig:
-    """64 vision tokens per image; `hybrid` has a tower for 64 x 64 pixels beside the one for 32 x 32."""
+    """64 vision tokens per image; `hybrid` has a second tower for 64 x 64 pixels."""
     parts: dict[str, Any] = {
         "text_config": tiny_text(),
         "vision_config": tiny_vision("siglip_vision_model", vision_use_head=False),
@@ -36,7 +39,7 @@ def tiny_config(hybrid: bool = False) -> DeepseekVLConfig | DeepseekVLHybridConf
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Images of one size, and once more at high resolution where the model wants them."""
+    """Images of one size, and the same number at high resolution if the model has a second tower."""
     inputs = fixed_pixels(config, samples, generator)
     second = getattr(config, "high_res_vision_config", None)
     if inputs and second is not None:
@@ -44,6 +47,8 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
         inputs["high_res_pixel_values"] = torch.randn(shape, generator=generator)
     return inputs
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 DEEPSEEK_VL = Family(
     name="deepseek_vl",

@@ -1,4 +1,4 @@
-"""ERNIE 4.5 VL: experts of their own for vision tokens, and pairs of a video's frames merged by the projector."""
+"""ERNIE 4.5 VL: separate experts for vision tokens; the projector merges pairs of video frames."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
 
 
 def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One rectangle per `temporal_merge_size` frames, as `video_grid_thw` says."""
+    """One grid per `temporal_merge_size` frames, from `video_grid_thw`."""
     frames = inputs["video_grid_thw"].new_tensor([config.vision_config.temporal_merge_size, 1, 1])
     return merged_grids(config, inputs["video_grid_thw"] // frames, sizes, video=True)
 
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
+
 def tiny_config() -> Ernie4_5_VLMoeConfig:
-    """64 tokens per image; two of four experts per token and modality, but in the first layer."""
+    """64 tokens per image; two of four experts per token and modality, except in the first layer."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
     experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [24, 16], "moe_num_shared_experts": 1}
     return Ernie4_5_VLMoeConfig(
@@ -35,7 +38,7 @@ def tiny_config() -> Ernie4_5_VLMoeConfig:
 
 
 def paired_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Flat patches and grids of all images, and of all videos with twice as many frames as they have tokens for."""
+    """Flat patches and grids of all images, and of all videos, which have two frames per grid of tokens."""
     vision = config.vision_config
     width = vision.in_channels * vision.patch_size**2
     inputs: dict[str, Any] = {}
@@ -50,11 +53,13 @@ def paired_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any)
 
 
 def expert_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """Token types, and a second kind of them that counts starts and ends as vision tokens: it chooses the experts."""
+    """Token types, and a second version that includes start and end tokens and selects the experts."""
     types = token_types(config, input_ids)["mm_token_type_ids"]
     ends = (input_ids == config.image_start_token_id) | (input_ids == config.image_end_token_id)
     return {"mm_token_type_ids": types, "moe_mm_token_type_ids": types + ends}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 ERNIE4_5_VL_MOE = Family(
     name="ernie4_5_vl_moe",

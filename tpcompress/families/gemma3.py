@@ -1,4 +1,4 @@
-"""Gemma 3: one square of pooled tokens per image, whose tokens see each other both ways; most layers are sliding."""
+"""Gemma 3: one square grid of pooled tokens per image with bidirectional attention; most layers are sliding."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from tpcompress.families.towers import AVERAGING
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """The tower's patches are averaged to a square; crops of pan and scan are images of their own."""
+    """Patches are averaged to a square grid; crops of pan and scan are separate images."""
     return square(sizes)
 
 
 def number_runs(vision: Tensor) -> Tensor:
-    """int64 (B, S): 0, 1, ... for the runs of True in each row, -1 elsewhere.
+    """Number the runs of True in each row.
 
     Args:
         vision: bool (B, S).
+
+    Returns:
+        int64 (B, S): 0, 1, ... for each run, -1 elsewhere.
     """
     starts = vision.clone()
     starts[:, 1:] &= ~vision[:, :-1]
@@ -38,14 +41,17 @@ def image_blocks(config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def refuse(config: Any) -> str | None:
-    """Encoders made of a decoder."""
+    """Refuse encoders that are built from a decoder."""
     if config.get_text_config().use_bidirectional_attention:
-        return "its text attends both ways; use_bidirectional_attention=False is supported."
+        return "its text attention is bidirectional; use_bidirectional_attention=False is supported."
     return None
 
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
+
 def tiny_config() -> Gemma3Config:
-    """64 vision tokens per image (16 x 16 patches); a window of 48 cuts images, full attention in layers 1 and 4."""
+    """64 vision tokens per image (16 x 16 patches); window 48, full attention in layers 1 and 4."""
     text = tiny_text("gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=48)
     text["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"] * 2
     return Gemma3Config(
@@ -59,7 +65,7 @@ def tiny_config() -> Gemma3Config:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """64 placeholders between two marks."""
+    """64 placeholders between start and end."""
     return [START, *run_of_64(config, kind), END]
 
 
@@ -67,6 +73,8 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     """1 on image tokens."""
     return {"token_type_ids": (input_ids == IMAGE).long()}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 GEMMA3 = Family(
     name="gemma3",

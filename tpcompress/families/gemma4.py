@@ -1,7 +1,7 @@
-"""Gemma 4: images and frames of any size; larger models let vision tokens see both ways in sliding layers only.
+"""Gemma 4: images and frames of any size; large models have bidirectional vision tokens in sliding layers only.
 
-Smaller ones have further inputs of every layer, and late layers that reuse keys of earlier ones. Gemma 4 Unified has no
-tower: the projector reads pixels.
+Small models have additional per-layer inputs, and late layers reuse the keys of earlier ones. Gemma 4 Unified has no
+vision tower: the projector reads pixels.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from tpcompress.families.gemma3 import number_runs
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
 
-SIZES = {"image": (6, 8), "wide": (4, 11), "video": (4, 5)}
-"""Rows and columns of tokens of the tiny model's pictures."""
-
-FRAMES = 3
-"""Frames of the tiny model's videos."""
-
 
 def patches_per_side(config: Any) -> int:
-    """Side of the square of patches that a token stands for."""
+    """Side of the square of patches that becomes one token."""
     vision = config.vision_config
     return 1 if vision.model_type == "gemma4_unified_vision" else int(vision.pooling_kernel_size)
 
 
 def grids(config: Any, places: Tensor) -> list[Grid]:
-    """One rectangle per image or frame, from the places (x, y) of its patches (images, patches, 2); padding is -1."""
+    """One grid per image or frame.
+
+    Args:
+        config: config of the model.
+        places: int (images, patches, 2): positions (x, y) of the patches; -1 on padding.
+    """
     sizes = (places.amax(1) + 1) // patches_per_side(config)
     return [Grid(rows, cols) for cols, rows in sizes.tolist()]
 
@@ -45,7 +44,7 @@ def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
 
 
 def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Frames as images; time stamps stand between them."""
+    """One grid per frame; time stamps separate the frames."""
     frames = iter(grids(config, inputs["video_position_ids"]))
     return [
         Layout(tuple(next(frames) for _ in range(count)), video=True)
@@ -54,14 +53,14 @@ def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
 
 
 def vision_blocks(config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Every run of image or video tokens is a block, in models whose config says so."""
+    """Every run of image or video tokens is a block, if enabled in the config."""
     types = arguments.get("mm_token_type_ids")
     both_ways = config.get_text_config().use_bidirectional_attention == "vision"
     return None if types is None or not both_ways else number_runs((types == 1) | (types == 2))
 
 
 def keys_of(config: Any, layer: int) -> int:
-    """The last layers reuse keys and values of the last layer of their kind before them."""
+    """The last layers reuse keys and values of the preceding last layer of the same type."""
     text = config.get_text_config()
     first = text.num_hidden_layers - text.num_kv_shared_layers
     if layer < first:
@@ -70,19 +69,28 @@ def keys_of(config: Any, layer: int) -> int:
 
 
 def refuse(config: Any) -> str | None:
-    """Encoders made of a decoder, and models without eyes."""
+    """Refuse encoders that are built from a decoder, and models without a vision tower."""
     if config.vision_config is None:
-        return "it has no vision tower; a config with vision_config is needed."
+        return "it has no vision tower; a config with vision_config is required."
     if config.get_text_config().use_bidirectional_attention == "all":
-        return "its text attends both ways; use_bidirectional_attention 'vision' and None are supported."
+        return "its text attention is bidirectional; use_bidirectional_attention 'vision' and None are supported."
     return None
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+SIZES = {"image": (6, 8), "wide": (4, 11), "video": (4, 5)}
+"""Rows and columns of tokens by kind."""
+
+FRAMES = 3
+"""Frames per video."""
 
 
 def tiny_config(size: str = "small") -> PretrainedConfig:
     """3 x 3 patches per token, windows of 48.
 
-    `small`: further inputs of layers, layers 4 and 5 with keys of 3 and 2. `large`: blocks of vision tokens, experts,
-    keys that are values in layers 2 and 5.
+    `small`: per-layer inputs, layers 4 and 5 reuse the keys of 3 and 2. `large`: blocks of vision tokens, experts,
+    keys equal to values in layers 2 and 5.
     """
     sliding, full = "sliding_attention", "full_attention"
     more: dict[str, Any] = {
@@ -105,7 +113,7 @@ def tiny_config(size: str = "small") -> PretrainedConfig:
 
 
 def tiny_ids() -> dict[str, Any]:
-    """Ids of pictures and their marks."""
+    """Config entries with the ids of placeholders, start and end."""
     return {
         "image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 106, "boi_token_id": START,
         "eoi_token_id": END,
@@ -121,7 +129,7 @@ def tiny_unified() -> PretrainedConfig:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """Placeholders between two marks; a time stamp before every frame."""
+    """Placeholders between start and end; a time stamp before every frame."""
     rows, cols = SIZES[kind]
     if kind == "video":
         return [token for frame in range(FRAMES) for token in (3 + frame, START, *[VIDEO] * rows * cols, END)]
@@ -129,7 +137,7 @@ def tiny_run(config: Any, kind: str) -> list[int]:
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Patches in [0, 1] of every image and frame, filled up to the most, with their places (x, y)."""
+    """Patches in [0, 1] of every image and frame, padded to the same number, with their positions (x, y)."""
     kinds = [kind for sample in samples for kind in sample]
     videos = kinds.count("video")
     inputs = patches(config, [SIZES[kind] for kind in kinds if kind != "video"], generator, "pixel_values", "image")
@@ -140,7 +148,7 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
 
 
 def patches(config: Any, sizes: Sequence[tuple[int, int]], generator: Any, name: str, modality: str) -> dict[str, Any]:
-    """What the processor makes of pictures of so many (rows, columns) of tokens."""
+    """Processor outputs for images with the given (rows, columns) of tokens."""
     if not sizes:
         return {}
     vision, step = config.vision_config, patches_per_side(config)
@@ -158,6 +166,8 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     """1 on image tokens, 2 on video tokens."""
     return {"mm_token_type_ids": (input_ids == IMAGE) + 2 * (input_ids == VIDEO)}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 GEMMA4 = Family(
     name="gemma4",

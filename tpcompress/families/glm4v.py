@@ -1,4 +1,4 @@
-"""GLM-4.1V, GLM-4.5V and GLM-4.6V: positions as in Qwen2-VL; the frames of a video stand in the prompt like images."""
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: positions as in Qwen2-VL; video frames are formatted like images in the prompt."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_pixels, vide
 from tpcompress.families.qwen3_vl import ROUTER_LOSS
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
 
-VIDEO_START, VIDEO_END, TIMESTAMP = 105, 106, 107
-
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-
 EXPERTS = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
 }  # fmt: skip
@@ -29,10 +25,17 @@ KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
 }
 
 
-def tiny_config(model_type: str = "glm4v", pictures: str = "images") -> PretrainedConfig:
-    """64 tokens per image, half of a head rotated. With `pictures="videos"` every tiny picture is a video.
+# ------------------------------------------------------------------------------------------------ test fixture
 
-    The models cannot tell images from videos in one batch, so tests of videos need a config of their own.
+VIDEO_START, VIDEO_END, TIMESTAMP = 105, 106, 107
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+
+
+def tiny_config(model_type: str = "glm4v", media: str = "images") -> PretrainedConfig:
+    """64 tokens per image, half of a head rotated. With `media="videos"` every input is a video.
+
+    The models cannot distinguish images from videos in one batch, so videos require a separate config.
     """
     make, text_type, experts = KINDS[model_type]
     config: PretrainedConfig = make(
@@ -42,15 +45,15 @@ def tiny_config(model_type: str = "glm4v", pictures: str = "images") -> Pretrain
             "out_hidden_size": 64,
         },
         image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
-        video_start_token_id=VIDEO_START, video_end_token_id=VIDEO_END, tiny_pictures=pictures,
+        video_start_token_id=VIDEO_START, video_end_token_id=VIDEO_END, tiny_media=media,
     )  # fmt: skip
     return config
 
 
-def pictures_or_videos(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
+def images_or_videos(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
     """Patches and grids of images, or of videos with one frame for `image` and two for `wide`."""
     inputs = tiny_pixels(config, samples, generator)
-    if config.tiny_pictures == "images" or not inputs:
+    if config.tiny_media == "images" or not inputs:
         return inputs
     grids = inputs["image_grid_thw"]
     grids[:, 0] = torch.tensor([1 + (kind == "wide") for kinds in samples for kind in kinds])
@@ -59,20 +62,22 @@ def pictures_or_videos(config: Any, samples: Sequence[Sequence[str]], generator:
 
 
 def frames_run(config: Any, kind: str) -> list[int]:
-    """An image between start and end; a video's frames are such runs with timestamps after them."""
+    """An image between start and end; for a video one such run per frame, each before a timestamp."""
     _, rows, cols = SIZES[kind]
     frame = [START] + [IMAGE] * (rows * cols // config.vision_config.spatial_merge_size**2) + [END]
-    if config.tiny_pictures == "images":
+    if config.tiny_media == "images":
         return frame
     return [VIDEO_START] + (frame + [TIMESTAMP]) * (1 + (kind == "wide")) + [VIDEO_END]
 
 
 def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """1 at images, 2 at the frames of videos: the model computes positions from it."""
+    """1 on images, 2 on frames of videos: the model computes positions from these types."""
     starts = (input_ids == config.video_start_token_id).cumsum(1)
     ends = (input_ids == config.video_end_token_id).cumsum(1)
     return {"mm_token_type_ids": (input_ids == config.image_token_id) * (1 + (starts > ends).long())}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 GLM4V = Family(
     name="glm4v",
@@ -84,11 +89,11 @@ GLM4V = Family(
     video_layouts=video_layouts,
     positions="mrope",
     limits=(
-        "Images and videos do not go into one batch: transformers gives both the same placeholder.",
+        "Images and videos cannot be mixed in one batch: transformers uses the same placeholder for both.",
         ROUTER_LOSS,
     ),
     tiny=Tiny(
-        tiny_config, pictures_or_videos, frames_run, ("image", "wide"), token_types,
+        tiny_config, images_or_videos, frames_run, ("image", "wide"), token_types,
         variants=(*((kind,) for kind in KINDS), ("glm4v", "videos")),
     ),
 )  # fmt: skip

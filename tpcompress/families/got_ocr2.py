@@ -1,4 +1,4 @@
-"""GOT-OCR 2: square tiles or pages without a gap, sixteen patches of a convolving tower to a token."""
+"""GOT-OCR 2: adjacent square tiles or pages, sixteen patches of a convolutional tower per token."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import IMAGE, tiny_text
 
 
+def patches_per_token(config: Any) -> int:
+    """Two convolutions of stride 2 make one token of 4 x 4 patches."""
+    return 16
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+
 def tiny_config() -> GotOcr2Config:
-    """36 vision tokens per tile (96 px, patch 4, then half the side twice)."""
+    """36 vision tokens per tile (96 px, patch 4, side halved twice)."""
     return GotOcr2Config(
         text_config=tiny_text("qwen2"),
         vision_config={
@@ -24,10 +32,7 @@ def tiny_config() -> GotOcr2Config:
     )  # fmt: skip
 
 
-def patches_per_token(config: Any) -> int:
-    """Two convolutions of stride 2 make one token of 4 x 4 patches."""
-    return 16
-
+# ------------------------------------------------------------------------------------------------------ family
 
 GOT_OCR2 = Family(
     name="got_ocr2",
@@ -39,7 +44,7 @@ GOT_OCR2 = Family(
     patches_per_token=patches_per_token,
     tiny=Tiny(tiny_config, internvl.tiny_pixels, internvl.tiny_ids, kinds=("image", "wide")),
     limits=(
-        "The pages of one prompt count as one image: nothing separates them.",
-        "transformers runs it with eager attention only.",
+        "The pages of one prompt count as one image, because no token separates them.",
+        "transformers supports only eager attention for it.",
     ),
 )

@@ -1,4 +1,4 @@
-"""Idefics 2: a resampler makes equally many tokens, without a grid, of every image; a feature holds a whole sample."""
+"""Idefics 2: a resampler returns a fixed number of tokens per image, without a grid; one feature per sample."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from tpcompress.families.idefics3 import IDEFICS3
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, START, tiny_text, tiny_vision
 
-SIZES = {"image": (32, 32), "wide": (20, 44)}
-"""Height and width in pixels of the tiny model's pictures."""
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """As many images as the feature of each sample holds; a sample without images has none."""
+    """One grid per image of each sample; an empty grid for a sample without images."""
     count = config.perceiver_config.resampler_n_latents
-    # Even nothing is a rectangle, so that its table of tokens has columns.
+    # An empty grid instead of none, so that the table of tokens has columns.
     return [Layout((Grid(1, count),) * (size // count) or (Grid(0, count),)) for size in sizes]
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+SIZES = {"image": (32, 32), "wide": (20, 44)}
+"""Height and width in pixels by kind."""
 
 
 def tiny_config(window: int | None = None) -> Idefics2Config:
@@ -40,12 +43,12 @@ def tiny_config(window: int | None = None) -> Idefics2Config:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """Placeholders between two marks, which are the same."""
+    """Placeholders between two equal marker tokens."""
     return [START, *[IMAGE] * config.perceiver_config.resampler_n_latents, START]
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Images of every sample, filled up to the most and the largest, and which of their pixels are real."""
+    """Images of every sample, padded to the same number and size, and the mask of their pixels."""
     sizes = [[SIZES[kind] for kind in sample] for sample in samples]
     flat = [size for sample in sizes for size in sample]
     if not flat:
@@ -57,6 +60,8 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
             image[:, :h, :w] = torch.randn(3, h, w, generator=generator)
     return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 IDEFICS2 = replace(
     IDEFICS3,

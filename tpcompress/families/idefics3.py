@@ -1,4 +1,4 @@
-"""Idefics 3: square tiles in runs of their own, the overview last; one feature holds all tiles of a sample."""
+"""Idefics 3: square tiles separated by text, overview last; one feature for all tiles of a sample."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 
-TILES = {"image": 3, "wide": 4}
-"""Tiles of the tiny model's pictures, overview included."""
-
 LIMITS = (
-    "A budget holds for each tile of an image: text stands between tiles, and nothing says which are one image's.",
+    "The budget applies to each tile of an image, because text separates tiles and the inputs do not group them.",
 )
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """As many square tiles as the feature of each sample holds; a sample without images has none."""
+    """One square grid per tile of each sample; an empty grid for a sample without images."""
     height, width = inputs["pixel_values"].shape[-2:]
     patch = config.vision_config.patch_size
     side = isqrt((height // patch) * (width // patch)) // config.scale_factor
-    # Even nothing is a rectangle, so that its table of tokens has columns.
+    # An empty grid instead of none, so that the table of tokens has columns.
     return [Layout((Grid(side, side),) * (size // side**2) or (Grid(0, side),)) for size in sizes]
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+TILES = {"image": 3, "wide": 4}
+"""Number of tiles by kind, including the overview."""
 
 
 def tiny_config() -> Idefics3Config:
@@ -37,13 +40,13 @@ def tiny_config() -> Idefics3Config:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """16 placeholders for each tile, each behind marks of its own."""
+    """16 placeholders for each tile, after two marker tokens."""
     tiles = range(TILES[kind])
     return [token for tile in tiles for token in (START, 105 + tile, *[IMAGE] * 16)] + [END]
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Tiles of every sample, filled up with tiles of zeros, and which of their pixels are real."""
+    """Tiles of every sample, padded with tiles of zeros, and the mask of their pixels."""
     counts, side = [sum(TILES[kind] for kind in sample) for sample in samples], config.vision_config.image_size
     if not any(counts):
         return {}
@@ -52,6 +55,8 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
         row[:count] = torch.randn(count, 3, side, side, generator=generator)
     return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 IDEFICS3 = Family(
     name="idefics3",

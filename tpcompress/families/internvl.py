@@ -1,4 +1,4 @@
-"""InternVL 2.5 to 3.5: square tiles without a gap, overview last, four patches to a token; frames are images."""
+"""InternVL 2.5 to 3.5: adjacent square tiles, overview last, four patches per token; video frames are images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 from tpcompress.families.towers import SHUFFLING
 
-TILES = {"image": 1, "wide": 3}
-"""Tiles of a tiny model's images."""
-
-TEXTS = ("qwen2", "qwen3", "qwen3_moe")
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """A square per tile; the encoder itself makes squares of its patches before it shuffles them."""
+    """One square grid per tile, as the encoder's pixel shuffle requires square grids of patches."""
     return square(sizes)
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+TILES = {"image": 1, "wide": 3}
+"""Number of tiles by kind."""
+
+TEXTS = ("qwen2", "qwen3", "qwen3_moe")
 
 
 def tiny_config(text: str = "qwen2") -> InternVLConfig:
@@ -38,16 +41,18 @@ def tiny_config(text: str = "qwen2") -> InternVLConfig:
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Tiles of all images (tiles, 3, size, size)."""
+    """Tiles (tiles, 3, size, size) of all images."""
     tiles, size = sum(TILES[kind] for kinds in samples for kind in kinds), config.vision_config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return {"pixel_values": torch.randn(tiles, 3, height, width, generator=generator)} if tiles else {}
 
 
 def tiny_ids(config: Any, kind: str) -> list[int]:
-    """The tiles of an image between two marks."""
+    """The tiles of an image between start and end."""
     return [START] + [IMAGE] * 36 * TILES[kind] + [END]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 INTERNVL = Family(
     name="internvl",
@@ -58,5 +63,5 @@ INTERNVL = Family(
     image_layouts=image_layouts,
     joins_tiles=True,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide"), variants=tuple((text,) for text in TEXTS)),
-    limits=("A frame of a video counts as an image of its own: the prompt has words between frames.",),
+    limits=("Every frame of a video counts as a separate image, because the prompt has text between frames.",),
 )

@@ -1,4 +1,4 @@
-"""Janus and Janus-Pro, as far as they read images: one fixed grid per image."""
+"""Janus and Janus-Pro (image understanding only): one fixed grid per image."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from tpcompress.families.tiny import END, IMAGE, START, fixed_pixels, run_of_64,
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Every patch of the tower is a token."""
+    """One token per patch."""
     return square(sizes)
 
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
+
 def tiny_config() -> JanusConfig:
-    """64 vision tokens per image, and as little of an image generator as there can be."""
+    """64 vision tokens per image, and a minimal image generator."""
     return JanusConfig(
         text_config=tiny_text(),
         vision_config=tiny_vision(
@@ -33,9 +36,11 @@ def tiny_config() -> JanusConfig:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """64 placeholders between two marks."""
+    """64 placeholders between start and end."""
     return [START, *run_of_64(config, kind), END]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 JANUS = Family(
     name="janus",
@@ -43,6 +48,6 @@ JANUS = Family(
     vision_tower="model.vision_model",
     projector="model.aligner",
     image_layouts=image_layouts,
-    limits=("Only answers in text: generation_mode='image' is not pruned.",),
+    limits=("Only text generation is pruned, not generation_mode='image'.",),
     tiny=Tiny(tiny_config, fixed_pixels, tiny_run),
 )

@@ -1,6 +1,6 @@
-"""How the placeholders of one image or video lie: rectangles of vision tokens, and tokens that only separate them.
+"""Layout of the placeholders of one image or video: grids of vision tokens, and separator tokens between them.
 
-All of it is known to the host before the language model runs, from the shapes and sizes that the encoder gets.
+Layouts are computed on the host before the language model runs, from the shapes and sizes of the encoder's inputs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """One rectangle of vision tokens: a whole image, a tile of it, or a frame of a video.
+    """One grid of vision tokens: a whole image, a tile of it, or a frame of a video.
 
     Attributes:
-        rows, cols: its size in tokens; 1 x count where tokens are no grid.
-        newline: a separator ends every row (LLaVA-NeXT's image newline). Separators are never dropped.
+        rows, cols: size in tokens; 1 x count if the tokens have no 2-d positions.
+        newline: every row ends with a separator (LLaVA-NeXT's image newline). Separators are never dropped.
     """
 
     rows: int
@@ -32,10 +32,9 @@ class Layout:
     """The placeholders of one image or one video, in the order of the sequence.
 
     Attributes:
-        grids: its rectangles: one, or the tiles of an image (overview first where the model puts it first), or the
-            frames of a video.
-        tail: separators after the last rectangle.
-        video: the rectangles are frames.
+        grids: one grid, or the tiles of an image (in the order of the model), or the frames of a video.
+        tail: number of separators after the last grid.
+        video: the grids are frames.
     """
 
     grids: tuple[Grid, ...]
@@ -44,22 +43,22 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """Vision tokens, which a stage may drop."""
+        """Number of vision tokens, which a stage can drop."""
         return sum(grid.rows * grid.cols for grid in self.grids)
 
     @property
     def placeholders(self) -> int:
-        """Positions in the sequence: vision tokens and separators."""
+        """Number of positions in the sequence: vision tokens and separators."""
         return self.count + sum(grid.rows for grid in self.grids if grid.newline) + self.tail
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """(rows, columns) of the rectangles standing on top of each other."""
+        """(rows, columns) of all grids stacked vertically."""
         return sum(grid.rows for grid in self.grids), max(grid.cols for grid in self.grids)
 
     @cached_property
     def table(self) -> Tensor:
-        """int64 (count, 4): placeholder, canvas row, column and rectangle of every vision token."""
+        """int64 (count, 4): placeholder index, canvas row, canvas column and grid index of every token."""
         parts, place, top = [], 0, 0
         for number, grid in enumerate(self.grids):
             step = grid.cols + grid.newline
@@ -72,11 +71,11 @@ class Layout:
 
 @cache
 def plain(rows: int, cols: int) -> Layout:
-    """One rectangle and nothing else."""
+    """A layout of a single grid without separators."""
     return Layout((Grid(rows, cols),))
 
 
 def square(sizes: Sequence[int]) -> list[Layout]:
-    """Images of so many tokens each, on square grids where that fits, else on one row."""
+    """Layouts of images with the given token counts: square grids if possible, else one row."""
     sides = [(round(size**0.5), size) for size in sizes]
     return [plain(side, side) if side * side == size else plain(1, size) for side, size in sides]

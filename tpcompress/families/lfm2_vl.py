@@ -1,4 +1,4 @@
-"""LFM2-VL: images, or tiles of them, of any size; most decoder layers are short convolutions over retained tokens."""
+"""LFM2-VL: images or tiles of any size; most decoder layers are short convolutions, applied to retained tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 
-TILES = {"image": ((6, 8),), "wide": ((4, 6), (4, 6), (3, 7))}
-"""Rows and columns of tokens of the tiny model's pictures: one image, or tiles and a small overview."""
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One token per square of patches; every tile is an image of its own."""
+    """One token per square of patches; every tile is a separate image."""
     step = config.downsample_factor
     return [plain(rows // step, cols // step) for rows, cols in inputs["spatial_shapes"].tolist()]
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+TILES = {"image": ((6, 8),), "wide": ((4, 6), (4, 6), (3, 7))}
+"""Rows and columns of tokens by kind: one image, or tiles and a small overview."""
 
 
 def tiny_config(text: str = "lfm2") -> Lfm2VlConfig:
@@ -38,13 +41,13 @@ def tiny_config(text: str = "lfm2") -> Lfm2VlConfig:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """Placeholders of every tile behind a mark of its own."""
+    """Placeholders of every tile after a marker token."""
     tiles = enumerate(TILES[kind])
     return [START, *[token for i, (rows, cols) in tiles for token in (105 + i, *[IMAGE] * rows * cols)], END]
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Patches of every tile, filled up to the most, with their shapes (tiles, 2) and which patches are real."""
+    """Patches of every tile, padded to the same number, with their shapes (tiles, 2) and the mask of patches."""
     step = config.downsample_factor
     shapes = [(r * step, c * step) for sample in samples for kind in sample for r, c in TILES[kind]]
     if not shapes:
@@ -58,6 +61,8 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
         "pixel_attention_mask": real.long(),
     }
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 LFM2_VL = Family(
     name="lfm2_vl",

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and its like: CLIP or SigLIP tower, two-layer projector, one fixed grid per image."""
+"""LLaVA 1.5 and similar models: CLIP or SigLIP tower, two-layer projector, one fixed grid per image."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
 
 
 def refuse(config: Any) -> str | None:
-    """Towers whose vision tokens do not lie on one fixed grid."""
+    """Refuse towers whose vision tokens do not form one fixed grid."""
     tower = config.vision_config.model_type
     if tower not in TOWERS:
         return f"vision tower '{tower}' is not supported; supported: {', '.join(TOWERS)}."
     return None
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
 
 
 def tiny_config(tower: str = "clip_vision_model", layers: int = 6) -> LlavaConfig:
@@ -40,6 +43,8 @@ def tiny_config(tower: str = "clip_vision_model", layers: int = 6) -> LlavaConfi
         vision_feature_select_strategy="default" if tower == "clip_vision_model" else "full",
     )
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 LLAVA = Family(
     name="llava",

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: an overview, then the tiles put together, without their padding, a newline token after every row."""
+"""LLaVA-NeXT: an overview, then the merged tiles without padding, with a newline token after every row."""
 
 from __future__ import annotations
 
@@ -14,51 +14,54 @@ from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
 from tpcompress.families.towers import TILED
 
-SIZES = {"image": (24, 32), "wide": (20, 64)}
-"""(height, width) of a tiny model's images, in pixels before resizing."""
-
-PINPOINTS = [[16, 32], [32, 16], [32, 32]]
-"""What they may be resized to before they are cut into tiles of 16 x 16."""
-
-TILES = {"image": 5, "wide": 3}
-"""How many tiles that makes, overview included."""
-
-COUNTS = {"image": 16 + 6 * (8 + 1), "wide": 16 + 2 * (8 + 1)}
-"""Their placeholders: an overview of 4 x 4, then 6 or 2 rows of 8 tokens and a newline."""
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Overview and tiles of each image, whose own height and width say how much of the tiles is padding."""
+    """Overview and merged tiles of each image; the image size determines the padding."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     return [overview_and_tiles(side, *unpadded(config, side, size)) for size in as_lists(inputs["image_sizes"])]
 
 
 def unpadded(config: Any, side: int, image_size: list[int]) -> tuple[int, int]:
-    """Rows and columns of an image's tiles put together, less the padding.
+    """Rows and columns of the merged tiles of an image, without padding.
 
     Args:
-        config: the model's config.
-        side: rows, and columns, of one tile in tokens.
+        config: config of the model.
+        side: rows (and columns) of one tile in tokens.
         image_size: height and width of the image.
     """
-    # Not at the top: whoever imports tpcompress does not pay for modeling files.
+    # Imported here, because importing tpcompress must not load modeling files.
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     rows, cols = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
-    # The model's own function on a tensor without content: it cuts here what it cuts there, rounding included.
+    # The model's own function on a meta tensor, so that rounding is the same as in the model.
     cut = unpad_image(torch.empty(0, rows * side, cols * side, device="meta"), image_size)
     return cut.shape[1], cut.shape[2]
 
 
 @cache
 def overview_and_tiles(side: int, rows: int, cols: int) -> Layout:
-    """A square overview without newlines, then a rectangle with them."""
+    """A square overview without newlines, then a grid with newlines."""
     return Layout((Grid(side, side), Grid(rows, cols, newline=True)))
 
 
 def as_lists(image_sizes: Any) -> list[list[int]]:
-    """`image_sizes` (images, 2) as the processor or the caller made it, on the host."""
+    """Convert `image_sizes` (images, 2), a tensor or nested sequence, to lists."""
     return image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else [list(size) for size in image_sizes]
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+SIZES = {"image": (24, 32), "wide": (20, 64)}
+"""(height, width) in pixels by kind, before resizing."""
+
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+"""Sizes to which images are resized before they are split into tiles of 16 x 16."""
+
+TILES = {"image": 5, "wide": 3}
+"""Number of tiles by kind, including the overview."""
+
+COUNTS = {"image": 16 + 6 * (8 + 1), "wide": 16 + 2 * (8 + 1)}
+"""Number of placeholders by kind: an overview of 4 x 4, then 6 or 2 rows of 8 tokens and a newline."""
 
 
 def tiny_config(tower: str = "clip_vision_model", text: str = "llama") -> LlavaNextConfig:
@@ -73,7 +76,7 @@ def tiny_config(tower: str = "clip_vision_model", text: str = "llama") -> LlavaN
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Tiles padded to the most that one image has, and the sizes of the images."""
+    """Tiles, padded to the same number per image, and the sizes of the images."""
     images = [kind for kinds in samples for kind in kinds if kind != "video"]
     if not images:
         return {}
@@ -83,9 +86,11 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
 
 
 def tiny_ids(config: Any, kind: str) -> list[int]:
-    """Placeholders of an image, newlines among them."""
+    """Placeholders of an image, including newlines."""
     return [IMAGE] * COUNTS[kind]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 LLAVA_NEXT = Family(
     name="llava_next",

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; frames of a video pooled, one after the other, without any newline."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; pooled video frames in sequence, without newlines."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
 from tpcompress.families.towers import POOLING
 
-FRAMES = 10
-"""Frames of a tiny model's video."""
-
 
 def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One square per frame; the pooling drops a row and a column that its stride does not reach."""
+    """One square grid per frame; pooling omits a last row and column that do not fill a stride."""
     side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
     frames = inputs["pixel_values_videos"].shape[1]
     return [Layout((Grid(side, side),) * frames, video=True)] * len(sizes)
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+FRAMES = 10
+"""Frames per video."""
 
 
 def tiny_config() -> LlavaNextVideoConfig:
@@ -49,6 +52,8 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     """Placeholders of an image, or of the frames of a video."""
     return [VIDEO] * 4 * FRAMES if kind == "video" else llava_next.tiny_ids(config, kind)
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 LLAVA_NEXT_VIDEO = Family(
     name="llava_next_video",

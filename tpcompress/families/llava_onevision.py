@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: tiles as in LLaVA-NeXT, shrunk where they are many; one tile per image where images are several."""
+"""LLaVA-OneVision: tiles as in LLaVA-NeXT, interpolated above a maximum; one tile per image in multi-image samples."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
 from tpcompress.families.towers import SHRINKING
 
-COUNTS = {"image": 16 + 4 * (6 + 1), "wide": 16 + 2 * (8 + 1), "video": 4 * llava_next_video.FRAMES + 1}
-"""Placeholders of a tiny model's pictures; the 6 x 8 tiles of `image` are shrunk to 4 x 6."""
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Overview and tiles of an image alone in its sample, or one square and a newline for each of several."""
+    """Overview and tiles of the only image of a sample, or one square grid and a newline for each of several images."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     tiles = int((inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
     image_sizes = llava_next.as_lists(inputs["image_sizes"])
     per_sample = inputs.get("batch_num_images")
     alone = [True] * len(image_sizes)
-    if per_sample is not None:  # without it the model takes every image for an only one
+    if per_sample is not None:  # without it the model treats every image as the only one
         alone = [int(count) == 1 for count in per_sample for _ in range(int(count))]
     several = Layout((Grid(side, side),), tail=1)
     return [
@@ -43,13 +40,19 @@ def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
 
 
 def shrunk(rows: int, cols: int, most: int) -> tuple[int, int]:
-    """Rows and columns after the interpolation that keeps tiles near `most` tokens."""
+    """Rows and columns after the interpolation to about `most` tokens."""
     ratio = math.sqrt(rows * cols / most)
     return (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else (rows, cols)
 
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
+COUNTS = {"image": 16 + 4 * (6 + 1), "wide": 16 + 2 * (8 + 1), "video": 4 * llava_next_video.FRAMES + 1}
+"""Number of placeholders by kind; the 6 x 8 tokens of `image` are interpolated to 4 x 6."""
+
+
 def tiny_config() -> LlavaOnevisionConfig:
-    """Tiles of 4 x 4 vision tokens, shrunk above two of them, and frames of 2 x 2."""
+    """Tiles of 4 x 4 vision tokens, interpolated above two tiles, and frames of 2 x 2."""
     return LlavaOnevisionConfig(
         text_config=tiny_text("qwen2"),
         vision_config=tiny_vision("siglip_vision_model", image_size=16, vision_use_head=False),
@@ -61,9 +64,11 @@ def tiny_config() -> LlavaOnevisionConfig:
 
 
 def tiny_ids(config: Any, kind: str) -> list[int]:
-    """Placeholders of an image or a video, newlines among them."""
+    """Placeholders of an image or a video, including newlines."""
     return [VIDEO if kind == "video" else IMAGE] * COUNTS[kind]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 LLAVA_ONEVISION = Family(
     name="llava_onevision",

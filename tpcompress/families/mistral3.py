@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and Ministral 3: images of any size; what ends their rows has ids of its own, so it is text."""
+"""Mistral Small 3.1 and Ministral 3: images of any size; the tokens that end rows have their own ids and are text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import END, IMAGE, NEWLINE, tiny_text, tiny_vision
 
-SIZES = {"image": (6, 8), "wide": (4, 11)}
-"""Rows and columns of tokens of the tiny model's pictures."""
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One token per square of patches, as far as the image's own size goes."""
+    """One token per square of patches, within the size of the unpadded image."""
     step = config.vision_config.patch_size * config.spatial_merge_size
     shapes = torch.as_tensor(inputs["image_sizes"]) // step
     return [plain(rows, cols) for rows, cols in shapes.tolist()]
+
+
+def reads_positions(config: Any) -> bool:
+    """Ministral 3 scales queries by their position."""
+    return bool(config.get_text_config().model_type == "ministral3")
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+SIZES = {"image": (6, 8), "wide": (4, 11)}
+"""Rows and columns of tokens by kind."""
 
 
 def tiny_config(text: str = "mistral") -> Mistral3Config:
@@ -40,13 +48,13 @@ def tiny_config(text: str = "mistral") -> Mistral3Config:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """A mark behind every row, another one behind the last."""
+    """A newline after every row but the last, which is followed by an end token."""
     rows, cols = SIZES[kind]
     return [*([*[IMAGE] * cols, NEWLINE] * rows)[:-1], END]
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Images filled up to the largest one, and their own sizes (images, 2)."""
+    """Images padded to the largest one, and their sizes (images, 2)."""
     step = config.vision_config.patch_size * config.spatial_merge_size
     sizes = [(SIZES[kind][0] * step, SIZES[kind][1] * step) for sample in samples for kind in sample]
     if not sizes:
@@ -57,10 +65,7 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
-def reads_positions(config: Any) -> bool:
-    """Ministral 3 scales queries by their position."""
-    return bool(config.get_text_config().model_type == "ministral3")
-
+# ------------------------------------------------------------------------------------------------------ family
 
 MISTRAL3 = Family(
     name="mistral3",

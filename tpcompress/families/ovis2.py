@@ -1,4 +1,4 @@
-"""Ovis2: square tiles, overview first, embedded as mixtures of visual words; tokens of the prompt between tiles."""
+"""Ovis2: square tiles, overview first, embedded as mixtures of visual words; text tokens between tiles."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from tpcompress.families.aya_vision import TILES_APART
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
 GRID, COLUMN, ROW = 105, 106, 107
-"""Ids of the marks after the overview, between tiles of a row, and between rows in a tiny model's prompt."""
+"""Ids of the marker tokens after the overview, between tiles of a row, and between rows."""
 
 
 def tiny_config() -> Ovis2Config:
@@ -36,6 +38,8 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     tiles = tile + [COLUMN] + tile if internvl.TILES[kind] > 1 else []
     return [START, *tile, GRID, *tiles, END]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 OVIS2 = Family(
     name="ovis2",

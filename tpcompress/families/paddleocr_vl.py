@@ -1,4 +1,4 @@
-"""PaddleOCR-VL: images only, of any size; a separate projector merges patches two by two, positions as in Qwen2-VL."""
+"""PaddleOCR-VL: images of any size, no videos; a separate projector merges 2 x 2 patches; positions as in Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import PaddleOCRVLConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.qwen2_vl import MROPE, SIZES, image_layouts, tiny_ids, tiny_run, token_types
 from tpcompress.families.tiny import tiny_text
+
+# ------------------------------------------------------------------------------------------------ test fixture
 
 
 def tiny_config() -> PaddleOCRVLConfig:
@@ -34,6 +36,8 @@ def square_patches(config: Any, samples: Sequence[Sequence[str]], generator: Any
     pixels = torch.randn(int(grids.prod(-1).sum()), 3, side, side, generator=generator)
     return {"pixel_values": pixels, "image_grid_thw": grids}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 PADDLEOCR_VL = Family(
     name="paddleocr_vl",

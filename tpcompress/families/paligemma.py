@@ -1,4 +1,4 @@
-"""PaliGemma 1 and 2: one square of tokens per image, and a prefix of images and question that attends both ways."""
+"""PaliGemma 1 and 2: one square grid per image; the prefix of images and question has bidirectional attention."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from tpcompress.families.towers import CLIP_LIKE
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Every patch of the tower is a token."""
+    """One token per patch."""
     return square(sizes)
 
 
 def prefix_block(config: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Everything before the answer is one block: token type 0."""
+    """Everything before the answer (token type 0) is one block."""
     types = arguments.get("token_type_ids")
     return None if types is None else torch.where(types == 0, 0, -1)
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
 
 
 def tiny_config(text: str = "gemma") -> PaliGemmaConfig:
@@ -42,11 +45,13 @@ def tiny_config(text: str = "gemma") -> PaliGemmaConfig:
 
 
 def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """0 on images and the two tokens after the last of them, 1 on what follows: the answer."""
+    """0 on images and the two tokens after the last image, 1 on the answer that follows."""
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = torch.where(input_ids == IMAGE, place, -3).amax(1, keepdim=True)
     return {"token_type_ids": (place > last + 2).long()}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 PALIGEMMA = Family(
     name="paligemma",
@@ -59,7 +64,7 @@ PALIGEMMA = Family(
     blocks=Blocks(prefix_block, beyond_window=True),
     tiny=Tiny(tiny_config, fixed_pixels, run_of_64, arguments=token_types, variants=(("gemma",), ("gemma2",))),
     limits=(
-        "Without token_type_ids (its processor makes them) transformers itself attends both ways over unpadded prompts "
-        "with sdpa, but causally over padded ones and with eager attention.",
+        "Without token_type_ids (from the processor), the attention of transformers is bidirectional for unpadded "
+        "prompts with sdpa, but causal for padded prompts and with eager attention.",
     ),
 )

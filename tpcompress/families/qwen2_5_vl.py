@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with windows in the tower (undone before the merger returns) and a video's true time."""
+"""Qwen2.5-VL: as Qwen2-VL, with windowed attention in the tower and absolute time of video frames."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from tpcompress.families.qwen2_vl import (
 from tpcompress.families.tiny import tiny_text
 from tpcompress.families.towers import WINDOWED
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
 
 def tiny_config(sliding: bool = False) -> Qwen2_5_VLConfig:
     """64 tokens per image, tower windows of 4 x 4 patches; with `sliding`, odd layers see the last 48 tokens."""
@@ -38,12 +40,14 @@ def tiny_config(sliding: bool = False) -> Qwen2_5_VLConfig:
 
 
 def timed_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """As for Qwen2-VL, with the seconds between a video's frames."""
+    """As for Qwen2-VL, with the seconds between video frames."""
     inputs = tiny_pixels(config, samples, generator)
     if "video_grid_thw" in inputs:
         inputs["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), 0.5)
     return inputs
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 QWEN2_5_VL = replace(
     QWEN2_VL,

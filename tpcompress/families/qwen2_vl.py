@@ -1,4 +1,4 @@
-"""Qwen2-VL: any size of image or video, patches merged two by two, positions in time, height and width."""
+"""Qwen2-VL: images and videos of any size, 2 x 2 patches per token, positions in time, height and width."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
 from tpcompress.families.towers import MERGING
 
-SIZES = {"image": (1, 16, 16), "wide": (1, 8, 20), "video": (2, 8, 12)}
-"""(frames, rows, columns) of a tiny model's pictures in patches."""
-
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One rectangle per image, as `image_grid_thw` says."""
+    """One grid per image, from `image_grid_thw`."""
     return merged_grids(config, inputs["image_grid_thw"], sizes, video=False)
 
 
 def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One rectangle per frame (a pair of them after the temporal patch), as `video_grid_thw` says."""
+    """One grid per frame (a pair of frames after the temporal patch), from `video_grid_thw`."""
     return merged_grids(config, inputs["video_grid_thw"], sizes, video=True)
 
 
 def merged_grids(config: Any, grid_thw: Tensor, sizes: Sequence[int], video: bool) -> list[Layout]:
-    """Layouts of grids of patches (pictures, 3) that the tower merges to squares of `spatial_merge_size`.
+    """Layouts of grids of patches (frames, rows, columns) after merging squares of `spatial_merge_size` patches.
+
+    Args:
+        config: config of the model.
+        grid_thw: int (images or videos, 3): grids of patches.
+        sizes: token count of each encoder feature.
+        video: the grids are videos.
 
     Raises:
-        ValueError: the encoder returned other numbers of tokens than the grids have.
+        ValueError: the token counts do not match the grids.
     """
     merge, grids = config.vision_config.spatial_merge_size, grid_thw.tolist()
     layouts = [Layout((Grid(rows // merge, cols // merge),) * frames, video=video) for frames, rows, cols in grids]
@@ -42,13 +43,21 @@ def merged_grids(config: Any, grid_thw: Tensor, sizes: Sequence[int], video: boo
     if counts != list(sizes):
         raise ValueError(
             f"Grids {grids} merge to {counts} vision tokens, but the encoder returned {list(sizes)}; "
-            "pass pixels and grids as the processor makes them."
+            "pass pixels and grids as returned by the processor."
         )
     return layouts
 
 
+# ------------------------------------------------------------------------------------------------ test fixture
+
+SIZES = {"image": (1, 16, 16), "wide": (1, 8, 20), "video": (2, 8, 12)}
+"""(frames, rows, columns) in patches by kind."""
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
+
 def tiny_config(sliding: bool = False) -> Qwen2VLConfig:
-    """64 tokens per image; with `sliding`, every other decoder layer sees the last 48 tokens."""
+    """64 tokens per image; with `sliding`, every other decoder layer has a window of 48 tokens."""
     kinds = ["sliding_attention" if sliding and layer % 2 else "full_attention" for layer in range(6)]
     window = {"use_sliding_window": sliding, "sliding_window": 48, "layer_types": kinds}
     return Qwen2VLConfig(
@@ -61,7 +70,7 @@ def tiny_config(sliding: bool = False) -> Qwen2VLConfig:
 
 
 def tiny_ids() -> dict[str, Any]:
-    """Special ids of a tiny config."""
+    """Config entries with the special ids."""
     return {
         "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
     }  # fmt: skip
@@ -89,10 +98,12 @@ def tiny_run(config: Any, kind: str) -> list[int]:
 
 
 def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """1 at images, 2 at videos: the model computes positions from it."""
+    """1 on images, 2 on videos: the model computes positions from these types."""
     kinds = (input_ids == config.image_token_id).long() + 2 * (input_ids == config.video_token_id).long()
     return {"mm_token_type_ids": kinds}
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 QWEN2_VL = Family(
     name="qwen2_vl",

@@ -1,4 +1,4 @@
-"""Qwen3.5, dense and MoE: most decoder layers are linear attention, whose state passes over retained tokens only."""
+"""Qwen3.5, dense and MoE: most decoder layers are linear attention, whose state is updated by retained tokens only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from tpcompress.families.base import Tiny
 from tpcompress.families.qwen2_vl import SIZES, tiny_ids, tiny_pixels, token_types
 from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, QWEN3_VL, stamped_run, tiny_tower
 from tpcompress.families.tiny import tiny_text
+
+# ------------------------------------------------------------------------------------------------ test fixture
 
 
 def tiny_config(moe: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
@@ -27,6 +29,8 @@ def tiny_config(moe: bool = False) -> Qwen3_5Config | Qwen3_5MoeConfig:
         **tiny_ids(),
     )
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 QWEN3_5 = replace(
     QWEN3_VL,

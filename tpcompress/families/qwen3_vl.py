@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense and MoE: timestamps between a video's frames, features added to early decoder layers (DeepStack)."""
+"""Qwen3-VL, dense and MoE: timestamps between video frames, features added to early decoder layers (DeepStack)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from tpcompress.families.qwen2_vl import (
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
 from tpcompress.families.towers import MERGING
 
+ROUTER_LOSS = "The load balancing loss of MoE models requires all tokens in every layer: disable output_router_logits."
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
 INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
-ROUTER_LOSS = "The load balancing loss of MoE models wants all tokens in every layer: leave output_router_logits off."
-
 TIMESTAMP = 105
-"""The word that stands for a timestamp before every frame of a tiny model's video."""
+"""Id of the timestamp before every frame."""
 
 
 def tiny_config(moe: bool = False) -> Qwen3VLConfig | Qwen3VLMoeConfig:
@@ -39,7 +42,7 @@ def tiny_config(moe: bool = False) -> Qwen3VLConfig | Qwen3VLMoeConfig:
 
 
 def tiny_tower(**more: Any) -> dict[str, Any]:
-    """A three-layer tower of width 32 with 4 x 4 patches and a 16 x 16 grid of learned positions."""
+    """Config of a three-layer tower of width 32 with 4 x 4 patches and a 16 x 16 grid of learned positions."""
     return {
         "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
         "num_position_embeddings": 256,
@@ -47,13 +50,15 @@ def tiny_tower(**more: Any) -> dict[str, Any]:
 
 
 def stamped_run(config: Any, kind: str) -> list[int]:
-    """Placeholders between a start and an end; every frame of a video has its own run after a timestamp."""
+    """Placeholders between start and end; for a video one such run per frame, each after a timestamp."""
     frames, rows, cols = SIZES[kind]
     count = rows * cols // config.vision_config.spatial_merge_size**2
     if kind == "video":
         return ([TIMESTAMP, START] + [VIDEO] * count + [END]) * frames
     return [START] + [IMAGE] * count + [END]
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 QWEN3_VL = Family(
     name="qwen3_vl",

@@ -1,4 +1,4 @@
-"""What the tiny models of several families share."""
+"""Building blocks of the test fixtures (`Tiny`) of several families: configs, pixels and ids of tiny random models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 IMAGE, VIDEO, START, END, NEWLINE = 100, 101, 102, 103, 104
-"""Ids that tiny models use beside words (3 to 89)."""
+"""Special ids of tiny models; text tokens have ids 3 to 89."""
 
 
 def tiny_text(model_type: str = "llama", **more: Any) -> dict[str, Any]:
-    """A six-layer language model of width 64 with grouped-query attention."""
+    """Config of a six-layer language model of width 64 with grouped-query attention."""
     return {
         "model_type": model_type, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0,
@@ -21,7 +21,7 @@ def tiny_text(model_type: str = "llama", **more: Any) -> dict[str, Any]:
 
 
 def tiny_vision(model_type: str = "clip_vision_model", **more: Any) -> dict[str, Any]:
-    """A three-layer tower of width 32 that cuts 32 x 32 pixels into 8 x 8 patches."""
+    """Config of a three-layer tower of width 32 that splits 32 x 32 pixels into 8 x 8 patches."""
     return {
         "model_type": model_type, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
@@ -29,7 +29,7 @@ def tiny_vision(model_type: str = "clip_vision_model", **more: Any) -> dict[str,
 
 
 def fixed_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
-    """Images of one size: `pixel_values` (images, 3, size, size)."""
+    """`pixel_values` (images, 3, size, size) of images of one size."""
     count, size = sum(map(len, samples)), config.vision_config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return {"pixel_values": torch.randn(count, 3, height, width, generator=generator)} if count else {}

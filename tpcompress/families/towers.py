@@ -1,4 +1,4 @@
-"""What several families share of their vision towers: how patches become vision tokens."""
+"""Mappings from the patches of a vision tower to vision tokens, shared by several families."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from tpcompress.families.base import Tower
 
 
 def class_first(config: Any) -> bool:
-    """CLIP puts a class token before the patches, SigLIP has none."""
+    """CLIP has a class token before the patches, SigLIP has none."""
     return config.vision_config.model_type == "clip_vision_model"
 
 
 def no_class(config: Any) -> bool:
-    """Patches only."""
+    """There is no class token."""
     return False
 
 
 def always_class(config: Any) -> bool:
-    """InternVL's tower has a class token, too."""
+    """There is always a class token."""
     return True
 
 
 def class_kept(config: Any) -> str | None:
-    """A class token among the vision tokens is no patch."""
+    """Refuse configs whose vision tokens include the class token, which is not a patch."""
     whole = getattr(config, "vision_feature_select_strategy", None) == "full"
     if whole and config.vision_config.model_type != "siglip_vision_model":
-        return "vision_feature_select_strategy 'full' makes a vision token of the class token"
+        return "with vision_feature_select_strategy 'full' the class token is a vision token"
     return None
 
 
 def one_each(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
-    """Every patch of an image is a token."""
+    """One token per patch."""
     return list(x_TPC)
 
 
 def packed_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
-    """Overview and tiles of LLaVA-NeXT, packed by the model's own function; frames pooled by the model's own layer."""
+    """LLaVA-NeXT: overview and tiles packed by the model's own function; frames pooled by the model's own layer."""
     if modality == "video":
         return list(core.vision_resampler(x_TPC).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
     config, sizes = core.config, inputs["image_sizes"]
@@ -52,12 +52,12 @@ def packed_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Ten
 
 
 def image_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
-    """What the projector of LLaVA-NeXT gets of images; of frames it gets what is pooled already."""
+    """The same for the projector's input: tiles of images; frames are already pooled and have no rows per patch."""
     return packed_tiles(core, modality, inputs, x_TPC) if modality == "image" else []
 
 
 def tiles_of(config: Any, image_size: Any) -> int:
-    """Tiles of an image of some height and width, overview included."""
+    """Number of tiles of an image (height, width), including the overview."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     count: int = image_size_to_num_patches(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
@@ -65,7 +65,7 @@ def tiles_of(config: Any, image_size: Any) -> int:
 
 
 def shrunk_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
-    """Tiles and frames of LLaVA-OneVision, shrunk and packed by the model's own functions."""
+    """LLaVA-OneVision: tiles and frames, interpolated and packed by the model's own functions."""
     config, newline_C = core.config, x_TPC.new_zeros(x_TPC.shape[-1])
     if modality == "video":
         videos = core.apply_pooling(x_TPC).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2)
@@ -80,7 +80,7 @@ def shrunk_tiles(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Ten
 
 
 def shuffled_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
-    """Squares of patches that InternVL lays side by side in one token, by the model's own shuffle."""
+    """InternVL: mean over the square of patches that the model's own pixel shuffle concatenates to one token."""
     T, P, C = x_TPC.shape
     side = round(P**0.5)
     x_TYXC = x_TPC.contiguous().view(T, side, side, C)
@@ -89,21 +89,21 @@ def shuffled_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC:
 
 
 def pooled_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_TPC: Tensor) -> list[Tensor]:
-    """Squares of patches that Gemma 3 averages, by the model's own pool."""
+    """Gemma 3: squares of patches, averaged by the model's own pooling."""
     side = round(x_TPC.shape[1] ** 0.5)
     pooled = core.multi_modal_projector.avg_pool(x_TPC.mT.unflatten(2, (side, side)))
     return list(pooled.flatten(2).mT)
 
 
 def merged_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
-    """Squares of patches of Qwen's towers, which follow each other, merged to one token each."""
+    """Qwen: mean over the square of consecutive patches that is merged to one token."""
     merge = core.config.vision_config.spatial_merge_size
     x_MC = x_1PC[0].unflatten(0, (-1, merge**2)).mean(1)
     return list(x_MC.split((inputs[f"{modality}_grid_thw"].prod(-1) // merge**2).tolist()))
 
 
 def merged_windows(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
-    """The same where patches stand in the order of their attention windows."""
+    """The same for patches in the order of their attention windows."""
     vision, grid = core.config.vision_config, inputs[f"{modality}_grid_thw"]
     merge = vision.spatial_merge_size
     order_M, _ = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
@@ -113,17 +113,17 @@ def merged_windows(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: T
 
 
 def average_pool(config: Any) -> str | None:
-    """Other pools are no means."""
+    """Refuse pooling modes of videos other than the mean."""
     if config.spatial_pool_mode != "average":
-        return f"spatial_pool_mode '{config.spatial_pool_mode}' of its videos is no mean of patches"
+        return f"spatial_pool_mode '{config.spatial_pool_mode}' of its videos is not a mean over patches"
     return class_kept(config)
 
 
 CLIP_LIKE = Tower("encoder.layers", "self_attn", one_each, class_first, class_kept, projected=one_each)
-"""CLIP or SigLIP, one vision token per patch."""
+"""CLIP or SigLIP with one vision token per patch."""
 
 TILED = Tower("encoder.layers", "self_attn", packed_tiles, class_first, class_kept, projected=image_tiles)
-"""CLIP or SigLIP over the tiles of LLaVA-NeXT."""
+"""CLIP or SigLIP on the tiles of LLaVA-NeXT."""
 
 SHRINKING = Tower("encoder.layers", "self_attn", shrunk_tiles, class_first, class_kept)
 """LLaVA-OneVision."""
@@ -132,7 +132,7 @@ SHUFFLING = Tower("encoder.layer", "attention", shuffled_patches, always_class, 
 """InternVL."""
 
 AVERAGING = Tower("encoder.layers", "self_attn", pooled_patches, no_class)
-"""SigLIP under Gemma 3."""
+"""SigLIP in Gemma 3."""
 
 POOLING = replace(TILED, refuse=average_pool)
 """LLaVA-NeXT-Video."""

@@ -1,4 +1,4 @@
-"""Video-LLaVA: one square per image; frames without a gap, each with the class token of its own tower in front."""
+"""Video-LLaVA: one square grid per image; adjacent frames, each with the class token of the video tower first."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout, square
 from tpcompress.families.tiny import IMAGE, VIDEO, fixed_pixels, tiny_text, tiny_vision
 
-FRAMES = 3
-"""Frames of a tiny model's video."""
-
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """A square per image, or one row with the class token in front."""
+    """One square grid per image, or one row that starts with the class token."""
     return square(sizes)
 
 
 def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One row per frame: its class token stands among the others."""
+    """One row per frame, because it includes the class token."""
     return [Layout((Grid(1, size),), video=True) for size in sizes]
+
+
+# ------------------------------------------------------------------------------------------------ test fixture
+
+FRAMES = 3
+"""Frames per video."""
 
 
 def tiny_config() -> VideoLlavaConfig:
@@ -52,6 +55,8 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [VIDEO] * 37 * FRAMES if kind == "video" else [IMAGE] * 36
 
 
+# ------------------------------------------------------------------------------------------------------ family
+
 VIDEO_LLAVA = Family(
     name="video_llava",
     model_types=("video_llava",),
@@ -62,7 +67,7 @@ VIDEO_LLAVA = Family(
     joins_tiles=True,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "video")),
     limits=(
-        "Training vision_tower trains the tower of images; the tower of videos stays as it is.",
-        "Videos that follow each other without a word between them count as one, and so do images.",
+        "Training vision_tower trains the image tower; the video tower is not trained.",
+        "Videos that are not separated by text count as one, and so do images.",
     ),
 )

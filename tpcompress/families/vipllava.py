@@ -1,4 +1,4 @@
-"""ViP-LLaVA: LLaVA whose projector takes several layers of the tower side by side; tokens lie the same way."""
+"""ViP-LLaVA: as LLaVA, but the projector reads several concatenated layers of the tower."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.llava import image_layouts
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
 from tpcompress.families.towers import CLIP_LIKE
+
+# ------------------------------------------------------------------------------------------------ test fixture
 
 
 def tiny_config() -> VipLlavaConfig:
@@ -20,6 +22,8 @@ def tiny_config() -> VipLlavaConfig:
         vision_feature_layer=[-1, -2, 1],
     )
 
+
+# ------------------------------------------------------------------------------------------------------ family
 
 VIPLLAVA = Family(
     name="vipllava",

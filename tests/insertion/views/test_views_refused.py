@@ -104,7 +104,7 @@ def test_class_token_among_the_vision_tokens(lend: Any) -> None:
     model = lend(CLIP)
     model.config.vision_feature_select_strategy = "full"
     try:
-        with pytest.raises(ValueError, match="strategy 'full' makes a vision token of the class token; take another"):
+        with pytest.raises(ValueError, match="strategy 'full' the class token is a vision token; take another"):
             attach(model, plan_of("tower_keys"))
     finally:
         model.config.vision_feature_select_strategy = "default"
