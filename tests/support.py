@@ -146,21 +146,20 @@ def placed_configs(*layers: int) -> list[tuple[dict[str, Any], int]]:
     ]
 
 
-def every_placed(*layers: int, once: bool = False) -> pytest.MarkDecorator:
-    """A test over `placed_configs`; arguments that take no other way through a model than earlier ones are slow.
+def every_placed(*layers: int) -> pytest.MarkDecorator:
+    """A test over `placed_configs`, each config at the first of these layers where it can be.
 
-    Args:
-        layers: where a stage may stand.
-        once: each config at the first of them where it can be, and not at all.
+    What a model does with a pruner depends on its views and flags alone: of the pruners that agree in these the first
+    runs by default, and all of them where slow tests run. What each pruner chooses is the subject of tests/pruners.
     """
     pairs = sorted(placed_configs(*layers), key=lambda pair: layers.index(pair[1]))
     found, ways, params = set(), set(), []
     for config, layer in pairs:
-        name, rule = config_id(config), create(dict(config))
-        if once and name in found:
+        name, pruner = config_id(config), create(dict(config))
+        if name in found:
             continue
         found.add(name)
-        way = (rule.name, layer, rule.needs, rule.merges, rule.uses_token_sizes, rule.learned)
+        way = (pruner.needs, pruner.merges, pruner.uses_token_sizes, pruner.learned, pruner.gates, pruner.exact_count)
         marks = [pytest.mark.slow] if way in ways else []
         ways.add(way)
         params.append(pytest.param(config, layer, marks=marks, id=f"{name}-layer={layer}"))

@@ -73,7 +73,7 @@ def test_plan_and_weights_survive(trained: Any, exported: Path) -> None:
     assert not loaded.training
 
 
-@every_placed(0, 2, once=True)
+@every_placed(0, 2)
 def test_every_pruner(config: dict[str, Any], layer: int, base: Any, round_trip: Any) -> None:
     model = tp.attach(base, tp.PruningPlan([tp.Stage(config, layer, keep_tokens=9)]))
     assert equal(model, round_trip(model))

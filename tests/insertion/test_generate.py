@@ -47,7 +47,7 @@ def test_cached_equals_recomputed(model: Any, samples: Any, name: str, positions
     assert logit_gap(cached, plain) > 0.05, "control: pruning must change the logits"
 
 
-@every_placed(2, 0, once=True)
+@every_placed(2, 0)
 def test_every_pruner_batch_equals_alone(model: Any, config: dict[str, Any], layer: int) -> None:
     inputs = batch(RAGGED)
     attach(model, PruningPlan([Stage(config, layer, keep_tokens=9)]))

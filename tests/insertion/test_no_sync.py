@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -46,16 +47,13 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
     return guard
 
 
-@pytest.mark.parametrize("with_mask", [True, False])
-@every_placed(2, 0, once=True)
-def test_prefill_and_decode_never_wait(
-    model: Any, guarded: NoSync, config: dict[str, Any], layer: int, with_mask: bool
-) -> None:
-    inputs = batch([(5, 2, 7)])
-    if not with_mask:
-        del inputs["attention_mask"]
+@every_placed(2, 0)
+def test_prefill_and_decode_never_wait(model: Any, guarded: NoSync, config: dict[str, Any], layer: int) -> None:
     stages = [Stage("uniform", 0, keep_tokens=40)] * (layer > 0) + [Stage(config, layer, keep_tokens=9)]
-    for positions in ("original", "compact"):
+    for with_mask, positions in itertools.product((True, False), ("original", "compact")):
+        inputs = batch([(5, 2, 7)])
+        if not with_mask:
+            del inputs["attention_mask"]
         attach(model, PruningPlan(stages, positions=positions))
         labels = answer_labels(inputs)
         with torch.no_grad():

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import config_id, pruner_configs
 
 from tpcompress.insertion.plan import VERSION, Budget, PruningPlan, Stage
 
 
-@pytest.mark.parametrize("config", pruner_configs(), ids=config_id)
-def test_round_trips(config: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trips(tmp_path: Path) -> None:
+    """A pruner inside another, and one with parts; each pruner's own arguments are tests/pruners/test_contract.py."""
+    gate = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}, "reserve": 4}
+    merged = {"type": "merged", "metric": "keys", "pruner": {"type": "random", "seed": 3}}
     plan = PruningPlan(
-        [Stage("uniform", 0, keep_ratio=0.5), Stage(config, 3, keep_tokens=7)], positions="compact", scope="prompt"
+        [Stage(gate, 0, keep_ratio=0.5), Stage(merged, 3, keep_tokens=7)], positions="compact", scope="prompt"
     )
     values = plan.to_dict()
     assert values["version"] == VERSION

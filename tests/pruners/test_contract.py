@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -125,25 +126,25 @@ def test_counting_for_itself_depends_on_no_partner(config: dict[str, Any]) -> No
 
 
 @every_counter
-@pytest.mark.parametrize("kind", ["constant", "zero", "duplicated", "peaky", "tiny"])
-def test_counting_for_itself_on_awkward_inputs(config: dict[str, Any], kind: str) -> None:
-    pruner = make_pruner(config)
-    selection = pruner(make_view(pruner, awkward(kind), GRIDS[12]), torch.arange(1, 13))
-    assert selection.keep_BV.shape == (12, 12)
-    assert selection.scores_BV.isfinite().all()
-    if selection.vision_BVD is not None:
-        assert selection.vision_BVD.isfinite().all()
+def test_counting_for_itself_on_awkward_inputs(config: dict[str, Any]) -> None:
+    for kind in AWKWARD:
+        pruner = make_pruner(config)
+        selection = pruner(make_view(pruner, awkward(kind), GRIDS[12]), torch.arange(1, 13))
+        assert selection.keep_BV.shape == (12, 12), kind
+        assert selection.scores_BV.isfinite().all(), kind
+        if selection.vision_BVD is not None:
+            assert selection.vision_BVD.isfinite().all(), kind
 
 
 @every_pruner
-@pytest.mark.parametrize("V", GRIDS)
-def test_every_budget_is_exact(config: dict[str, Any], V: int) -> None:
-    counts = list(range(1, V + 1))
-    selection = run(config, features(V, V), counts)
-    assert selection.keep_BV.dtype == torch.bool
-    assert selection.keep_BV.shape == (V, V)
-    assert selection.scores_BV.shape == (V, V)
-    assert selection.keep_BV.sum(1).tolist() == counts
+def test_every_budget_is_exact(config: dict[str, Any]) -> None:
+    for V in GRIDS:
+        counts = list(range(1, V + 1))
+        selection = run(config, features(V, V), counts)
+        assert selection.keep_BV.dtype == torch.bool
+        assert selection.keep_BV.shape == (V, V), f"of {V} tokens"
+        assert selection.scores_BV.shape == (V, V), f"of {V} tokens"
+        assert selection.keep_BV.sum(1).tolist() == counts, f"of {V} tokens"
 
 
 @every_pruner
@@ -244,6 +245,9 @@ def test_config_round_trip(config: dict[str, Any]) -> None:
         assert torch.equal(pruner(view, torch.tensor([3, 5])).keep_BV, copied(view, torch.tensor([3, 5])).keep_BV)
 
 
+AWKWARD = ("constant", "zero", "duplicated", "peaky", "tiny")
+
+
 def awkward(name: str) -> Tensor:
     x = features(12, 12)
     if name == "constant":
@@ -271,25 +275,24 @@ def odd(value: Tensor, kind: str) -> Tensor:
 
 
 @every_pruner
-@pytest.mark.parametrize("kind", ["constant", "zero", "duplicated", "peaky", "tiny"])
-def test_awkward_inputs_stay_finite_and_exact(config: dict[str, Any], kind: str) -> None:
-    pruner, counts = make_pruner(config), list(range(1, 13))
-    for soft in (False, True):
-        pruner.train(soft)
+def test_awkward_inputs_stay_finite_and_exact(config: dict[str, Any]) -> None:
+    counts = list(range(1, 13))
+    for kind, soft in itertools.product(AWKWARD, (False, True)):
+        pruner, case = make_pruner(config).train(soft), f"{kind}, {'training' if soft else 'inference'}"
         x = awkward(kind).requires_grad_(soft)
         view = make_view(pruner, x, GRIDS[12], soft=soft)
         view = replace(view, **{name: odd(getattr(view, name), kind) for name in token_fields(view)})
         selection = pruner(view, torch.tensor(counts))
-        assert selection.keep_BV.sum(1).tolist() == counts
-        assert selection.scores_BV.isfinite().all()
+        assert selection.keep_BV.sum(1).tolist() == counts, case
+        assert selection.scores_BV.isfinite().all(), case
         if selection.vision_BVD is not None:
-            assert selection.vision_BVD.isfinite().all()
+            assert selection.vision_BVD.isfinite().all(), case
         if selection.gate_BV is not None:
-            assert torch.allclose(selection.gate_BV.sum(1), torch.tensor(counts).float(), rtol=1e-3)
+            assert torch.allclose(selection.gate_BV.sum(1), torch.tensor(counts).float(), rtol=1e-3), case
             given = [x for x in (selection.vision_BVD, selection.value_gate_BV, selection.key_bias_BV) if x is not None]
             assert given, "a gate that acts on nothing"
             (selection.gate_BV.square().sum() + sum(x.sum() for x in given)).backward()
-            assert all(p.grad is None or p.grad.isfinite().all() for p in pruner.parameters())
+            assert all(p.grad is None or p.grad.isfinite().all() for p in pruner.parameters()), case
 
 
 @every_pruner
