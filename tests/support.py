@@ -58,7 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"relevance": "last", "normalise": "mean"},
         {"relevance": "received", "diversity": 0.0},
     ],
-    "eadp": [{"mu": 0.0, "q": 0.3, "beta": 5.0}, {"mu": 1.0, "q": 1.0, "beta": 0.0}],
+    "eadp": [{"mu": 0.0, "q": 0.3, "beta": 5.0}, {"mu": 1.0, "q": 1.0, "beta": 0.0}, {"compat": True, "beta": 2.0}],
     "sieve": [{"energy": 1.0, "heads": 1.0}],
     "fastervlm": [{"attention": "received"}],
     "vispruner": [
@@ -72,7 +72,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"attention": "received", "merge_at": "tokens", "plus": True, "uniform": 1.0},
     ],
     "holov": [{"attention": "received", "crops": 5, "beta": 3.0}],
-    "hiprune": [{"alpha": 1.0}, {"alpha": 0.7, "compat": True}, {"object_layer": 0}],
+    "hiprune": [
+        {"alpha": 1.0},
+        {"alpha": 0.7, "compat": True},
+        {"object_layer": 0},
+        {"object_layer": 1, "deep_layer": -1},
+    ],
     "learned_gate": [
         QUESTION,
         {"reserve": 3},
@@ -96,7 +101,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"anchors": 0.25},
         {"anchors": 0.9, "pruner": {"type": "random", "seed": 3, "resample": False}},
     ],
-    "dtd": [{"level": "pixel"}],
+    "dtd": [{"level": "pixel"}, {"level": "pixel", "pixel_std": [0.3, 0.2, 0.1]}],
 }
 """Arguments worth testing beside the defaults. Every registered pruner is tested with its defaults in any case."""
 
@@ -111,7 +116,12 @@ INEXACT: dict[str, list[dict[str, Any]]] = {
     "prumerge": [{"adaptive": True}, {"adaptive": True, "plus": True}, {"plus": True, "compat": True}],
     "holov": [{"compat": True}],
     "sparsevlm": [{"recycle": True, "compat": True}, {"recycle": True, "compat": True, "heads": 2}],
-    "dtd": [{"threshold": 0.5}, {"level": "pixel", "threshold": 0.3}],
+    "dtd": [
+        {"threshold": 0.5},
+        {"level": "pixel", "threshold": 0.3},
+        {"threshold": 0.5, "relative": True},
+        {"level": "pixel", "threshold": 0.85, "relative": True},
+    ],
     "dart": [
         {"compat": "llava"},
         {"compat": "qwen", "reduction": 0.667},

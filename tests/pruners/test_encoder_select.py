@@ -142,7 +142,7 @@ def naive_allot(score: list[float], size: list[int], count: int, rounds: int) ->
     return quota
 
 
-def naive_holov(a: Tensor, h: Tensor, k: int, crops: int, compat: bool) -> list[int]:
+def naive_holov(a: Tensor, h: Tensor, k: int, crops: int) -> list[int]:
     n, similar = len(a), cosines(h)
     members = [[o for o in range(n) if o * crops // n == p] for p in range(crops)]
     var = np.zeros(n)
@@ -153,19 +153,18 @@ def naive_holov(a: Tensor, h: Tensor, k: int, crops: int, compat: bool) -> list[
     salient = 1e3 * a.double().numpy()
     token = salient + 0.09 * (salient.mean() / max(var.mean(), 1e-10)) * var
     score = [float(np.mean(token[crop])) if crop else 0.0 for crop in members]
-    quota = naive_allot(score, list(map(len, members)), k, 1 if compat else crops)
+    quota = naive_allot(score, list(map(len, members)), k, crops)
     return sorted(i for crop, q in zip(members, quota, strict=True) for i in best(a, q, crop))
 
 
-@pytest.mark.parametrize("compat", [False, True])
 @pytest.mark.parametrize(("V", "crops"), [(1, 16), (5, 16), (23, 4), (64, 16), (67, 16), (64, 1)])
-def test_holov(V: int, crops: int, compat: bool) -> None:
-    config = {"type": "holov", "crops": crops, "compat": compat}
+def test_holov(V: int, crops: int) -> None:
+    config = {"type": "holov", "crops": crops}
     view = view_for(config, V, V)
     for b, row in enumerate(kept(config, view, *range(1, V + 1))):
         a, h = view.tower_cls_BLHV[b, 0].mean(0), view.tower_features_BLVD[b, 0]
-        assert row == naive_holov(a, h, b + 1, crops, compat)
-        assert compat or len(row) == b + 1
+        assert row == naive_holov(a, h, b + 1, crops)
+        assert len(row) == b + 1
 
 
 def test_holov_passes_on_what_a_crop_cannot_hold() -> None:

@@ -86,6 +86,11 @@ class Tiny:
     variants: tuple[tuple[Any, ...], ...] = ((),)
 
 
+def one_image(config: Any) -> int:
+    """A vision token holds pixels of one image."""
+    return 1
+
+
 @dataclass(frozen=True)
 class Tower:
     """Access to the layers of a vision tower, and the mapping from its patches to vision tokens.
@@ -99,7 +104,8 @@ class Tower:
         has_class: (config) -> whether a class token precedes the patches.
         refuse: (config) -> reason why the mapping is undefined for a variant, or None.
         projected: the same mapping for rows of the projector's input; None if a row is not one vision token.
-        pixels: the same mapping for the pixels of patches; None if it equals `to_tokens`.
+        pixels: the same mapping for the pixels of patches, with values of any width; None if it equals `to_tokens`.
+        images: (config) -> consecutive images of a video that one vision token holds; `pixels` lists them in order.
     """
 
     layers: str
@@ -109,6 +115,7 @@ class Tower:
     refuse: Callable[[Any], str | None] = supported
     projected: ToTokens | None = None
     pixels: ToTokens | None = None
+    images: Callable[[Any], int] = one_image
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,22 @@ def merged_patches(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: T
     return list(x_MC.split((inputs[f"{modality}_grid_thw"].prod(-1) // merge**2).tolist()))
 
 
+def merged_pixels(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
+    """All pixels of the merged patches of a token: image by image, in each image channel by channel."""
+    vision = core.config.vision_config
+    merge, images = vision.spatial_merge_size, images_per_token(core.config)
+    x_MPC = x_1PC[0].unflatten(0, (-1, merge**2))
+    x_MPcix = x_MPC.unflatten(2, (-1, images, vision.patch_size**2))
+    x_MC = x_MPcix.permute(0, 3, 2, 1, 4).flatten(1)
+    return list(x_MC.split((inputs[f"{modality}_grid_thw"].prod(-1) // merge**2).tolist()))
+
+
+def images_per_token(config: Any) -> int:
+    """Consecutive images that a patch of Qwen's towers holds."""
+    count: int = config.vision_config.temporal_patch_size
+    return count
+
+
 def merged_windows(core: Any, modality: str, inputs: Mapping[str, Any], x_1PC: Tensor) -> list[Tensor]:
     """The same for patches in the order of their attention windows."""
     vision, grid = core.config.vision_config, inputs[f"{modality}_grid_thw"]
@@ -137,8 +153,8 @@ AVERAGING = Tower("encoder.layers", "self_attn", pooled_patches, no_class)
 POOLING = replace(TILED, refuse=average_pool)
 """LLaVA-NeXT-Video."""
 
-MERGING = Tower("blocks", "attn", merged_patches, no_class)
+MERGING = Tower("blocks", "attn", merged_patches, no_class, pixels=merged_pixels, images=images_per_token)
 """Qwen2-VL and Qwen3-VL."""
 
-WINDOWED = replace(MERGING, to_tokens=merged_windows, pixels=merged_patches)
+WINDOWED = replace(MERGING, to_tokens=merged_windows)
 """Qwen2.5-VL."""

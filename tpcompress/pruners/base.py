@@ -96,7 +96,9 @@ class TokenView:
         text_normed_BSD: the same for every position of the sequence (needs "normed").
         projector_BVC: what the projector was given for each token; one patch is one token there (needs "projector").
         project: the projector itself, token by token: (..., C) -> (..., D) (needs "projector").
-        pixels_BVC: the pixels of each token's patch, as the tower was given them (needs "pixels").
+        pixels_BVC: the pixels of each token's patches, as the tower was given them (needs "pixels"): its
+            `pixel_images` images one after the other, in each the channels one after the other.
+        pixel_images: consecutive images of a video that one vision token holds.
 
     A vision token that the model makes of several patches has the mean of their values, weighted as the model itself
     weighs them.
@@ -138,6 +140,7 @@ class TokenView:
     projector_BVC: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
     pixels_BVC: Tensor | None = None
+    pixel_images: int = 1
 
     @classmethod
     def of(cls, vision_BVD: Tensor, grid: tuple[int, int] | None = None, **views: Any) -> TokenView:

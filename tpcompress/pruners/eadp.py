@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy, on_host, stretch
+from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy, on_host, products, stretch
 
 SPACES = ("text", "joint")
+FEW = 20
+"""Percentage of the words from which the official code reads d."""
 
 
 class EADP(Pruner):
@@ -24,16 +26,20 @@ class EADP(Pruner):
 
     `relevance: text` reads words and tokens as they are at the stage. The paper reads both in CLIP's joint space
     (`joint`, which no checkpoint of a language model holds) with all cosines negated, and g from the token that ends
-    the question there; `text` is its substitute, with the sign as it stands and the mean word for that token.
+    the question there; `text` is its substitute, with positive cosines.
+    `compat` scores as the official code for Qwen's embedding space does: all cosines are negated, g is the negated
+    cosine to the mean word embedding, d is read from the max(1, floor(0.2 words)) words of lowest entropy, and the
+    entropy is that of the negated cosines, -sum p log(p + 1e-12). `q` is not used then. That code sets beta to 2.
 
     needs  text.     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
     Paper: mu = q = 0.5, tau = gamma = 0.01, beta = 1, 64 of LLaVA-1.5's 576 tokens, before the language model.
     Cost: one V x V Gram matrix, then V x V work per pick at most, on a CPU a few rows of it (see `Coverage`).
-    Unlike the official code: it keeps floor(0.2 words), at least one, for d where the paper has the quantile (q here:
-    floor(q (words - 1)) + 1 of them); tiles there get parts of the budget in proportion to their demand, rounded down,
-    and are covered one by one, here all tiles of an image together; there a grid of 24 x 24 is taken for granted, here
-    a neighbour that an earlier stage dropped is replaced by the one opposite, then by the token itself. A prompt
-    without words demands all tokens alike.
+    Unlike the official code, also with `compat`: tiles of an image are covered together (officially each gets a part
+    of the budget in proportion to its demand, rounded down); any grid works (officially 24 x 24 on LLaVA), and a
+    neighbour that an earlier stage dropped is replaced by the opposite one, then by the token itself. A prompt without
+    words demands all tokens alike. Without `compat` the cosines keep their sign, g is the mean of the cosines, and d
+    reads the paper's quantile, floor(q (words - 1)) + 1 words. What the official code compares in the greedy picks, s,
+    was not observed; it is the paper's here.
     """
 
     name = "eadp"
@@ -47,6 +53,7 @@ class EADP(Pruner):
         tau: float = 0.01,
         gamma: float = 0.01,
         relevance: str = "text",
+        compat: bool = False,
     ) -> None:
         super().__init__()
         if not (0 <= mu <= 1 and 0 < q <= 1):
@@ -56,6 +63,7 @@ class EADP(Pruner):
         if relevance not in SPACES:
             raise ValueError(f"eadp has no relevance '{relevance}'; choose one of {', '.join(SPACES)}.")
         self.mu, self.q, self.beta, self.tau, self.gamma, self.relevance = mu, q, beta, tau, gamma, relevance
+        self.compat = compat
 
     @property
     def needs(self) -> frozenset[str]:
@@ -67,9 +75,11 @@ class EADP(Pruner):
             raise ValueError("eadp is shown no joint space of image and text; set relevance to text.")
         assert tokens.text_BSD is not None and tokens.text_valid_BS is not None
         valid_BV = tokens.valid_BV
-        aim_BV = instruction_relevance(
-            tokens.vision_BVD, valid_BV, tokens.text_BSD, tokens.text_valid_BS, self.mu, self.q, self.tau, self.gamma
-        )
+        views = tokens.vision_BVD, valid_BV, tokens.text_BSD, tokens.text_valid_BS
+        if self.compat:
+            aim_BV = official_relevance(*views, self.mu, self.tau, self.gamma)
+        else:
+            aim_BV = instruction_relevance(*views, self.mu, self.q, self.tau, self.gamma)
         tile_BV = torch.stack([tokens.tile_BV, tokens.image_BV], -1)
         smooth_BV = smooth(stretch(aim_BV, valid_BV), valid_BV, tokens.row_BV, tokens.col_BV, tile_BV, tokens.canvas)
         similar_BVV = cosines(tokens.vision_BVD).add_(1).mul_(0.5)
@@ -99,11 +109,7 @@ def instruction_relevance(
     Returns:
         fp32 (B, V); 0 in a row without words.
     """
-    if on_host(text_valid_BS):  # most of the sequence is no word; a device multiplies faster than it would tell
-        read_S = text_valid_BS.any(0)
-        read_S[0] = True  # one column at least
-        column_M = torch.from_numpy(read_S.numpy().nonzero()[0])
-        text_BSD, text_valid_BS = text_BSD.index_select(1, column_M), text_valid_BS.index_select(1, column_M)
+    text_BSD, text_valid_BS = _words_only(text_BSD, text_valid_BS)
     near_BSV = F.normalize(text_BSD.float(), dim=-1) @ F.normalize(vision_BVD.float(), dim=-1).mT
     near_BSV = near_BSV.masked_fill(~text_valid_BS[..., None], 0.0)
     words_B1 = text_valid_BS.sum(1, keepdim=True)
@@ -118,6 +124,47 @@ def instruction_relevance(
     weight_BS = (-entropy_BS / gamma).masked_fill(~aimed_BS, torch.finfo(torch.float32).min).softmax(1)
     dense_BV = (weight_BS[:, None].float() @ near_BSV)[:, 0]
     return mu * global_BV + (1 - mu) * dense_BV
+
+
+def official_relevance(
+    vision_BVD: Tensor,
+    valid_BV: Tensor,
+    text_BSD: Tensor,
+    text_valid_BS: Tensor,
+    mu: float = 0.5,
+    tau: float = 0.01,
+    gamma: float = 0.01,
+) -> Tensor:
+    """mu g + (1 - mu) d of the official code in the language model's embedding space; see `EADP` on `compat`.
+
+    Args:
+        vision_BVD, valid_BV, text_BSD, text_valid_BS, mu, tau, gamma: as in `instruction_relevance`.
+
+    Returns:
+        fp32 (B, V); 0 in a row without words.
+    """
+    text_BSD, text_valid_BS = _words_only(text_BSD, text_valid_BS)
+    unit_BVD, words_B1 = F.normalize(vision_BVD.float(), dim=-1), text_valid_BS.sum(1, keepdim=True)
+    mean_BD = text_BSD.float().masked_fill(~text_valid_BS[..., None], 0.0).sum(1) / words_B1.clamp(min=1)
+    global_BV = -products(unit_BVD, F.normalize(mean_BD, dim=-1))
+    far_BSV = -(F.normalize(text_BSD.float(), dim=-1) @ unit_BVD.mT).masked_fill(~text_valid_BS[..., None], 0.0)
+    share_BSV = (far_BSV.double() / tau).masked_fill(~valid_BV[:, None], -torch.inf).softmax(-1)
+    entropy_BS = -(share_BSV * (share_BSV + 1e-12).log()).sum(-1)
+    place_BS = entropy_BS.masked_fill(~text_valid_BS, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    read_BS = text_valid_BS & (place_BS < (words_B1 * FEW // 100).clamp(min=1))
+    weight_BS = (-entropy_BS / gamma).masked_fill(~read_BS, torch.finfo(torch.float32).min).softmax(1)
+    dense_BV = (weight_BS[:, None].float() @ far_BSV)[:, 0]
+    return mu * global_BV + (1 - mu) * dense_BV
+
+
+def _words_only(text_BSD: Tensor, text_valid_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that are a word in some row; on an accelerator all columns, which is cheaper than finding out."""
+    if not on_host(text_valid_BS):
+        return text_BSD, text_valid_BS
+    read_S = text_valid_BS.any(0)
+    read_S[0] = True  # one column at least
+    column_M = torch.from_numpy(read_S.numpy().nonzero()[0])
+    return text_BSD.index_select(1, column_M), text_valid_BS.index_select(1, column_M)
 
 
 def smooth(

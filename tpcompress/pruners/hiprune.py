@@ -17,12 +17,15 @@ class HiPrune(Pruner):
     """keep = anchors + their neighbours above, below, left and right + the top of g in the deep layer.
 
     g is the attention that a patch receives, mean over heads and queries. The anchors are the top round(alpha T / 5) of
-    g in `object_layer`; the deep layer is the last but one. Neighbours are those of the same tile.
+    g in `object_layer`, the rest is filled by g in `deep_layer`. Both are indices of tower layers: 0 is the first, and
+    negative ones count from the end. Neighbours are those of the same tile.
 
-    needs  tower_received in layers (object_layer, -2).
+    needs  tower_received in layers (object_layer, deep_layer).
     gives  keep_BV, scores_BV = (anchor, neighbour or neither; g of the deep layer).
-    Paper: alpha 0.1 and layer 9 of CLIP's 24; a tower of 9 layers or fewer needs another `object_layer` and is refused
-    before anything runs. Cost: attention maps of two layers of the tower; A x V.
+    Paper: alpha 0.1. Its layers count from 1: layer 9 of CLIP's 24 is index 8, and the last but one is index -2. For
+    Qwen2.5-VL the official code reads layer 16 and the last one: `object_layer: 15, deep_layer: -1`, both of which
+    attend to the whole image. A tower with too few layers is refused at `attach`.
+    Cost: attention maps of two layers of the tower; A x V.
     Unlike the official code: neighbours end at the edge of the grid, also behind an earlier stage; a batch of images of
     any shape. `compat` takes those at -1, +1 and one grid row before and behind in the sequence, which continue in the
     next grid row at an edge, and the first and last token where there is none.
@@ -31,10 +34,10 @@ class HiPrune(Pruner):
     name = "hiprune"
     paper = "2508.00553"
 
-    def __init__(self, alpha: float = 0.1, object_layer: int = 9, compat: bool = False) -> None:
+    def __init__(self, alpha: float = 0.1, object_layer: int = 8, compat: bool = False, deep_layer: int = -2) -> None:
         super().__init__()
         check_share(self.name, "alpha", alpha)
-        self.alpha, self.object_layer, self.compat = alpha, object_layer, compat
+        self.alpha, self.object_layer, self.compat, self.deep_layer = alpha, object_layer, compat, deep_layer
 
     @property
     def needs(self) -> frozenset[str]:
@@ -42,7 +45,7 @@ class HiPrune(Pruner):
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        return (self.object_layer, -2)
+        return (self.object_layer, self.deep_layer)
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         middle_BV, deep_BV = (saliency(tokens, "received", layer) for layer in (0, 1))

@@ -13,6 +13,9 @@ from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.topk import keep_topk, on, rank, slots, take
 from tpcompress.pruners.tower_attention import SOURCES, check_source, in_tiers, saliency
 
+EPSILON = 1e-6
+"""Added to divisors in the official code."""
+
 
 class HoloV(Pruner):
     """A crop is one of P runs of the sequence; its share of T is as mean_v(alpha a_v + beta s var_u cos(h_v, h_u)).
@@ -24,10 +27,15 @@ class HoloV(Pruner):
     needs  tower_features, and tower_cls or tower_received (`attention`).
     gives  keep_BV, scores_BV = (kept, attention).
     Paper: 16 crops, alpha 1e3, beta 0.09 on LLaVA-1.5; layer -2. Cost: V x M cosines, P rounds over B x P numbers.
-    Stated neither by the paper nor by what is known of its code: s is of the row, a token is not compared with itself.
-    Unlike the official code: any number of tokens (runs of ceil or floor of V / P), and a crop that got more than it
-    holds passes the rest on to the others by the same rule until all is taken (there such places stay empty: zero
-    vectors); ascending order (there by attention inside a crop). `compat` passes nothing on: less than T tokens.
+    Unlike the official code (obananas/HoloV, LLaVA): s is computed over the whole row, which the paper leaves open;
+    the official s is computed per run, so the variance cancels from a run's mean up to an epsilon of 1e-6, and the
+    official shares are those of `beta: 0`. The official variance counts each token's own similarity as 0, and a run of
+    one token is scored by its attention without alpha. Runs here hold ceil or floor of V / P tokens, spread evenly;
+    officially the first V mod P runs are one longer. A crop whose share exceeds its size passes the rest on to the
+    others until the budget is spent; the official code fills these places with zero vectors. Retained tokens are in
+    ascending order (officially by attention inside a crop).
+    `compat` selects the tokens of the official code: its runs, scores and shares, and fewer than T tokens where a
+    share exceeds a crop.
     """
 
     name = "holov"
@@ -58,9 +66,14 @@ class HoloV(Pruner):
         assert tokens.tower_features_BLVD is not None
         attention_BV, (B, V) = saliency(tokens, self.attention), tokens.valid_BV.shape
         features_BVC = tokens.tower_features_BLVD[:, 0]
-        index_BPM, real_BPM = runs(tokens.valid_BV, self.crops)
-        score_BP = crop_scores(features_BVC, attention_BV, index_BPM, real_BPM, self.alpha, self.beta)
-        quota_BP = allot(score_BP, real_BPM.sum(-1), on(num_keep_B, score_BP), 1 if self.compat else self.crops)
+        index_BPM, real_BPM = runs(tokens.valid_BV, self.crops, first_longer=self.compat)
+        score = official_crop_scores if self.compat else crop_scores
+        score_BP = score(features_BVC, attention_BV, index_BPM, real_BPM, self.alpha, self.beta)
+        size_BP, budget_B = real_BPM.sum(-1), on(num_keep_B, score_BP)
+        if self.compat:
+            quota_BP = official_quota(score_BP, size_BP, budget_B)
+        else:
+            quota_BP = allot(score_BP, size_BP, budget_B, self.crops)
         attention_BPM = attention_BV.gather(1, index_BPM.flatten(1)).view(index_BPM.shape)
         keep_BPM = keep_topk(attention_BPM.flatten(0, 1), real_BPM.flatten(0, 1), quota_BP.flatten()).view_as(real_BPM)
         # One place more than there are tokens takes what no crop holds.
@@ -70,8 +83,13 @@ class HoloV(Pruner):
         return Selection(keep_BV, in_tiers(keep_BV.long(), attention_BV))
 
 
-def runs(valid_BV: Tensor, crops: int) -> tuple[Tensor, Tensor]:
+def runs(valid_BV: Tensor, crops: int, first_longer: bool = False) -> tuple[Tensor, Tensor]:
     """Cut the n valid tokens of each row into runs: the o-th falls into run floor(o P / n).
+
+    Args:
+        valid_BV: bool (B, V).
+        crops: number of runs P.
+        first_longer: the first n mod P runs hold one token more than the others, as in the official code.
 
     Returns:
         token (B, P, M) and whether there is one, M = ceil(V / P); runs of fewer tokens than P have are empty.
@@ -79,7 +97,11 @@ def runs(valid_BV: Tensor, crops: int) -> tuple[Tensor, Tensor]:
     V = valid_BV.shape[1]
     order_BV, _ = slots(valid_BV, V)
     count_B1 = valid_BV.sum(1, keepdim=True)
-    start_BP = -(-torch.arange(crops + 1, device=valid_BV.device) * count_B1 // crops)
+    bound_P = torch.arange(crops + 1, device=valid_BV.device)
+    if first_longer:
+        start_BP = bound_P * (count_B1 // crops) + bound_P.minimum(count_B1 % crops)
+    else:
+        start_BP = -(-bound_P * count_B1 // crops)
     place_BPM = start_BP[:, :-1, None] + torch.arange(-(-V // crops), device=valid_BV.device)
     real_BPM = place_BPM < start_BP[:, 1:, None]
     return order_BV.gather(1, place_BPM.clamp(max=V - 1).flatten(1)).view(place_BPM.shape), real_BPM
@@ -99,10 +121,7 @@ def crop_scores(
         beta: weight of the variance, which s brings to the magnitude of alpha a.
     """
     B, P, M = index_BPM.shape
-    # In fp64 throughout: a floor of a share must not depend on how long other rows are.
-    unit_BPMC = take(F.normalize(features_BVC.float(), dim=-1), index_BPM.flatten(1)).double().view(B, P, M, -1)
-    pair_BPMM = real_BPM[..., None] & real_BPM[..., None, :] & ~torch.eye(M, dtype=torch.bool, device=real_BPM.device)
-    cosine_BPMM = unit_BPMC @ unit_BPMC.mT
+    cosine_BPMM, pair_BPMM = _crop_cosines(features_BVC, index_BPM, real_BPM)
     others_BPM1 = pair_BPMM.sum(-1, keepdim=True).clamp(min=1)
     mean_BPM1 = cosine_BPMM.masked_fill(~pair_BPMM, 0.0).sum(-1, keepdim=True) / others_BPM1
     apart_BPMM = (cosine_BPMM - mean_BPM1).masked_fill(~pair_BPMM, 0.0)
@@ -116,6 +135,46 @@ def crop_scores(
     return token_BPM.sum(-1) / real_BPM.sum(-1).clamp(min=1)
 
 
+def official_crop_scores(
+    features_BVC: Tensor, attention_BV: Tensor, index_BPM: Tensor, real_BPM: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """Scores of the official code, fp64 (B, P): the variance is scaled within each run; arguments as `crop_scores`.
+
+    The row of similarities of a token holds 0 in its own place, which counts in the sum of squares; sums are divided
+    by the number of other tokens. A run of one token is scored by its attention, without alpha.
+    """
+    B, P, M = index_BPM.shape
+    cosine_BPMM, pair_BPMM = _crop_cosines(features_BVC, index_BPM, real_BPM)
+    size_BP = real_BPM.sum(-1)
+    others_BP11 = (size_BP - 1).clamp(min=1)[..., None, None]
+    similar_BPMM = cosine_BPMM.masked_fill(~pair_BPMM, 0.0)
+    both_BPMM = real_BPM[..., None] & real_BPM[..., None, :]
+    apart_BPMM = (similar_BPMM - similar_BPMM.sum(-1, keepdim=True) / others_BP11).masked_fill(~both_BPMM, 0.0)
+    var_BPM = (apart_BPMM.square() / others_BP11).sum(-1)
+    attention_BPM = attention_BV.double().gather(1, index_BPM.flatten(1)).view(B, P, M).masked_fill(~real_BPM, 0.0)
+    mean_BP = attention_BPM.sum(-1) / size_BP.clamp(min=1)
+    var_BP = var_BPM.sum(-1) / size_BP.clamp(min=1)
+    scaled_BP = alpha * mean_BP
+    return torch.where(size_BP > 1, scaled_BP + beta * scaled_BP * var_BP / (var_BP + EPSILON), mean_BP)
+
+
+def official_quota(score_BP: Tensor, size_BP: Tensor, count_B: Tensor) -> Tensor:
+    """Shares of the official code, int64 (B, P): floors, one more to the best crops, cut to what a crop holds."""
+    share_BP = (count_B[:, None] * (score_BP / (score_BP.sum(1, keepdim=True) + EPSILON))).floor().long()
+    left_B1 = count_B[:, None] - share_BP.sum(1, keepdim=True)
+    return (share_BP + (rank(score_BP, size_BP > 0) < left_B1).long()).minimum(size_BP)
+
+
+def _crop_cosines(features_BVC: Tensor, index_BPM: Tensor, real_BPM: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines inside each crop, fp64 (B, P, M, M), and which of them compare two different real tokens."""
+    B, P, M = index_BPM.shape
+    # fp64 throughout: the floor of a share must not depend on how long other rows are.
+    unit_BVC = F.normalize(features_BVC.double(), dim=-1)
+    unit_BPMC = take(unit_BVC, index_BPM.flatten(1)).view(B, P, M, -1)
+    pair_BPMM = real_BPM[..., None] & real_BPM[..., None, :] & ~torch.eye(M, dtype=torch.bool, device=real_BPM.device)
+    return unit_BPMC @ unit_BPMC.mT, pair_BPMM
+
+
 def allot(score_BP: Tensor, size_BP: Tensor, count_B: Tensor, rounds: int) -> Tensor:
     """Share a budget out to crops in proportion to their scores, none getting more than it holds.
 
@@ -127,7 +186,7 @@ def allot(score_BP: Tensor, size_BP: Tensor, count_B: Tensor, rounds: int) -> Te
         score_BP: real numbers >= 0; where all with room are 0 they count as equal.
         size_BP: int64 (B, P), what each crop holds.
         count_B: int64 (B,) on the same device.
-        rounds: 1 is the official allotment, which loses what a crop cannot hold.
+        rounds: at most this many; 1 loses what a crop cannot hold.
 
     Returns:
         int64 (B, P).

@@ -21,6 +21,9 @@ from tpcompress.pruners.tower_attention import (
     to_merge,
 )
 
+UNIFORM = 0.75
+"""Share of the budget of PruMerge+ at even distances: 3 tokens for each one by attention."""
+
 
 class PruMerge(Pruner):
     """a = softmax(q_class K^T / sqrt(Hd)), one head over all channels, in the tower's last layer; keep the top of a.
@@ -30,8 +33,8 @@ class PruMerge(Pruner):
     these, so T - 1 tokens are kept as themselves; with `plus`, floor((T - 1) `uniform`) of them stand at even distances
     over what attention left. Where the budget holds all tokens none changes.
 
-    `adaptive`: the tokens above Q3 + 1.5 (Q3 - Q1) of a in their row are kept, and with `plus` every s-th token, s a
-    third of the row's tokens per outlier; their number is not the budget's.
+    `adaptive`: the tokens above Q3 + 1.5 (Q3 - Q1) of a in their row are kept, and with `plus` every s-th token before
+    the last one, s = floor(floor(V / outliers) / 3) but at least 1; their number is not the budget's.
 
     needs  tower_keys, tower_cls_query or tower_received (`attention`), projector with `merge_at: features`.
     gives  keep_BV, scores_BV = (kept, slot of the rest or dropped; attention), vision_BVD.
@@ -42,7 +45,11 @@ class PruMerge(Pruner):
     Cost: V cosines per kept token. Unlike the official code: exact counts unless `adaptive`, quartiles of one row
     (there of the whole batch), batched, uniform tokens that are never among those of attention, ascending order (there
     by attention), the softmax over the row's patches (there with the class token's own key, which scales all a alike,
-    and tile by tile). `compat` adds the token of the rest to the budget, as there: T + 1.
+    and tile by tile). A stride below 1 or a row without outliers is an error there.
+    `compat` retains the tokens of the official code at a fixed ratio: the T of highest attention and the token of the
+    rest, T + 1 in all; with `plus`, floor(T / 2) by attention and the places s // 2, s // 2 + s, ... below V - 1 with
+    s = floor(V / floor(T / 2)). A token in both of these lists stands twice in the official sequence and is its own
+    neighbour there; here it stands once. With `adaptive`, `compat` changes nothing.
     """
 
     name = "prumerge"
@@ -53,7 +60,7 @@ class PruMerge(Pruner):
         self,
         plus: bool = False,
         adaptive: bool = False,
-        uniform: float = 0.75,
+        uniform: float = UNIFORM,
         neighbours: int = 32,
         attention: str = "class",
         merge_at: str = "features",
@@ -65,6 +72,11 @@ class PruMerge(Pruner):
         check_share(self.name, "uniform", uniform)
         if neighbours < 0:
             raise ValueError(f"prumerge merges 0 or more neighbours, got {neighbours}; 32 is the paper's.")
+        if compat and plus and not adaptive and uniform != UNIFORM:
+            raise ValueError(
+                f"prumerge with compat and plus takes half of the budget at even distances, got uniform {uniform}; "
+                f"leave uniform out or set compat to false."
+            )
         self.plus, self.adaptive, self.uniform, self.neighbours = plus, adaptive, uniform, neighbours
         self.attention, self.merge_at, self.compat = attention, merge_at, compat
         self.exact_count = not (adaptive or compat)
@@ -90,7 +102,8 @@ class PruMerge(Pruner):
         kept_BV = self._keep(attention_BV, valid_BV, num_keep_B)
         rest_BV = valid_BV & ~kept_BV
         extra_BV = keep_topk(attention_BV, rest_BV, torch.ones_like(num_keep_B))
-        K = valid_BV.shape[1] if self.adaptive else int(num_keep_B.max())
+        free = self.adaptive or (self.compat and self.plus)  # the count is not known on the host
+        K = valid_BV.shape[1] if free else int(num_keep_B.max())
         index_BK, exists_BK = slots(kept_BV, K)
         extra_B1, has_B1 = slots(extra_BV, 1)
         weight_BKV = nearest(keys_BVC, index_BK, valid_BV, self.neighbours) * attention_BV[:, None]
@@ -114,6 +127,9 @@ class PruMerge(Pruner):
         if self.adaptive:
             kept_BV = upper_outliers(attention_BV, valid_BV)
             return kept_BV | every_third(kept_BV, valid_BV) if self.plus else kept_BV
+        if self.compat and self.plus:
+            attended_B = num_keep_B // 2
+            return keep_topk(attention_BV, valid_BV, attended_B) | official_places(valid_BV, on(attended_B, valid_BV))
         own_B = num_keep_B if self.compat else num_keep_B - 1
         spread_B = (own_B.double() * self.uniform * self.plus).floor().long()
         kept_BV = keep_topk(attention_BV, valid_BV, own_B - spread_B)
@@ -148,10 +164,22 @@ def upper_outliers(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
 
 
 def every_third(outlier_BV: Tensor, valid_BV: Tensor) -> Tensor:
-    """bool (B, V): every s-th token of a row of n with o outliers, s = max(1, n // o // 3); none without outliers."""
+    """bool (B, V): places 0, s, 2 s, ... below n - 1 of a row of n with o outliers, s = max(1, n // o // 3).
+
+    None in a row without outliers. The end, which leaves out the last token, is that of the official code.
+    """
     count_B1 = outlier_BV.sum(1, keepdim=True)
     stride_B1 = (valid_BV.sum(1, keepdim=True) // count_B1.clamp(min=1) // 3).clamp(min=1)
-    return valid_BV & ((valid_BV.cumsum(1) - 1) % stride_B1 == 0) & (count_B1 > 0)
+    place_BV, last_B1 = valid_BV.cumsum(1) - 1, valid_BV.sum(1, keepdim=True) - 1
+    return valid_BV & (place_BV % stride_B1 == 0) & (place_BV < last_B1) & (count_B1 > 0)
+
+
+def official_places(valid_BV: Tensor, count_B: Tensor) -> Tensor:
+    """bool (B, V): places s // 2, s // 2 + s, ... below n - 1 of a row of n, s = n // count; none with a count of 0."""
+    count_B1, size_B1 = count_B[:, None], valid_BV.sum(1, keepdim=True)
+    stride_B1 = (size_B1 // count_B1.clamp(min=1)).clamp(min=1)
+    place_BV = valid_BV.cumsum(1) - 1
+    return valid_BV & (place_BV % stride_B1 == stride_B1 // 2) & (place_BV < size_B1 - 1) & (count_B1 > 0)
 
 
 def spread(rest_BV: Tensor, count_B: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def spare(
     """
     B, V = rest_BV.shape
     widths = _widths(V, first_B, num_keep_B, step)
-    # In fp64: one rounding that falls otherwise beside longer rows would change what all later rounds compare.
-    unit_BVD = F.normalize(features_BVD.float(), dim=-1).double()
+    # fp64 from the norm on: a rounding that depends on the padding would change what all later rounds compare.
+    unit_BVD = F.normalize(features_BVD.double(), dim=-1)
     # One row more than there are tokens stands for none and is like nothing: a cosine is at least -1.
     cosine_BWV = F.pad((unit_BVD @ unit_BVD.mT).float(), (0, 0, 0, 1), value=-4.0)
     row_B1 = torch.arange(B, device=rest_BV.device)[:, None] * (V + 1)

@@ -109,6 +109,8 @@ def build_view(
             optional[TOWER_FIELDS[word]] = torch.stack(per_layer, 1)
     if "pixels" in needs:
         optional["pixels_BVC"] = _from_tower(call, rows, "pixels", 0)
+        assert parts.family.tower is not None
+        optional["pixel_images"] = parts.family.tower.images(parts.model.config)
     if "projector" in needs:
         optional["projector_BVC"], optional["project"] = _from_tower(call, rows, "projector", 0), parts.projector
     table_RV4 = rows.table_RV4

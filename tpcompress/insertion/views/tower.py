@@ -120,7 +120,7 @@ class TowerWatch:
                     f"{self.parts.family.name}'s tower shows {[len(x) for x in made]} tokens, but its encoder made "
                     f"{list(sizes)}; please report this model's config and the sizes of the images."
                 )
-            found = [x.unflatten(1, x_BPx.shape[2:]) for x in made]
+            found = list(made) if word == "pixels" else [x.unflatten(1, x_BPx.shape[2:]) for x in made]
             layers = {layer for name, layer in self.wanted if name == word}
             values |= {(word, layer): found for layer in layers if word in LOOSE_VIEWS or self._index(layer) == index}
         return values
