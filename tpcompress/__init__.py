@@ -11,7 +11,8 @@ Importing the package loads torch and transformers, but not the training framewo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tpcompress.export import load, load_processor, save_pretrained, verify
 from tpcompress.export import load as from_pretrained
@@ -26,9 +27,20 @@ from tpcompress.version import __version__ as __version__
 
 if TYPE_CHECKING:  # at run time `tpcompress.export` is the package, which can be called
     from tpcompress.export import export
+    from tpcompress.training.own_loop import ScheduleCallback, schedule_step
 
 __all__ = [
-    "Budget", "Pruner", "PruningPlan", "Selection", "Stage", "StageTrace", "Summary", "TokenView", "Trace", "attach",
-    "budgets", "detach", "disabled", "export", "from_pretrained", "is_attached", "list_families", "list_pruners",
-    "load", "load_processor", "mode", "plan_of", "record", "save_pretrained", "summary", "verify",
+    "Budget", "Pruner", "PruningPlan", "ScheduleCallback", "Selection", "Stage", "StageTrace", "Summary",
+    "TokenView", "Trace", "attach", "budgets", "detach", "disabled", "export", "from_pretrained", "is_attached",
+    "list_families", "list_pruners", "load", "load_processor", "mode", "plan_of", "record", "save_pretrained",
+    "schedule_step", "summary", "verify",
 ]  # fmt: skip
+
+LAZY = {name: "tpcompress.training.own_loop" for name in ("ScheduleCallback", "schedule_step")}
+"""Names that are imported on first use, because their modules load transformers' trainer."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
