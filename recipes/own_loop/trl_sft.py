@@ -28,7 +28,7 @@ rows = rows.map(lambda row: {"prompt": row["conversations"][0][:1], "completion"
                 remove_columns=["conversations", "families"])  # fmt: skip
 arguments = SFTConfig(
     folder, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-4, max_length=None, save_strategy="no",
-    logging_steps=1, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+    logging_steps=1, report_to="none", use_cpu=True, bf16=False,
 )  # fmt: skip
 trainer = PrunedSFTTrainer(
     model, arguments, train_dataset=rows, processing_class=processor, callbacks=[tp.ScheduleCallback(RandomBudget())]
