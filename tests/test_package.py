@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tpcompress.errors import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,6 +37,13 @@ def test_every_module_and_the_type_marker_are_inside(names):
 def test_the_constraints_pin_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()}
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    for requirement in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
         name = requirement.partition(";")[0].partition(">")[0].partition("[")[0].strip().lower()
-        assert name in pinned, requirement
+        assert name in pinned | {"tpcompress"}, requirement
+
+
+def test_a_missing_module_names_the_extra_that_installs_it():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("train", "eval"):
+        names = {requirement.partition(">")[0] for requirement in extras[extra]} - {"tpcompress[train]"}
+        assert names == {name for name, listed in EXTRAS.items() if listed == extra}

@@ -9,6 +9,12 @@ from typing import Any
 
 import yaml
 
+EXTRAS = {
+    "accelerate": "train", "datasets": "train", "deepspeed": "train", "lightning": "train", "peft": "train",
+    "tensorboard": "train", "torchmetrics": "train", "matplotlib": "eval",
+}  # fmt: skip
+"""Packages outside the core, by the extra of tpcompress that installs them."""
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, without a final full stop; its type if the message is empty."""
@@ -33,3 +39,11 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+
+
+def missing_extra(error: ImportError) -> str | None:
+    """How to install a package whose import failed; None if no extra of tpcompress contains it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return f"{package} is not installed; install it with: pip install 'tpcompress[{EXTRAS[package]}]'."

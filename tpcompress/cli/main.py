@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpcompress.cli.commands import COMMANDS, console
-from tpcompress.errors import did_you_mean
+from tpcompress.errors import did_you_mean, missing_extra
 
 TRACEBACK = "--traceback"
 NOISE = (
@@ -38,8 +38,8 @@ def main(args: list[str] | None = None) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         return _fail(f"No command '{name}'. Commands: {', '.join(COMMANDS)}.{hint}")
-    _quieten(name)
     try:
+        _quieten(name)
         if name in ("fit", "validate"):
             return COMMANDS[name](args)
         return _call(name, COMMANDS[name], rest)
@@ -48,7 +48,8 @@ def main(args: list[str] | None = None) -> int:
     except Exception as error:
         if show_traceback:
             raise
-        return _fail(_one_line(error))
+        hint = missing_extra(error) if isinstance(error, ImportError) else None
+        return _fail(hint or _one_line(error))
 
 
 def _call(name: str, command: Callable[..., int], args: list[str]) -> int:
