@@ -101,6 +101,7 @@ def test_text_only_batch_is_bit_identical(subject: Subject) -> None:
             assert torch.equal(logits(model, inputs), before)
             assert torch.equal(generate(model, inputs, new=3).sequences, sequences)
         assert trace.stages == []
+        assert str(trace) == "no vision token was pruned"
         detach(model)
 
 
