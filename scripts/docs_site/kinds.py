@@ -8,7 +8,7 @@ from typing import Any
 
 from tpcompress.families import list_families
 from tpcompress.pruners import list_pruners
-from tpcompress.pruners.gate_components import list_parts
+from tpcompress.pruners.registry import list_parts
 from tpcompress.training import schedules
 from tpcompress.training.losses import list_losses
 from tpcompress.training.schedules import Schedule

@@ -16,7 +16,7 @@ from PIL import Image
 from training.helpers import Poison, Workplace, callback, save_base, save_chat
 
 from tpcompress.cli.main import main
-from tpcompress.pruners.gate_components import KINDS, list_parts
+from tpcompress.pruners.registry import KINDS, list_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (

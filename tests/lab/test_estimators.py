@@ -16,7 +16,7 @@ from tpcompress.lab.estimators.run import Bench, run_estimators
 from tpcompress.lab.estimators.toy_run import ENOUGH, Look, train_scorer, untrained
 from tpcompress.lab.estimators.toy_task import KEEP, TOKENS
 from tpcompress.pruners import create
-from tpcompress.pruners.gate_components import create_part
+from tpcompress.pruners.registry import create_part
 from tpcompress.training.diagnostics import estimator_results as marks
 from tpcompress.training.diagnostics.estimator_results import FILE, mark_of, write_marks
 from tpcompress.training.diagnostics.estimator_results import training_of as word_for

@@ -16,8 +16,9 @@ from tpcompress.pruners import Selection, TokenView, create
 from tpcompress.pruners.appliers.log_bias import log_gate
 from tpcompress.pruners.appliers.noise import noise_gate
 from tpcompress.pruners.appliers.rest import fuse_rest
-from tpcompress.pruners.gate_components import Applier, Choice, create_part, list_parts
-from tpcompress.pruners.selectors.soft_topk import straight_through
+from tpcompress.pruners.gate_components import Applier, Choice
+from tpcompress.pruners.registry import create_part, list_parts
+from tpcompress.pruners.selectors.relaxations import straight_through
 from tpcompress.pruners.topk import keep_topk, standardise
 
 APPLIERS: dict[str, type[Applier]] = list_parts("applier")  # type: ignore[assignment]

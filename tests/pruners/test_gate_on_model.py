@@ -10,7 +10,7 @@ from support import answer_labels, batch, tiny_model
 
 from tpcompress.insertion.attach import attach, detach, mode
 from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.pruners.gate_components import list_parts
+from tpcompress.pruners.registry import list_parts
 
 APPLIERS = list_parts("applier")
 SAME_AT_FULL_LENGTH = {"gather", "gather_value", "log_bias", "merge", "rest"}

@@ -18,7 +18,8 @@ from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.base import BETWEEN, INSTRUCTION, SYSTEM
-from tpcompress.pruners.gate_components import Scores, create_part, list_parts
+from tpcompress.pruners.gate_components import Scores
+from tpcompress.pruners.registry import create_part, list_parts
 from tpcompress.pruners.scorers.mean_key import mean_key_score
 from tpcompress.pruners.scorers.weighted import TIE, spread
 from tpcompress.pruners.topk import keep_topk, standardise

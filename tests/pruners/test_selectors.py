@@ -13,11 +13,18 @@ from no_sync import NoSync
 from support import config_id
 from torch import Tensor
 
-from tpcompress.pruners.gate_components import Choice, Scores, Selector, create_part, list_parts
+from tpcompress.pruners.gate_components import Choice, Scores, Selector
+from tpcompress.pruners.registry import create_part, list_parts
 from tpcompress.pruners.selectors.argmax_union import any_vote, ballots
 from tpcompress.pruners.selectors.gumbel_topk import plackett_luce
 from tpcompress.pruners.selectors.learned_budget import prefix_probability
-from tpcompress.pruners.selectors.soft_topk import RELAXATIONS, laplace_cdf, laplace_shift, soft_topk, straight_through
+from tpcompress.pruners.selectors.relaxations import (
+    RELAXATIONS,
+    laplace_cdf,
+    laplace_shift,
+    soft_topk,
+    straight_through,
+)
 from tpcompress.pruners.selectors.threshold import deciles, normal_threshold, within
 from tpcompress.pruners.topk import keep_topk, standardise
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.selectors.soft_topk import soft_topk
+from tpcompress.pruners.selectors.relaxations import soft_topk
 from tpcompress.pruners.topk import (
     cell_weights,
     central,

@@ -14,7 +14,7 @@ from tpcompress.families import list_families
 from tpcompress.families.refused import REFUSED
 from tpcompress.pruners import Pruner, list_pruners, pruner_class
 from tpcompress.pruners import catalogue as of_pruners
-from tpcompress.pruners.gate_components import KINDS, list_parts
+from tpcompress.pruners.registry import KINDS, list_parts
 
 WIDE = 130
 """Columns of a terminal that has room for a sentence beside a table."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.config_mixin import Configured
+from tpcompress.pruners.config_mixin import ConfigMixin
 
 SYSTEM, BETWEEN, INSTRUCTION = 1, 2, 3
 """Roles of the words of a prompt: before a row's first vision token, among its vision tokens, after its last one.
@@ -204,33 +204,35 @@ class Selection:
     text_BSD: Tensor | None = None
 
 
-class Pruner(Configured):
-    """A rule that says which vision tokens stay.
+class Pruner(ConfigMixin):
+    """Base class of pruners: a pruner chooses which vision tokens are retained.
 
-    Subclasses set `name` (the word used in plans, YAML, tables and checkpoints), take plain values in `__init__`
-    and keep them under their own names, so that `config` comes for free; `create` is its inverse.
+    Subclasses set `name` (the key in plans, YAML, tables and checkpoints), take plain values in `__init__` and store
+    them under their own names, so that `config` works without further code; `create` is its inverse. The other class
+    attributes describe the pruner; those that depend on arguments are set in `__init__`.
     """
 
     paper: ClassVar[str] = "ours"
-    """Where the rule is from: the number of its paper on arXiv, or `ours`."""
+    """arXiv number of the method's paper, or `ours`."""
     merges: bool = False
-    """Retained tokens absorb dropped ones: it gives new values."""
+    """Retained tokens absorb dropped ones: the selection contains new values of the vision tokens."""
     exact_count: bool = True
-    """It retains exactly the budget. Others count for themselves, which costs the host a look at the device."""
+    """If False, the pruner chooses its own count; reading it costs one host-device sync per prefill."""
     differentiable: bool = False
-    """A gradient reaches its scores."""
+    """True if a gradient reaches the scores."""
     uses_token_sizes: bool = False
-    """What it retains carries sizes or other positions, which the layers behind the stage must honour."""
+    """The selection contains sizes or positions of retained tokens, which layers after the stage must apply."""
     trainable_when_cut: bool = False
-    """If it has weights, a gradient reaches them on gathered tokens, too; others learn at full length alone."""
+    """True if weights receive a gradient when the sequence is cut; otherwise they train at full length only."""
     trains_through_model: bool = True
-    """If it has weights, what the model says in training depends on them; else only a loss on its choice teaches it."""
+    """True if the model's output depends on the pruner's weights during training. If False, add a loss on the selection
+    (e.g. `Imitate`)."""
     gates: bool = False
-    """In training it may act inside the attention of the layers behind the stage: by value gates or biases of keys."""
+    """In training, the selection may act inside the attention of later layers: by value gates or key biases."""
     keeps_none: ClassVar[bool] = False
-    """It retains nothing: its budget is 0, and no other pruner's is."""
-    untrained_equivalent: ClassVar[str | None] = None
-    """The training-free pruner that a learned one equals before its training: its control in comparisons."""
+    """Retains no token: the budget of its stage is 0, which no other pruner accepts."""
+    untrained_equivalent: str | None = None
+    """The training-free pruner that a learned one equals before training: its control in comparisons."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ import inspect
 import sys
 
 from tpcompress.pruners.base import LAYER_VIEWS, Pruner
-from tpcompress.pruners.config_mixin import Configured
+from tpcompress.pruners.config_mixin import ConfigMixin
 
 COLUMNS = ("site", "reads", "asks", "grad", "merges", "exact", "serving", "paper")
 """The entries of `facts`."""
@@ -58,12 +58,12 @@ def retains(cls: type[Pruner]) -> str:
     return line.partition(" (")[0].rstrip(".")
 
 
-def about(cls: type[Configured]) -> str:
+def about(cls: type[ConfigMixin]) -> str:
     """The documentation of a pruner or part: that of its file and of its class."""
     return f"{_module_text(cls)}\n\n{inspect.getdoc(cls) or ''}"
 
 
-def arguments(cls: type[Configured]) -> dict[str, str]:
+def arguments(cls: type[ConfigMixin]) -> dict[str, str]:
     """Arguments by name, with their defaults as YAML would have them."""
     parameters = inspect.signature(cls.__init__).parameters
     found = {}
@@ -73,5 +73,5 @@ def arguments(cls: type[Configured]) -> dict[str, str]:
     return found
 
 
-def _module_text(cls: type[Configured]) -> str:
+def _module_text(cls: type[ConfigMixin]) -> str:
     return inspect.getdoc(sys.modules[cls.__module__]) or ""

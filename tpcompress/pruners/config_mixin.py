@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 
-class Configured(nn.Module):
+class ConfigMixin(nn.Module):
     """A module that keeps its arguments under their own names, so that `config` comes for free."""
 
     name: ClassVar[str]

@@ -6,20 +6,15 @@ B rows, V vision tokens, S sequence length, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from tpcompress.pruners.base import PROMPT_VIEWS, TOWER_LAYERS, Selection, TokenView
-from tpcompress.pruners.config_mixin import Configured
-from tpcompress.pruners.registry import find, make
-
-KINDS = ("scorer", "selector", "applier")
-"""Each has a folder of its name in the plural, and a part is one file there."""
+from tpcompress.pruners.config_mixin import ConfigMixin
 
 
-class Part(Configured):
+class Part(ConfigMixin):
     """What the parts have in common: a name, plain arguments, weights that are made when the width is known."""
 
     def build(self, hidden_size: int) -> None:
@@ -138,26 +133,3 @@ class Applier(Part):
     def forward(self, tokens: TokenView, choice: Choice) -> Selection:
         """Apply the gates; without any, pass the choice on."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(tokens, choice) -> Selection.")
-
-
-BASES: dict[str, type[Part]] = {"scorer": Scorer, "selector": Selector, "applier": Applier}
-
-
-@cache
-def list_parts(kind: str) -> dict[str, type[Part]]:
-    """Every scorer, selector or applier of its folder, by name."""
-    return find(f"{__package__}.{kind}s", BASES[kind], kind)
-
-
-def create_part(kind: str, config: Part | str | dict[str, Any], allow_outside: bool = True) -> Any:
-    """A part from its name, from `{"type": name, **arguments}`, or as it is.
-
-    Args:
-        kind: one of `KINDS`.
-        config: what to make; arguments may be such mappings of pruners.
-        allow_outside: whether a dotted path is imported.
-
-    Raises:
-        ValueError: unknown name, unknown or missing argument, or a value that the part refuses.
-    """
-    return make(config, list_parts(kind), BASES[kind], kind, allow_outside)

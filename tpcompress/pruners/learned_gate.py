@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.gate_components import KINDS, Applier, Part, Scorer, Selector, create_part
+from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
+from tpcompress.pruners.registry import KINDS, create_part
 from tpcompress.pruners.topk import central, grid_cells, standardise
 
 
@@ -51,6 +52,10 @@ class LearnedGate(Pruner):
         self.selector: Selector = create_part("selector", selector, allow_outside=False)
         self.applier: Applier = create_part("applier", applier, allow_outside=False)
         self.reserve = reserve
+        self.untrained_equivalent = None if reserve else self.scorer.untrained_equivalent
+        self.exact_count, self.merges = self.selector.exact_count, self.applier.merges
+        self.trainable_when_cut = not self.applier.full_length
+        self.trains_through_model, self.gates = self.applier.trains_through_model, self.applier.gates
         if reserve and self.selector.votes:
             raise ValueError(f"Selector '{self.selector.name}' counts votes and knows no reserve; set reserve: 0.")
         if self.applier.merges and not self.selector.exact_count:
@@ -79,30 +84,6 @@ class LearnedGate(Pruner):
     @property
     def learned(self) -> bool:
         return any(part.learned for part in self.chain)
-
-    @property
-    def untrained_equivalent(self) -> str | None:  # type: ignore[override]
-        return None if self.reserve else self.scorer.untrained_equivalent
-
-    @property
-    def exact_count(self) -> bool:  # type: ignore[override]
-        return self.selector.exact_count
-
-    @property
-    def merges(self) -> bool:  # type: ignore[override]
-        return self.applier.merges
-
-    @property
-    def trainable_when_cut(self) -> bool:  # type: ignore[override]
-        return not self.applier.full_length
-
-    @property
-    def trains_through_model(self) -> bool:  # type: ignore[override]
-        return self.applier.trains_through_model
-
-    @property
-    def gates(self) -> bool:  # type: ignore[override]
-        return self.applier.gates
 
     def build(self, hidden_size: int) -> None:
         for part in self.chain:

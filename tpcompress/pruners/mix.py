@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpcompress.pruners.appliers.noise import noise_gate
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.combinators import Composed
-from tpcompress.pruners.selectors.soft_topk import soft_topk
+from tpcompress.pruners.selectors.relaxations import soft_topk
 from tpcompress.pruners.topk import keep_topk, rank, standardise
 
 VIEWS: dict[str, frozenset[str]] = {"last_prompt": frozenset({"text"}), "last_vision": frozenset()}

@@ -10,7 +10,12 @@ from typing import Any
 
 from tpcompress.errors import did_you_mean
 from tpcompress.pruners.base import Pruner
-from tpcompress.pruners.config_mixin import Configured
+from tpcompress.pruners.config_mixin import ConfigMixin
+from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
+
+BASES: dict[str, type[Part]] = {"scorer": Scorer, "selector": Selector, "applier": Applier}
+KINDS = tuple(BASES)
+"""Kinds of components of a learned gate; each has a folder of its name in the plural, with one component per file."""
 
 
 @cache
@@ -19,7 +24,7 @@ def list_pruners() -> dict[str, type[Pruner]]:
     return find(__package__ or "", Pruner, "pruner")
 
 
-def find(package_name: str, base: type[Configured], kind: str) -> dict[str, Any]:
+def find(package_name: str, base: type[ConfigMixin], kind: str) -> dict[str, Any]:
     """Every class of a folder that has a name of its own, by name.
 
     Args:
@@ -74,7 +79,27 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
     return made
 
 
-def make(config: Any, known: Mapping[str, Any], base: type[Configured], kind: str, allow_outside: bool) -> Any:
+@cache
+def list_parts(kind: str) -> dict[str, type[Part]]:
+    """Every scorer, selector or applier of its folder, by name."""
+    return find(f"{__package__}.{kind}s", BASES[kind], kind)
+
+
+def create_part(kind: str, config: Part | str | dict[str, Any], allow_outside: bool = True) -> Any:
+    """A part from its name, from `{"type": name, **arguments}`, or as it is.
+
+    Args:
+        kind: one of `KINDS`.
+        config: what to make; arguments may be such mappings of pruners.
+        allow_outside: whether a dotted path is imported.
+
+    Raises:
+        ValueError: unknown name, unknown or missing argument, or a value that the part refuses.
+    """
+    return make(config, list_parts(kind), BASES[kind], kind, allow_outside)
+
+
+def make(config: Any, known: Mapping[str, Any], base: type[ConfigMixin], kind: str, allow_outside: bool) -> Any:
     """A pruner or part from its name or mapping; see `create`.
 
     An argument that is a mapping with a `type` is a pruner, unless it is named `scorer`, `selector` or `applier`.
@@ -100,14 +125,12 @@ def make(config: Any, known: Mapping[str, Any], base: type[Configured], kind: st
 
 
 def _nested(name: str, value: Any, allow_outside: bool) -> Any:
-    from tpcompress.pruners.gate_components import KINDS, create_part  # parts are made of pruners, too
-
     if not isinstance(value, Mapping) or "type" not in value:
         return value
     return create_part(name, dict(value), allow_outside) if name in KINDS else create(dict(value), allow_outside)
 
 
-def _class(name: str, known: Mapping[str, Any], base: type[Configured], kind: str, allow_outside: bool) -> Any:
+def _class(name: str, known: Mapping[str, Any], base: type[ConfigMixin], kind: str, allow_outside: bool) -> Any:
     if name in known:
         return known[name]
     noun = kind.capitalize()

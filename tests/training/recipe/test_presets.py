@@ -15,7 +15,8 @@ from training.helpers import Watch, Workplace, callback, found, save_base, save_
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tpcompress.insertion.plan import Budget
-from tpcompress.pruners.gate_components import Scores, create_part
+from tpcompress.pruners.gate_components import Scores
+from tpcompress.pruners.registry import create_part
 from tpcompress.pruners.visionzip import every_nth
 from tpcompress.training.diagnostics.estimator_results import DOES_NOT_LEARN, mark_of, training_of
 from tpcompress.training.losses.base import at

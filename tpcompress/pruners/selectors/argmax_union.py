@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tpcompress.pruners.gate_components import Choice, Scores, Selector
 from tpcompress.pruners.selectors.gumbel_topk import gumbel_noise
-from tpcompress.pruners.selectors.soft_topk import straight_through
+from tpcompress.pruners.selectors.relaxations import straight_through
 from tpcompress.pruners.selectors.threshold import within
 
 NOISES = ("gumbel", "uniform")

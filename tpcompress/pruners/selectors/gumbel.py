@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tpcompress.pruners.gate_components import Choice, Scores
 from tpcompress.pruners.selectors.annealed import Annealed
-from tpcompress.pruners.selectors.soft_topk import straight_through
+from tpcompress.pruners.selectors.relaxations import straight_through
 from tpcompress.pruners.topk import keep_topk, on
 
 

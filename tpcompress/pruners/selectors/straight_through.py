@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from tpcompress.pruners.gate_components import Choice, Scores
-from tpcompress.pruners.selectors.soft_topk import SoftTopK, straight_through
+from tpcompress.pruners.selectors.relaxations import straight_through
+from tpcompress.pruners.selectors.soft_topk import SoftTopK
 
 
 class StraightThrough(SoftTopK):
