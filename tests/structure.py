@@ -109,11 +109,16 @@ def cases(quick: Iterable[Case]) -> list[Any]:
     ]
 
 
+def named(*names: str) -> list[Case]:
+    """Variants by their ids."""
+    found = [case for case in model_cases() if case_id(case) in names]
+    assert len(found) == len(names), f"a variant of {names} does not exist"
+    return found
+
+
 def each_class(*more: str) -> pytest.MarkDecorator:
     """A test of one variant per class, and of `more` variants by their ids."""
-    named = [case for case in model_cases() if case_id(case) in more]
-    assert len(named) == len(more), f"a variant of {more} does not exist"
-    return pytest.mark.parametrize("subject", cases([*representatives().values(), *named]), indirect=True)
+    return pytest.mark.parametrize("subject", cases([*representatives().values(), *named(*more)]), indirect=True)
 
 
 def each_family() -> pytest.MarkDecorator:
@@ -124,20 +129,21 @@ def each_family() -> pytest.MarkDecorator:
 
 def some(*names: str) -> pytest.MarkDecorator:
     """A test of the named variants; of every variant where slow tests run."""
-    chosen = [case for case in model_cases() if case_id(case) in names]
-    assert len(chosen) == len(names), f"a variant of {names} does not exist"
-    return pytest.mark.parametrize("subject", cases(chosen), indirect=True)
+    return pytest.mark.parametrize("subject", cases(named(*names)), indirect=True)
 
 
-def plans(names: Iterable[str], *quick: str, every_family: Sequence[str] = ()) -> pytest.MarkDecorator:
+def plans(
+    names: Iterable[str], *quick: str, on: Sequence[str] = (), every_family: Sequence[str] = ()
+) -> pytest.MarkDecorator:
     """Every variant x plan x position policy.
 
     Args:
         names: of plans.
-        quick: "plan, policy" of what runs by default, on one variant per class.
-        every_family: those of them that run on the first variant of every family, too.
+        quick: "plan, policy" of what runs by default.
+        on: ids of the variants on which it does; without them, one per class.
+        every_family: those pairs that run on the first variant of every family, too.
     """
-    classes, families = set(representatives().values()), set(first_variants())
+    classes, families = set(named(*on)) if on else set(representatives().values()), set(first_variants())
     known = {f"{name}, {policy}" for name in names for policy in ("original", "compact")}
     assert {*quick, *every_family} <= known, known
     params = []

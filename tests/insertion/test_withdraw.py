@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact import check, tolerance
 from reference import row_positions
+from structure import cases, named, plans
 from subjects import Subject, lent, ragged, recomputes
 from support import (
     PLACEHOLDER,
@@ -15,11 +16,9 @@ from support import (
     alone,
     answer_labels,
     batch,
-    case_id,
     generate,
     gradients,
     logit_gap,
-    model_cases,
     new_tokens,
 )
 from transformers import DynamicCache
@@ -28,10 +27,9 @@ from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, budgets, detach, mode, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 
-QUICK = ("llava", "qwen2_vl", "qwen3_vl", "gemma3", "internvl")
-CASES = [
-    pytest.param(case, id=case_id(case), marks=() if case[0] in QUICK else pytest.mark.slow) for case in model_cases()
-]
+QUICK = ("llava-clip_vision_model", "qwen2_vl", "qwen3_vl", "gemma3", "internvl-qwen2")
+"""Plain, M-RoPE, DeepStack, blocks and windows, tiles."""
+quick_plans = ("stage 0, original", "layer 2, compact", "last, compact")
 PLANS = {
     "stage 0": [Stage("vtw", 0, keep_tokens=0)],
     "layer 2": [Stage("vtw", 2, keep_tokens=0)],
@@ -39,13 +37,12 @@ PLANS = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=cases(named(*QUICK)))
 def subject(request: pytest.FixtureRequest) -> Any:
     yield from lent(request.param)
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", PLANS)
+@plans(PLANS, *quick_plans, on=QUICK)
 def test_equals_the_reference(subject: Subject, name: str, positions: str) -> None:
     plan = subject.plan(PLANS[name], positions=positions)
     modes = ("mask",) if subject.hides else ()
@@ -74,8 +71,7 @@ def test_only_words_and_separators_are_left(subject: Subject) -> None:
     assert cache.get_seq_length() == inputs["input_ids"].shape[1], "a cache stands for the whole conversation"
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", PLANS)
+@plans(PLANS, *quick_plans, on=QUICK)
 def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -> None:
     samples = [(5, 1, 7), (3, subject.kinds, 8), (4, 0, 9)]
     inputs = subject.batch(*samples)
