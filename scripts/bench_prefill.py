@@ -1,19 +1,20 @@
-"""What a prefill costs with pruning, for a LLaVA-shaped and a Qwen-shaped model of random weights.
+"""Measure the cost of a prefill with pruning, for a LLaVA-like and a Qwen-like model with random weights.
 
     python scripts/bench_prefill.py
     python scripts/bench_prefill.py --device cuda --dtype bfloat16 --layers 32 --width 4096 --heads 32 --mlp 11008
 
-576 vision tokens and 64 words in one prompt; a stage before the language model and one at layer 2 keep a quarter and a
-ninth. `ideal` is the same decoder fed natively with the short sequence (for layer 2: two layers long, the rest short),
-so the ratio is what the hooks and the pruner cost. Vision towers run before the clock starts. FLOPs are those of matrix
-products; `extra` is what the stage has beyond the ideal (0 for random). Exit code 1 if a ratio is above 1.05 by more
-than its 95 % interval.
+The prompt has 576 vision tokens and 64 text tokens; a stage before the language model or at layer 2 retains a quarter
+or a ninth. `ideal` is the same decoder on the natively short sequence (for layer 2: two layers on the full sequence,
+the rest on the short one), so that the ratio is the overhead of hooks and pruner. The vision tower is not timed. FLOPs
+are those of matrix products; `extra` are the FLOPs beyond the ideal (0 for random). The exit code is 1 if a ratio is
+significantly above 1.05.
 """
 
 import argparse
 import sys
 
 import torch
+from bench.arguments import add_model_arguments, clock_of, make_parser, prepare, run, shape_of, time_and_memory
 from bench.models import MODELS, Shape
 from bench.prefill import LIMIT, Measured, make_cases, measure
 from rich.console import Console
@@ -21,25 +22,14 @@ from rich.table import Table
 
 
 def main() -> int:
-    """Parse arguments, measure every case, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure every case and print one table."""
+    parser = make_parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--pruner", default="uniform")
-    parser.add_argument("--layer", nargs="+", type=int, default=[0, 2], help="where the stage acts")
-    parser.add_argument("--keep", nargs="+", type=int, default=[144, 64], help="vision tokens that it keeps")
+    parser.add_argument("--layer", nargs="+", type=int, default=[0, 2], help="layers of the stage")
     parser.add_argument("--positions", choices=("original", "compact"), default="original")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds, each of full, ideal, pruned and ideal again")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    for name, value in vars(Shape()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    add_model_arguments(parser, repeats=20)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    shape = Shape(**{name: getattr(arguments, name) for name in vars(Shape())})
-    clock = "wall" if arguments.device.startswith("cuda") else "cpu"
-    console = Console(width=None if sys.stdout.isatty() else 150)  # a log must hold all columns
+    console, shape, clock = prepare(arguments), shape_of(arguments), clock_of(arguments)
     rows = []
     for name in arguments.model:
         cases = make_cases(
@@ -54,11 +44,11 @@ def main() -> int:
 
 
 def show(console: Console, rows: list[Measured], shape: Shape, arguments: argparse.Namespace, clock: str) -> None:
-    """The table: time, FLOPs and memory of full, ideal and pruned side by side."""
+    """Print time, FLOPs and memory of full, ideal and pruned."""
     table = Table(
         "model", "layer", "keep", "ms full", "ideal", "pruned", "pruned / ideal", "ideal / ideal", "GFLOP full",
         "ideal", "extra", "MiB full", "ideal", "pruned",
-        title=f"Prefill of {shape.side**2} vision tokens and {shape.text} words, {arguments.pruner}",
+        title=f"Prefill of {shape.side**2} vision tokens and {shape.text} text tokens, {arguments.pruner}",
         caption=_caption(shape, arguments, clock),
     )  # fmt: skip
     for row in rows:
@@ -73,14 +63,13 @@ def show(console: Console, rows: list[Measured], shape: Shape, arguments: argpar
 
 
 def _caption(shape: Shape, arguments: argparse.Namespace, clock: str) -> str:
-    seconds = "time the process computed" if clock == "cpu" else "wall clock"
-    memory = "the allocator's peak" if clock == "wall" else "tensors alive between operations, at most"
+    time, memory = time_and_memory(clock)
     return (
         f"{shape.layers} layers x {shape.width}, {arguments.dtype}, {arguments.attention}, {arguments.device}, "
-        f"{arguments.threads} thread(s). ms: {seconds}, median of {arguments.repeats} interleaved rounds. Ratios: "
+        f"{arguments.threads} thread(s). ms: {time}, median of {arguments.repeats} interleaved rounds. Ratios: "
         f"median of pairs and 95 % interval, limit {LIMIT}. MiB: {memory}, without weights. Language part only."
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

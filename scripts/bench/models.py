@@ -1,7 +1,8 @@
-"""Random models of real transformers classes for the prefill benchmark, one prompt, and the ideal to measure against.
+"""Random models, prompts, and the reference ("ideal") computation for the benchmarks.
 
-The ideal of a stage before the language model is the untouched model, called with a picture of so few tokens. The ideal
-of a stage at layer K is written out below from the model's own layers: K of them long, a gather, the rest short.
+The ideal of a stage before the language model is the unmodified model with an image of as few tokens. The ideal of a
+stage at layer K is built from the model's own layers: K layers on the full sequence, a gather, the rest on the short
+sequence.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 IMAGE, VIDEO, START, END = 3, 4, 5, 6
 FIRST_WORD = 10
 HEAD_SPLIT = (2, 3, 3)
-"""How M-RoPE shares out the halves of a head between time, height and width: in eighths, as Qwen2.5-VL does."""
+"""Eighths of half a head that M-RoPE assigns to time, height and width, as in Qwen2.5-VL."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a model and of its prompt.
+    """Sizes of a model and its prompt.
 
     Attributes:
-        layers, width, heads, mlp, vocab: of the language model.
-        side: vision tokens stand on a square of this side.
-        text: tokens of the prompt that are no placeholders.
+        layers, width, heads, mlp, vocab: sizes of the language model.
+        side: side of the square grid of vision tokens.
+        text: text tokens of the prompt.
     """
 
     layers: int = 8
@@ -50,18 +51,15 @@ class Shape:
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 16:
             raise ValueError(
-                f"width {self.width} over {self.heads} heads makes heads of {self.width / self.heads:g}; "
-                f"choose a width that makes multiples of 16."
+                f"width {self.width} with {self.heads} heads gives a head size of {self.width / self.heads:g}; "
+                f"choose a multiple of {16 * self.heads}."
             )
         if self.text < 4 or self.side < 2 or self.layers < 1 or self.vocab <= FIRST_WORD:
-            raise ValueError(
-                f"A prompt needs 4 words and 2 x 2 vision tokens, a model a layer and {FIRST_WORD + 1} words; "
-                f"got {self}."
-            )
+            raise ValueError(f"text must be at least 4, side 2, layers 1 and vocab {FIRST_WORD + 1}; got {self}.")
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """What both language models share."""
+        """Config entries common to both language models."""
         return {
             "hidden_size": self.width, "intermediate_size": self.mlp, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.heads, "vocab_size": self.vocab,
@@ -70,7 +68,7 @@ class Shape:
 
 
 def llava(shape: Shape, attention: str = "sdpa") -> PreTrainedModel:
-    """A random LLaVA: a small CLIP tower, which nobody times, and a Llama."""
+    """A random LLaVA with a Llama and a small CLIP tower (the tower is not timed)."""
     tower = {
         "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 14 * shape.side, "patch_size": 14,
@@ -81,7 +79,7 @@ def llava(shape: Shape, attention: str = "sdpa") -> PreTrainedModel:
 
 
 def qwen(shape: Shape, attention: str = "sdpa") -> PreTrainedModel:
-    """A random Qwen2.5-VL: a small tower, which nobody times, and a language model with M-RoPE."""
+    """A random Qwen2.5-VL with M-RoPE and a small tower (the tower is not timed)."""
     section = [part * shape.width // shape.heads // 16 for part in HEAD_SPLIT]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
     tower = {
@@ -100,13 +98,13 @@ MODELS = {"llava": llava, "qwen": qwen}
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model over the same weights: one gets a plan, the other stays as it is."""
+    """A copy of a model that shares its weights, so that only one of them gets a plan."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def features(model: Any, shape: Shape) -> BaseModelOutputWithPooling:
-    """What the encoder of a model, attached or not, makes of one random picture."""
+    """Encoder outputs of a model, attached or not, for one random image."""
     device, dtype = model.device, model.dtype
     if hasattr(model.model, "visual"):
         grid = torch.tensor([[1, 2 * shape.side, 2 * shape.side]], device=device)
@@ -117,13 +115,13 @@ def features(model: Any, shape: Shape) -> BaseModelOutputWithPooling:
 
 
 def prompt(model: Any, shape: Shape, rows: int, cols: int, encoded: Any) -> dict[str, Any]:
-    """Inputs of a prefill whose picture has `rows` x `cols` vision tokens: half the words before it, half behind.
+    """Inputs of a prefill with an image of `rows` x `cols` vision tokens between two halves of the text.
 
     Args:
-        model: for whom.
-        shape: how many words, and of which vocabulary.
-        rows, cols: grid of the picture.
-        encoded: its tokens, out of the encoder.
+        model: model for the inputs.
+        shape: number of text tokens, and vocabulary size.
+        rows, cols: grid of the image.
+        encoded: encoder outputs of the image.
     """
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(FIRST_WORD, shape.vocab, (shape.text - 2,), generator=generator).tolist()
@@ -140,13 +138,13 @@ def prompt(model: Any, shape: Shape, rows: int, cols: int, encoded: Any) -> dict
 
 
 def shortened(model: Any, shape: Shape, encoded: Any, kept: Tensor) -> dict[str, Any]:
-    """Inputs of the same prompt with a picture of `len(kept)` tokens: what a stage before the language model aims at.
+    """Inputs of the same prompt with an image of `len(kept)` tokens: the ideal of a stage before the language model.
 
     Args:
-        model: for whom.
-        shape: of the prompt.
-        encoded: features of the whole picture.
-        kept: int64 (R,), which of them the short picture has.
+        model: model for the inputs.
+        shape: sizes of the prompt.
+        encoded: encoder outputs of the full image.
+        kept: int64 (R,): indices of the tokens in the short image.
     """
     side = round(len(kept) ** 0.5)
     rows, cols = (side, side) if side * side == len(kept) else (1, len(kept))
@@ -156,16 +154,16 @@ def shortened(model: Any, shape: Shape, encoded: Any, kept: Tensor) -> dict[str,
 
 
 def short_from_layer(model: Any, inputs: dict[str, Any], layer: int, columns: Tensor) -> tuple[Tensor, DynamicCache]:
-    """The prefill of an untouched model whose layers from `layer` on get some columns only, written out.
+    """Prefill of an unmodified model whose layers from `layer` on process some columns only.
 
     Args:
-        model: without a plan.
-        inputs: of the whole prompt, as `prompt` makes them.
-        layer: the first layer with fewer columns.
-        columns: int64 (N,), the columns that it gets.
+        model: model without a plan.
+        inputs: inputs of the full prompt, from `prompt`.
+        layer: first layer with fewer columns.
+        columns: int64 (N,): columns of that layer.
 
     Returns:
-        Logits (1, 1, C) of the last column, and the cache.
+        logits (1, 1, C) of the last column, and the cache.
     """
     core, text, ids = model.model, model.model.language_model, inputs["input_ids"]
     hidden = model.get_input_embeddings()(ids)

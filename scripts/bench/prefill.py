@@ -1,7 +1,7 @@
-"""What a prefill costs with a stage, against the same decoder fed natively with the short sequence.
+"""Measure the cost of a prefill with a stage against the same decoder on a natively short sequence.
 
-Only the language part is timed: embedding, merging, positions, decoder layers, the head's last column and the stage
-itself. Images are encoded once beforehand, by the attached model, and given as `mm_encoder_outputs`.
+Only the language part is timed: embedding, merging, positions, decoder layers, the head on the last column, and the
+stage. Images are encoded once beforehand by the attached model and passed as `mm_encoder_outputs`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from bench.models import (
     short_from_layer,
     shortened,
 )
+from tpcompress.evaluation.scoring.stats import median_interval
 from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 Run = Callable[[], Any]
-RESAMPLES = 2000
 LIMIT = 1.05
-"""A stage may cost this much more than its ideal, beyond noise."""
+"""Maximum ratio of the pruned to the ideal prefill, apart from noise."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One stage on one model: three prefills to compare.
+    """One stage of one model, as three prefills to compare.
 
     Attributes:
-        model, layer, keep: which.
-        full, pruned, ideal: the prefills; each returns what the model returned.
+        model, layer, keep: name of the model, layer and retained tokens of the stage.
+        full, pruned, ideal: the prefills; each returns the model output.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one prefill: wall clock, and what all threads of the process computed (on a GPU: of the host)."""
+    """Time of one run: wall clock, and processor time of all threads of the process."""
 
     wall: float
     cpu: float
@@ -68,7 +68,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much longer one prefill takes than another: median of neighbouring pairs, 95 % interval by bootstrap."""
+    """Ratio of two runs: median over pairs of neighbouring rounds, with a 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -76,11 +76,9 @@ class Ratio:
 
     @classmethod
     def of(cls, above: Sequence[float], below: Sequence[float]) -> Ratio:
-        """From times that were taken in pairs."""
+        """Summarise paired times."""
         ratios = np.asarray(above) / np.asarray(below)
-        drawn = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-        low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
-        return cls(float(np.median(ratios)), float(low), float(high))
+        return cls(float(np.median(ratios)), *median_interval(ratios))
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -97,22 +95,22 @@ def make_cases(
     attention: str = "sdpa",
     positions: str = "original",
 ) -> list[Case]:
-    """The cases of one model; they share its weights and its encoded picture.
+    """Create the cases of one model, which share its weights and its encoded image.
 
     Args:
-        name: a key of `MODELS`.
-        shape: sizes.
-        pruner: name or config; one that judges by hidden states alone costs no matrix product.
-        layers: where the stage acts.
-        keeps: how many vision tokens it keeps.
-        device, dtype, attention: of the model.
-        positions: policy of the plan.
+        name: key of `MODELS`.
+        shape: sizes of model and prompt.
+        pruner: name or config of the pruner.
+        layers: layers of the stage.
+        keeps: retained vision tokens.
+        device, dtype, attention: settings of the model.
+        positions: position policy of the plan.
 
     Raises:
-        ValueError: unknown model, or a budget that leaves nothing to drop.
+        ValueError: unknown model, or a budget that drops nothing.
     """
     if name not in MODELS:
-        raise ValueError(f"No model '{name}' for this benchmark; known: {', '.join(MODELS)}.")
+        raise ValueError(f"No model '{name}' in this benchmark; choose one of {', '.join(MODELS)}.")
     if max(keeps) >= shape.side**2:
         raise ValueError(f"keep {max(keeps)} of {shape.side**2} vision tokens drops nothing; choose fewer.")
     torch.manual_seed(0)
@@ -130,7 +128,7 @@ def _case(name: str, base: Any, pruned: Any, shape: Shape, layer: int, keep: int
     with torch.no_grad(), record(pruned) as trace:
         inputs = prompt(pruned, shape, shape.side, shape.side, features(pruned, shape))
         pruned(**inputs)
-    # The ideal gets the very tokens that the pruner chose, so that both compute the same.
+    # The ideal gets the tokens that the pruner selected, so that both compute the same.
     retained_V = trace.stages[0].retained_RV[0]
     full = partial(base, **inputs)
     if layer:
@@ -142,7 +140,7 @@ def _case(name: str, base: Any, pruned: Any, shape: Shape, layer: int, keep: int
 
 
 def _columns(ids_S: Tensor, retained_V: Tensor) -> Tensor:
-    """Columns of the prompt that are words or retained vision tokens."""
+    """Columns of text and retained vision tokens."""
     stays_S = ids_S != IMAGE
     stays_S[~stays_S] = retained_V
     return stays_S.nonzero()[:, 0]
@@ -153,14 +151,15 @@ def _columns(ids_S: Tensor, retained_V: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """One case, measured.
+    """Measurements of one case.
 
     Attributes:
-        case: which.
-        seconds: medians of full, ideal and pruned by the clock that was asked for.
-        ratio: pruned to ideal.
-        control: the same ideal timed twice: what is noise.
-        flops, peak: of full, ideal and pruned; bytes.
+        case: the case.
+        seconds: median times of full, ideal and pruned.
+        ratio: pruned / ideal.
+        control: ideal / ideal, timed twice: the noise.
+        flops: FLOPs of full, ideal and pruned.
+        peak: peak memory of full, ideal and pruned in bytes.
     """
 
     case: Case
@@ -172,18 +171,18 @@ class Measured:
 
     @property
     def ok(self) -> bool:
-        """The ratio is within `LIMIT`, or noise cannot tell."""
+        """The ratio is not significantly above `LIMIT`."""
         return self.ratio.low <= LIMIT
 
 
 def measure(case: Case, repeats: int, clock: str, device: str) -> Measured:
-    """Time, count and weigh the prefills of one case.
+    """Measure time, FLOPs and peak memory of the prefills of one case.
 
     Args:
-        case: what to measure.
-        repeats: rounds of full, ideal, pruned and the ideal again.
-        clock: `cpu` for the time that the process computes, which busy neighbours hardly touch; `wall` for a GPU.
-        device: where the model is.
+        case: case to measure.
+        repeats: rounds of full, ideal, pruned and again ideal.
+        clock: `cpu` for processor time, which other processes hardly affect; `wall` for a GPU.
+        device: device of the model.
     """
     runs = (case.full, case.ideal, case.pruned)
     full, ideal, pruned, again = (
@@ -200,15 +199,15 @@ def measure(case: Case, repeats: int, clock: str, device: str) -> Measured:
 
 
 def interleaved(runs: Sequence[Run], repeats: int, warm_up: int = 2) -> list[list[Seconds]]:
-    """Time several prefills in turns, so that whatever else the machine does meets all of them.
+    """Time several runs in turns, so that the load of the machine affects all of them.
 
     Args:
-        runs: what to time; every other round goes through them backwards.
+        runs: runs to time; their order is reversed in every other round.
         repeats: rounds.
-        warm_up: rounds before them that do not count.
+        warm_up: additional rounds before, which are not recorded.
 
     Returns:
-        For each of `runs`, one entry per round.
+        one list per run with one entry per round.
     """
     taken: list[list[Seconds]] = [[] for _ in runs]
     collecting = gc.isenabled()
@@ -220,7 +219,7 @@ def interleaved(runs: Sequence[Run], repeats: int, warm_up: int = 2) -> list[lis
                 seconds = timed(runs[index])
                 if round_ >= warm_up:
                     taken[index].append(seconds)
-            gc.collect(0)  # what would else run inside a later round
+            gc.collect(0)  # outside of the timed runs
     finally:
         if collecting:
             gc.enable()
@@ -229,7 +228,7 @@ def interleaved(runs: Sequence[Run], repeats: int, warm_up: int = 2) -> list[lis
 
 @torch.no_grad()
 def timed(run: Run) -> Seconds:
-    """Run once and wait for the device."""
+    """Time one run, with a device sync before and after."""
     _wait()
     wall, cpu = time.perf_counter(), time.process_time()
     run()
@@ -239,10 +238,10 @@ def timed(run: Run) -> Seconds:
 
 @torch.no_grad()
 def flops(run: Run) -> int:
-    """Floating-point operations of the matrix products, a multiply-add counted as 2.
+    """FLOPs of the matrix products, with 2 per multiply-add.
 
-    Attention is counted in full, also where a kernel would skip what is masked, and in plain matrix products, because
-    the counter does not know every fused kernel.
+    Attention is counted in full, including masked entries that a kernel may skip, and run as plain matrix products,
+    because the counter does not support every fused kernel.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
@@ -251,10 +250,10 @@ def flops(run: Run) -> int:
 
 @torch.no_grad()
 def peak_bytes(run: Run, device: str) -> int:
-    """Most memory at one time beyond what is there before: activations, logits and the KV cache, not the weights.
+    """Peak memory of a run in bytes, without what was allocated before: activations, logits and KV cache.
 
-    On a GPU as its allocator counts. On a CPU, whose allocator does not: the tensors alive between two operations;
-    what a kernel takes and gives back inside itself is not seen.
+    On a GPU from the allocator. On a CPU from the live tensors between operations, without temporary buffers inside
+    kernels.
     """
     if torch.device(device).type == "cuda":
         gc.collect()
@@ -269,7 +268,7 @@ def peak_bytes(run: Run, device: str) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Follows the storages that operations make, and the most bytes that were alive at one time (`peak`)."""
+    """Tracks the storages that operations allocate; `peak` is the maximum of live bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +276,7 @@ class LiveTensors(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and count its results, unless they are views or in place."""
+        """Run one operation and count its results, except views and in-place results."""
         kwargs = kwargs or {}
         given = {_storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""What choosing costs: the time of every pruner relative to the prefill of one decoder layer of a 7B Llama.
+"""Measure the time of every pruner relative to the prefill of one decoder layer of a 7B Llama.
 
-Only `pruner(view, num_keep_B)` is timed, over views drawn at random. What it costs to build them in a model (recomputed
-attention rows, keys, views of the vision tower) belongs to insertion, not to the rule.
+Only `pruner(view, num_keep_B)` is timed, on random views. The cost of building the views in a model (recomputed
+attention rows, keys, vision-tower views) is not included.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from bench.prefill import timed
 from bench.views import Cell, Sizes, Views
+from tpcompress.errors import first_line
 from tpcompress.pruners import Pruner, Selection, TokenView, create
 
 Run = Callable[[], Any]
@@ -29,15 +30,15 @@ Run = Callable[[], Any]
 
 @dataclass
 class Row:
-    """One pruner in one cell.
+    """Measurements of one pruner for one input size.
 
     Attributes:
-        pruner, tokens, batch, keep: which.
-        seconds: of each round: processor time on a CPU, between two events on a GPU.
-        layer: of one decoder layer in the same round.
-        error: why there is no time.
-        note: why it was left out.
-        graph: whether a CUDA graph holds it: "yes", "no: why", or "" where nobody tried.
+        pruner, tokens, batch, keep: pruner name, vision tokens, samples and retained tokens.
+        seconds: time of each round: processor time on a CPU, between two events on a GPU.
+        layer: time of one decoder layer in the same rounds.
+        error: why the pruner failed.
+        note: why the pruner was not timed.
+        graph: whether a CUDA graph can capture it: "yes", "no: reason", or "" if not tested.
     """
 
     pruner: str
@@ -52,28 +53,28 @@ class Row:
 
     @property
     def ratios(self) -> list[float]:
-        """Of its time to the layer's, round by round."""
+        """Time relative to the layer, for each round."""
         return [own / layer for own, layer in zip(self.seconds, self.layer, strict=True)]
 
     @property
     def ratio(self) -> float | None:
-        """Their median; None where nothing was timed, or a round failed."""
+        """Median ratio; None if nothing was timed or a round failed."""
         return statistics.median(self.ratios) if self.seconds and not self.error else None
 
 
 def above(rows: Sequence[Row], limit: float = 1.0) -> list[Row]:
-    """Rows that take longer than `limit` layers, the longest first."""
+    """Rows with a ratio above `limit`, in decreasing order."""
     slow = [row for row in rows if row.ratio is not None and row.ratio > limit]
     return sorted(slow, key=lambda row: -(row.ratio or 0.0))
 
 
 def to_json(rows: Sequence[Row], settings: dict[str, Any]) -> str:
-    """Rows and what they were measured with; `from_json` is the inverse."""
+    """Serialise rows and settings; `from_json` is the inverse."""
     return json.dumps({"settings": settings, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
 
 
 def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and settings that `to_json` wrote."""
+    """Read rows and settings from `to_json`."""
     read = json.loads(text)
     return [Row(**row) for row in read["rows"]], read["settings"]
 
@@ -82,18 +83,18 @@ def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 class PrunerBench:
-    """Times pruners in turns with one decoder layer; `rows` fill while `run` goes on, so it may be interrupted.
+    """Times pruners in turns with one decoder layer; `rows` are filled during `run`, which can be interrupted.
 
     Args:
-        names: pruners: names, dotted paths or configs.
-        cells: sizes to time them at.
-        rounds: each of the layer and every pruner, the pruners forwards and backwards by turns.
-        device, dtype: of everything but attention, which is fp32, and the pruners' own weights.
-        full: time the layer with all samples; otherwise with one, times the number of samples.
-        sizes: of the model.
+        names: names, dotted paths or configs of pruners.
+        cells: input sizes.
+        rounds: rounds of the layer and every pruner, in alternating order.
+        device, dtype: device and dtype of the views (attention is always fp32).
+        full: time the layer with all samples; otherwise with one sample, multiplied by the number of samples.
+        sizes: sizes of the model.
 
     Raises:
-        ValueError: no round at all.
+        ValueError: fewer than one round.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class PrunerBench:
         sizes: Sizes | None = None,
     ) -> None:
         if rounds < 1:
-            raise ValueError(f"{rounds} rounds measure nothing; take at least 1, better 3.")
+            raise ValueError(f"rounds must be at least 1, got {rounds}; use 3 or more.")
         self.cells, self.rounds, self.device, self.dtype, self.full = cells, rounds, device, dtype, full
         self.sizes = sizes or Sizes()
         self.on_gpu = torch.device(device).type == "cuda"
@@ -116,12 +117,12 @@ class PrunerBench:
 
     @property
     def steps(self) -> int:
-        """How many things `run` will do, if nothing fails."""
+        """Number of steps of `run` if nothing fails."""
         graphs = len(self._pruners) if self.on_gpu else 0
         return len(self.cells) * ((1 + self.rounds) * (1 + len(self._pruners)) + graphs)
 
     def run(self) -> Iterator[str]:
-        """Measure everything; yields what comes next, before it starts."""
+        """Measure all rows; yields a description before each step."""
         layer = Layer(self.sizes, self.device, self.dtype)
         for cell in self.cells:
             rows = [row for row in self.rows if (row.tokens, row.batch) == (cell.tokens, cell.batch)]
@@ -133,9 +134,9 @@ class PrunerBench:
         prefill = layer.prefill(cell.tokens, samples)
         views = Views(self.sizes, cell, self.device, self.dtype)
         pruners = {id(row): pruner for row in rows if (pruner := self._create(row)) is not None}
-        # Neighbours in this order share most of their views.
+        # Sorted so that consecutive pruners share most of their views.
         order = sorted((row for row in rows if id(row) in pruners), key=lambda row: sorted(pruners[id(row)].needs))
-        for round_ in range(-1, self.rounds):  # the first one warms up
+        for round_ in range(-1, self.rounds):  # the first round is a warm-up
             yield f"{where}: layer"
             seconds = clock(prefill, self.device) * cell.batch / samples
             for row in order if round_ % 2 else reversed(order):
@@ -144,8 +145,8 @@ class PrunerBench:
                     continue
                 try:
                     taken = _time(pruners[id(row)], views, self.device, check=round_ < 0)
-                except Exception as error:  # whatever it is, the others go on
-                    row.error = _line(error)
+                except Exception as error:  # recorded in the table; the other pruners are still measured
+                    row.error = first_line(error)
                     continue
                 if round_ >= 0:
                     row.seconds.append(taken)
@@ -159,40 +160,40 @@ class PrunerBench:
         try:
             pruner = create(self._pruners[row.pruner])
             if pruner.keeps_none:
-                row.note = "retains nothing: there is no choice to time"
+                row.note = "retains no token, so there is no selection to time"
                 return None
             pruner.build(self.sizes.hidden)
             return pruner.to(self.device).eval()
-        except Exception as error:
-            row.error = _line(error)
+        except Exception as error:  # recorded in the table; the other pruners are still measured
+            row.error = first_line(error)
             return None
 
 
 def _time(pruner: Pruner, views: Views, device: str, check: bool) -> float:
-    """Seconds of one choice; with `check` also that it keeps its budget."""
+    """Seconds of one selection; `check` also verifies the number of retained tokens."""
     num_keep_B = budget(views.cell, device)
-    answer: list[Selection] = []
-    choose = partial(pruner, views.make(pruner), num_keep_B)
-    seconds = clock(lambda: answer.append(choose()), device)
+    selections: list[Selection] = []
+    select = partial(pruner, views.make(pruner), num_keep_B)
+    seconds = clock(lambda: selections.append(select()), device)
     if check and pruner.exact_count:
-        kept = answer[0].keep_BV.sum(1).tolist()
+        kept = selections[0].keep_BV.sum(1).tolist()
         if kept != num_keep_B.tolist():
-            raise ValueError(f"{pruner.name} kept {kept} of {views.cell.tokens}, asked for {num_keep_B.tolist()}.")
+            raise ValueError(f"{pruner.name} kept {kept} of {views.cell.tokens}, expected {num_keep_B.tolist()}.")
     return seconds
 
 
 def budget(cell: Cell, device: str) -> Tensor:
-    """The counts (B,) on the host, pinned if a GPU is to read them without waiting."""
+    """The counts (B,) on the host; pinned for a GPU, so that copying them does not sync."""
     num_keep_B = torch.full((cell.batch,), cell.keep)
     return num_keep_B.pin_memory() if torch.device(device).type == "cuda" else num_keep_B
 
 
 class Layer:
-    """A Llama decoder layer of random weights.
+    """A Llama decoder layer with random weights.
 
     Args:
-        sizes: its widths, and how many words stand beside the vision tokens.
-        device, dtype: where it is.
+        sizes: widths of the layer, and number of text tokens.
+        device, dtype: device and dtype of the layer.
     """
 
     def __init__(self, sizes: Sizes, device: str, dtype: torch.dtype) -> None:
@@ -205,7 +206,7 @@ class Layer:
         self.rotary = LlamaRotaryEmbedding(config).to(device)
 
     def prefill(self, tokens: int, samples: int) -> Run:
-        """One pass over vision tokens and words; cosines and sines, which all layers share, are there before."""
+        """One pass over vision and text tokens; the rotary embedding, which all layers share, is not included."""
         length = tokens + self.sizes.words
         hidden_BSD = torch.randn(samples, length, self.sizes.hidden, device=self.device).to(self.dtype)
         positions = self.rotary(hidden_BSD, torch.arange(length, device=self.device)[None])
@@ -214,7 +215,7 @@ class Layer:
 
 @torch.no_grad()
 def clock(run: Run, device: str) -> float:
-    """Seconds of one run: of the processor, which busy neighbours hardly touch, or of a GPU's stream with its gaps."""
+    """Seconds of one run: processor time on a CPU, or time between events on the stream of a GPU."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -234,15 +235,15 @@ def clock(run: Run, device: str) -> float:
 
 @torch.no_grad()
 def capture(pruner: Pruner, view: TokenView, num_keep_B: Tensor) -> str:
-    """Whether a CUDA graph can hold a choice of fixed budget: "yes", or "no" and why.
+    """Whether a CUDA graph can capture a selection with a fixed budget: "yes", or "no: reason".
 
     Args:
-        pruner: an exact one.
-        view: on a GPU.
-        num_keep_B: pinned, because a graph cannot read other host memory.
+        pruner: pruner with an exact count.
+        view: view on a GPU.
+        num_keep_B: pinned counts, because a graph cannot read pageable host memory.
     """
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails would leave us on its own stream
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture would leave its own stream active
             expected_BV = pruner(view, num_keep_B).keep_BV
             _rehearse(partial(pruner, view, num_keep_B))
             graph = torch.cuda.CUDAGraph()
@@ -251,15 +252,15 @@ def capture(pruner: Pruner, view: TokenView, num_keep_B: Tensor) -> str:
             graph.replay()
             torch.cuda.synchronize()
             same = torch.equal(captured.keep_BV, expected_BV)
-    except Exception as error:  # torch raises several kinds here; the first one says what the pruner did
-        return f"no: {_line(error.__context__ or error)}"
-    return "yes" if same else "no: its replay retains other tokens"
+    except Exception as error:  # torch raises several types; the first one describes the cause
+        return f"no: {first_line(error.__context__ or error)}"
+    return "yes" if same else "no: the replay retains other tokens"
 
 
 def _rehearse(run: Run) -> None:
-    """One run beside the current stream, where libraries set themselves up, that refuses any wait for the device.
+    """Run once on a side stream, to initialise libraries, with an error on any host-device sync.
 
-    A wait inside a capture would fail, too, but can break the memory allocator for captures after it.
+    A sync inside a capture would fail as well, but can break the memory allocator for later captures.
     """
     aside, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
     aside.wait_stream(torch.cuda.current_stream())
@@ -270,8 +271,3 @@ def _rehearse(run: Run) -> None:
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(aside)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message, which is what a table can hold."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
-"""What a training step costs: dense, at full length with tokens hidden (mode `mask`), and gathered (mode `drop`).
+"""Measure the cost of a training step: dense, masked at full length (mode `mask`), and gathered (mode `drop`).
 
-A step is forward, label loss, backward and optimizer, as training runs it. Only the language part counts: images are
-encoded once beforehand and given as `mm_encoder_outputs`.
+A step is forward, label loss, backward and optimizer, as in training. Only the language part is timed: images are
+encoded once beforehand and passed as `mm_encoder_outputs`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tpcompress.training.trainable import add_lora
 ADAPT = ("lora", "full")
 MODES = {"masked": "mask", "gathered": "drop"}
 ANSWER = 16
-"""Words at the end of each sample that are answers."""
+"""Answer tokens at the end of each sample."""
 LIMIT = 0.45
-"""A gathered step at a ninth of the vision tokens may take this share of a dense one, beyond noise."""
+"""Maximum ratio of a gathered step at a ninth of the vision tokens to a dense step, apart from noise."""
 LORA = {"r": 16, "lora_alpha": 32}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the same weights on the same batch.
+    """One variant of a training step, with the same weights and batch.
 
     Attributes:
         name: dense, masked or gathered.
-        keep: vision tokens that a stage before the language model keeps; None for dense.
-        step: one step of training.
+        keep: vision tokens retained before the language model; None for dense.
+        step: one training step.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained in a benchmark.
+    """Settings of the training steps.
 
     Attributes:
         adapt: lora or full.
-        shape: sizes of the model and of a prompt.
-        batch_size: samples of a step.
-        checkpointing: decoder layers are recomputed in the backward pass.
-        device, dtype, attention: of the model.
+        shape: sizes of model and prompt.
+        batch_size: samples per step.
+        checkpointing: recompute decoder layers in the backward pass.
+        device, dtype, attention: settings of the model.
     """
 
     adapt: str = "lora"
@@ -71,27 +71,29 @@ class Work:
 
     def __post_init__(self) -> None:
         if self.adapt not in ADAPT:
-            raise ValueError(f"A step trains by one of {', '.join(ADAPT)}, got {self.adapt!r}.")
+            raise ValueError(f"adapt must be one of {', '.join(ADAPT)}, got {self.adapt!r}.")
         if self.batch_size < 1 or self.shape.text // 2 < ANSWER + 2:
             least = 2 * (ANSWER + 2)
-            raise ValueError(f"A step needs a sample and {least} words, got {self.batch_size} and {self.shape.text}.")
+            raise ValueError(
+                f"batch_size must be at least 1 and text at least {least}, got {self.batch_size} and {self.shape.text}."
+            )
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch as it comes, before any stage."""
+        """Tokens of a batch before pruning."""
         return self.batch_size * (self.shape.side**2 + self.shape.text)
 
 
 def make_arms(work: Work, keeps: Sequence[int], pruner: Any = "uniform") -> list[Arm]:
-    """The dense step, then the masked and the gathered one at every budget; all share weights and optimizer.
+    """Create the dense step, and a masked and a gathered step for every budget; all share weights and optimizer.
 
     Args:
-        work: what is trained.
-        keeps: vision tokens that a stage keeps.
+        work: settings of the steps.
+        keeps: retained vision tokens.
         pruner: name or config of a pruner without weights.
 
     Raises:
-        ValueError: a budget that leaves nothing to drop.
+        ValueError: a budget that drops nothing.
     """
     total = work.shape.side**2
     if not keeps or max(keeps) >= total:
@@ -126,7 +128,7 @@ class _Step:
     optimizer: torch.optim.Optimizer
 
     def __call__(self) -> Tensor:
-        """One step; the label loss of its forward pass."""
+        """Run one step and return its label loss."""
         with torch.enable_grad():
             here = run_pass(self.model, self.batch)
             loss = label_loss(here.logits_AC, here.targets_A)
@@ -137,12 +139,12 @@ class _Step:
 
 
 def _batch(base: Any, attached: Any, work: Work) -> dict[str, Any]:
-    """Samples of one encoded picture each and the same words, whose last ones are answers."""
+    """A batch of samples with one encoded image each and the same text, which ends with the answer."""
     side, pixels = work.shape.side, 14 * work.shape.side
     with torch.no_grad():
-        picture = torch.randn(work.batch_size, 3, pixels, pixels, device=work.device, dtype=work.dtype)
-        # By an attached model, which notes how the tokens lie; they are the same without a plan.
-        encoded = attached.get_image_features(pixel_values=picture, return_dict=True)
+        images = torch.randn(work.batch_size, 3, pixels, pixels, device=work.device, dtype=work.dtype)
+        # Encoded by an attached model, which records the layouts; the features do not depend on the plan.
+        encoded = attached.get_image_features(pixel_values=images, return_dict=True)
         ids_BS = prompt(base, work.shape, side, side, encoded)["input_ids"].repeat(work.batch_size, 1)
     labels_BS = torch.full_like(ids_BS, IGNORED)
     labels_BS[:, -ANSWER:] = ids_BS[:, -ANSWER:]
@@ -159,16 +161,16 @@ def _batch(base: Any, attached: Any, work: Work) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One arm, measured.
+    """Measurements of one arm.
 
     Attributes:
-        arm: which.
-        seconds: median time of a step, by the clock that was asked for.
-        tokens_per_second: of the batch as it came, whatever the stage dropped.
-        ratio: to the dense step of the same round.
-        flops: of the matrix products of a step, forward and backward.
-        peak: bytes beyond weights and optimizer state.
-        vision_tokens: of one image.
+        arm: the arm.
+        seconds: median time of a step.
+        tokens_per_second: throughput in tokens before pruning.
+        ratio: time relative to the dense step of the same round.
+        flops: FLOPs of the matrix products of a step, forward and backward.
+        peak: peak memory in bytes, without weights and optimizer state.
+        vision_tokens: vision tokens of one image.
     """
 
     arm: Arm
@@ -181,19 +183,19 @@ class Measured:
 
     @property
     def ok(self) -> bool:
-        """A gathered step at a ninth or less is within `LIMIT` of a dense one, or noise cannot tell."""
+        """A gathered step at a ninth of the tokens or less is not significantly above `LIMIT`."""
         counts = self.arm.name == "gathered" and 9 * (self.arm.keep or 0) <= self.vision_tokens
         return not counts or self.ratio.low <= LIMIT
 
 
 def measure(work: Work, arms: Sequence[Arm], repeats: int, clock: str) -> list[Measured]:
-    """Time all arms in turns, then count and weigh them.
+    """Time all arms in turns, then measure FLOPs and peak memory.
 
     Args:
-        work: what is trained.
-        arms: the dense one first.
+        work: settings of the steps.
+        arms: arms, with the dense one first.
         repeats: rounds.
-        clock: `cpu` for the time that the process computes, `wall` for a GPU.
+        clock: `cpu` for processor time, `wall` for a GPU.
     """
     taken = [[getattr(s, clock) for s in arm] for arm in interleaved([arm.step for arm in arms], repeats)]
     medians = [float(np.median(seconds)) for seconds in taken]

@@ -1,6 +1,6 @@
-"""Token views drawn at random in the shapes of a 7B LLaVA, with whatever a pruner needs.
+"""Random token views in the shapes of a 7B LLaVA, with the fields that a pruner needs.
 
-B samples, V vision tokens, S sequence length, Q words, H heads, L layers of the vision tower, D and C widths.
+B samples, V vision tokens, S sequence length, Q text tokens, H heads, L layers of the vision tower, D and C widths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tpcompress.pruners import Pruner, TokenView
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 
 HELD = 2 * 2**30
-"""Bytes of drawn tensors that are kept for the next pruner; beyond them, unused ones are drawn again when needed."""
+"""Bytes of tensors that are cached for the next pruner; beyond it, unused tensors are dropped and drawn again."""
 
 FIELDS = {
     "text": ("text_BSD", "column_BV", "text_role_BS", "text_valid_BS"),
@@ -37,18 +37,18 @@ FIELDS = {
     "projector": ("projector_BVC", "project"),
     "pixels": ("pixels_BVC",),
 }
-"""The fields of `TokenView` that each need fills, as insertion does; the letters at their end are their shapes."""
+"""The fields of `TokenView` for each entry of `Pruner.needs`, as in insertion; their suffixes are their shapes."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of the model that the views are from: LLaVA-1.5 7B with its CLIP ViT-L/14.
+    """Sizes of the model: LLaVA-1.5 7B with its CLIP ViT-L/14.
 
     Attributes:
-        hidden, heads, mlp: of the language model.
+        hidden, heads, mlp: sizes of the language model.
         tower, tower_heads: width and heads of the vision tower.
-        pixels: values of one patch.
-        words: of the prompt; 35 of 64 stand before the vision tokens, as in LLaVA's.
+        pixels: values per patch.
+        words: text tokens of the prompt; 35 of 64 precede the vision tokens, as in LLaVA.
     """
 
     hidden: int = 4096
@@ -62,10 +62,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Cell:
-    """How many vision tokens a sample has, and how many samples there are.
+    """Number of vision tokens per sample, and number of samples.
 
     Raises:
-        ValueError: no samples, or tokens that make no equal squares of 2 x 2 or more.
+        ValueError: no samples, or the tokens cannot be divided into equal squares of 2 x 2 or more.
     """
 
     tokens: int
@@ -79,13 +79,13 @@ class Cell:
     def __post_init__(self) -> None:
         if self.batch < 1 or not self.tiles:
             raise ValueError(
-                f"{self.tokens} vision tokens in {self.batch} samples cannot be: they must make equal squares; take a "
-                f"multiple of 4, such as 576 or 2880, and at least one sample."
+                f"Cannot use {self.tokens} vision tokens in {self.batch} samples: tokens must divide into equal "
+                f"squares; give a multiple of 4, such as 576 or 2880, and at least one sample."
             )
 
     @property
     def tiles(self) -> tuple[int, int] | None:
-        """(how many, side) of the fewest equal squares that hold the tokens, 5 of 24 x 24 for 2880; None if none do."""
+        """(count, side) of the fewest equal squares with so many tokens: 5 of 24 x 24 for 2880; None if impossible."""
         for count in range(1, self.tokens // 4 + 1):
             side = math.isqrt(self.tokens // count)
             if count * side * side == self.tokens:
@@ -94,9 +94,9 @@ class Cell:
 
 
 class Views:
-    """Views of one cell, each with what its pruner needs; pruners share the tensors.
+    """Views for one input size; pruners share the tensors.
 
-    A tensor depends on its field and shape alone, so one that was given up for memory comes back the same.
+    A tensor depends on its field and shape alone, so that one dropped for memory is drawn again with the same values.
     """
 
     def __init__(self, sizes: Sizes, cell: Cell, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -105,15 +105,17 @@ class Views:
         self._project: nn.Module | None = None
 
     def make(self, pruner: Pruner) -> TokenView:
-        """The view of one pruner.
+        """Make the view of one pruner.
 
         Raises:
-            ValueError: it needs what no view shows.
+            ValueError: the pruner needs a field that is not available here.
         """
         unknown = sorted(pruner.needs - FIELDS.keys())
         if unknown:
-            words = ", ".join(unknown)
-            raise ValueError(f"{pruner.name} needs {words}, which no view here shows; known: {', '.join(FIELDS)}.")
+            raise ValueError(
+                f"{pruner.name} needs {', '.join(unknown)}, which this benchmark does not provide; it provides "
+                f"{', '.join(FIELDS)}."
+            )
         names = dict.fromkeys(name for word in sorted(pruner.needs) for name in FIELDS[word])
         layers = len(pruner.tower_layers)
         wanted = {(name, self._shape(name, layers)) for name in ["vision_BVD", *names] if name != "project"}
@@ -145,11 +147,11 @@ class Views:
                     break
                 del self._held[key]
             tensor = self._draw(name, shape)
-        self._held[name, shape] = tensor  # the one used last stands at the end
+        self._held[name, shape] = tensor  # most recently used last
         return tensor
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A field: places and roles as in a prompt, attention as fp32 rows that sum to 1, all else normal."""
+        """Draw a field: positions and roles as in a prompt, attention as fp32 rows that sum to 1, others normal."""
         before, V = self.sizes.words * 35 // 64, self.cell.tokens
         column_S = torch.arange(V + self.sizes.words, device=self.device)
         word_Q = torch.cat([column_S[:before], column_S[before + V :]])

@@ -121,9 +121,9 @@ def test_only_a_ratio_above_the_limit_beyond_noise_fails():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 65}, "width 65 over 4 heads makes heads of 16.25"),
-        ({"heads": 8}, "choose a width that makes multiples of 16"),
-        ({"text": 3}, "A prompt needs 4 words"),
+        ({"width": 65}, "width 65 with 4 heads gives a head size of 16.25"),
+        ({"heads": 8}, "choose a multiple of 128"),
+        ({"text": 3}, "text must be at least 4"),
     ],
 )
 def test_shapes_that_cannot_be(change, message):
@@ -132,7 +132,7 @@ def test_shapes_that_cannot_be(change, message):
 
 
 def test_cases_that_cannot_be():
-    with pytest.raises(ValueError, match="No model 'gpt' for this benchmark; known: llava, qwen"):
+    with pytest.raises(ValueError, match="No model 'gpt' in this benchmark; choose one of llava, qwen"):
         case("gpt", 0)
     with pytest.raises(ValueError, match="keep 36 of 36 vision tokens drops nothing"):
         make_cases("llava", TOY, "random", (0,), (9, 36))
@@ -146,5 +146,10 @@ def test_the_script_prints_one_table(monkeypatch, capsys):
         runpy.run_path(str(ROOT / "scripts/bench_prefill.py"), run_name="__main__")
     assert stop.value.code in (0, 1)  # 1: at this size every stage costs more than it saves
     text = capsys.readouterr().out
-    assert "Prefill of 36 vision tokens and 10 words, random" in text
+    assert "Prefill of 36 vision tokens and 10 text tokens, random" in text
     assert text.count("0.0000") == 4
+    monkeypatch.setattr(sys, "argv", ["bench", *size, "--layer", "9", "--keep", "9"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts/bench_prefill.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1, "an impossible layer is one line"

@@ -106,7 +106,7 @@ def test_every_registered_pruner_gets_a_time(name, cell):
         assert len(row.seconds) == len(row.layer) == 1
         assert row.ratio is not None
     else:
-        assert "which no view here shows" in row.error
+        assert "which this benchmark does not provide" in row.error
 
 
 def test_fields_are_all_of_a_view_and_words_all_that_models_offer():
@@ -174,9 +174,9 @@ def test_what_fails_gets_a_row_and_the_others_go_on():
         outside(Needy, colour=1), "uniform",
     ]  # fmt: skip
     unknown, broken, generous, withdrawing, argument, fine = run(names, rounds=2).rows
-    assert unknown.error.startswith("needy needs wishes, which no view here shows; known: text, keys")
+    assert unknown.error.startswith("needy needs wishes, which this benchmark does not provide; it provides text, keys")
     assert broken.error == "no more"
-    assert generous.error == "generous kept [80, 80] of 80, asked for [9, 9]."
+    assert generous.error == "generous kept [80, 80] of 80, expected [9, 9]"
     assert (withdrawing.note != "", withdrawing.error, withdrawing.ratio) == (True, "", None)
     assert "colour" in argument.error
     assert fine.error == ""
@@ -227,11 +227,13 @@ def test_tiles(tokens, tiles):
 
 
 def test_what_cannot_be_measured():
-    with pytest.raises(ValueError, match="577 vision tokens in 1 samples cannot be: they must make equal squares"):
+    with pytest.raises(
+        ValueError, match="Cannot use 577 vision tokens in 1 samples: tokens must divide into equal squares"
+    ):
         Cell(577, 1)
     with pytest.raises(ValueError, match="at least one sample"):
         Cell(576, 0)
-    with pytest.raises(ValueError, match="0 rounds measure nothing"):
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         PrunerBench(["random"], [CELL], 0)
 
 
@@ -248,7 +250,7 @@ def test_the_script_prints_one_table_and_writes_json(monkeypatch, capsys, tmp_pa
     out = tmp_path / "pruners.json"
     assert script(monkeypatch, "--pruners", "random", "uniform", "--rounds", "2", "--json", str(out)) == 0
     text = capsys.readouterr().out
-    assert "Time of choosing / time of one decoder layer" in text
+    assert "Time of a selection / time of one decoder layer" in text
     assert "36 > 4, batch 1" in text
     assert "80 > 9, batch 1" in text
     assert "above one layer" in text.lower()

@@ -104,7 +104,7 @@ def test_only_a_gathered_step_at_a_ninth_can_fail(name, keep, low, ok):
 def test_what_cannot_be():
     with pytest.raises(ValueError, match="one of lora, full, got 'all'"):
         Work("all", TOY)
-    with pytest.raises(ValueError, match="needs a sample and 36 words, got 2 and 20"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1 and text at least 36, got 2 and 20"):
         Work("lora", Shape(**(vars(TOY) | {"text": 20})))
     with pytest.raises(ValueError, match="keep 36 of 36 vision tokens drops nothing"):
         make_arms(Work("lora", TOY), (36,))
@@ -119,5 +119,5 @@ def test_the_script_prints_a_table_for_each_way_to_adapt(monkeypatch, capsys):
     assert stop.value.code in (0, 1)  # 1: at this size what the stage costs is more than it saves
     text = capsys.readouterr().out
     assert text.count("gathered") == 2
-    assert "Training steps, lora: 2 x (36 vision tokens and 40 words), uniform" in text
+    assert "Training steps, lora: 2 x (36 vision tokens and 40 text tokens), uniform" in text
     assert "Training steps, full" in text

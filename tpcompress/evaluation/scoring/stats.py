@@ -103,6 +103,13 @@ def mean_interval(values_I: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return interval(np.concatenate([weights @ values_I / len(values_I) for weights in draws(len(values_I), seed)]))
 
 
+def median_interval(values_I: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the median of one value per repetition."""
+    values_I = np.asarray(values_I, dtype=np.float64)
+    drawn_WI = np.random.default_rng(seed).integers(len(values_I), size=(DRAWS, len(values_I)))
+    return interval(np.median(values_I[drawn_WI], axis=1))
+
+
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Elementwise part / whole, nan where the whole is zero."""
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
