@@ -15,8 +15,12 @@ from transformers import CLIPImageProcessorPil
 from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator, PromptCollator
 from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
-from tpcompress.evaluation.compare.config import Comparison, run_comparison
-from tpcompress.evaluation.compare.report import Report, Row
+from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.evaluation.compare.findings import findings
+from tpcompress.evaluation.compare.report import Report
+from tpcompress.evaluation.compare.row import Row
+from tpcompress.evaluation.compare.run import run_comparison
+from tpcompress.evaluation.compare.write import report_markdown
 from tpcompress.evaluation.downsample import downsampled, smaller_grid, tokens_per_image
 from tpcompress.evaluation.scoring.evaluate import evaluate, evaluate_by_generation, prepare
 from tpcompress.families import resolve
@@ -167,9 +171,9 @@ def test_the_arm_has_its_own_rows_and_is_resumed(tmp_path, monkeypatch):
     assert {keep: row.retained_tokens for keep, row in rows.items()} == {16: 16, 0.14: 20}
     assert rows[0.14].note.startswith("20 tokens, 5 x 4")
     assert all(row.pruner is None and row.num_images == 6 for row in rows.values())
-    assert "| smaller picture | 0.14 / 20 / 20 |" in report.to_markdown()
-    assert any(sentence.startswith("Pictures of 16 tokens, without any pruner") for sentence in report.findings())
-    monkeypatch.setattr("tpcompress.evaluation.compare.run.downsampled", lambda *a: pytest.fail("scored again"))
+    assert "| smaller image | 0.14 / 20 / 20 |" in report_markdown(report)
+    assert any(sentence.startswith("Smaller images of 16 tokens score") for sentence in findings(report))
+    monkeypatch.setattr("tpcompress.evaluation.compare.cells.downsampled", lambda *a: pytest.fail("scored again"))
     before = json.loads((out / "report.json").read_text())
     run_comparison(config, out, Console(quiet=True))
     assert json.loads((out / "report.json").read_text()) == before
@@ -190,7 +194,7 @@ def prepare_and_score(keep: int, num_images: int):
 def test_it_is_off_unless_asked_for():
     assert not Comparison().downsample
     report = Report([Row("dense", score=0.9, learnt=["a"], families={"a": 0.9})])
-    assert not any("smaller" in sentence or "Pictures" in sentence for sentence in report.findings())
+    assert not any("Smaller" in sentence for sentence in findings(report))
 
 
 @pytest.mark.parametrize("budgets", [[16], [16, 36]])

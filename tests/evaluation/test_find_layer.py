@@ -17,7 +17,7 @@ from tpcompress import PruningPlan, Stage, attach, detach
 from tpcompress.data import PromptCollator
 from tpcompress.data.benchmark import load_benchmark
 from tpcompress.evaluation import find_layer
-from tpcompress.evaluation.compare.config import run_comparison
+from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.find_layer import calibration_samples, run_find_layer, withdrawals
 from tpcompress.evaluation.layer_search import LayerScore, LayerSearch
 from tpcompress.families import resolve

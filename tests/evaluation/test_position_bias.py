@@ -11,8 +11,8 @@ from rich.console import Console
 
 from tpcompress import PruningPlan, Stage, attach, detach, record
 from tpcompress.data import ChatCollator
-from tpcompress.evaluation.compare.config import run_comparison
 from tpcompress.evaluation.compare.report import Report
+from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.figures.position_bias import bias_figure
 from tpcompress.evaluation.position_bias import PositionBias, RetentionMap, position_bias, uniformity
 from tpcompress.evaluation.scoring.evaluate import evaluate

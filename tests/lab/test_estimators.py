@@ -8,13 +8,19 @@ import torch
 import yaml
 from rich.console import Console
 
+from tpcompress.evaluation.engine import bench as engine
+from tpcompress.evaluation.engine.cell import Cell
+from tpcompress.evaluation.engine.plans import FreePruner
 from tpcompress.evaluation.scoring.scores import Scores
+from tpcompress.insertion.plan import Budget
 from tpcompress.lab.estimators.catalogue import ESTIMATORS, SCORER, Estimator, find_estimator, learns
-from tpcompress.lab.estimators.cells import Cell, FreeRule, Measuring, cells_of, training_of
+from tpcompress.lab.estimators.cells import cells_of, run_of
+from tpcompress.lab.estimators.config import EstimatorTable
 from tpcompress.lab.estimators.report import EstimatorReport
-from tpcompress.lab.estimators.run import Bench, run_estimators
+from tpcompress.lab.estimators.run import run_estimators
 from tpcompress.lab.estimators.toy_run import ENOUGH, Look, train_scorer, untrained
 from tpcompress.lab.estimators.toy_task import KEEP, TOKENS
+from tpcompress.lab.estimators.write import print_report, report_markdown, tables_of
 from tpcompress.pruners import create
 from tpcompress.pruners.registry import create_part
 from tpcompress.training.diagnostics import estimator_results as marks
@@ -154,8 +160,8 @@ TINY = {
 
 
 def test_the_shipped_file_is_read():
-    measuring = Measuring.from_file("recipes/tiny_llava/estimators.yaml")
-    assert {estimator.name for estimator in measuring.chosen()} == set(ESTIMATORS)
+    measuring = EstimatorTable.from_file("recipes/tiny_llava/estimators.yaml")
+    assert {estimator.name for estimator in measuring.on_toy()} == set(ESTIMATORS)
     cells = cells_of(measuring)
     assert len({cell.name for cell in cells}) == len(cells)
     rules = [rule.name for rule in measuring.free if rule.selects]
@@ -164,11 +170,11 @@ def test_the_shipped_file_is_read():
 
 
 def test_a_run_on_the_base_trains_the_scorer_alone_by_the_estimator():
-    measuring = Measuring.from_file("recipes/tiny_llava/estimators.yaml")
-    run = training_of(measuring, find_estimator("gumbel log_bias"), "question", 3)
+    measuring = EstimatorTable.from_file("recipes/tiny_llava/estimators.yaml")
+    run = run_of(measuring, find_estimator("gumbel log_bias"), "question", 3)
     assert run.recipe["model"]["train"] == []
-    assert run.recipe["model"]["scorer"]["full_every"] == 1
-    assert [loss["class_path"] for loss in run.recipe["model"]["scorer"]["losses"]] == ["Label", "OnBudget"]
+    assert run.recipe["model"]["pruner_phase"]["full_every"] == 1
+    assert [loss["class_path"] for loss in run.recipe["model"]["pruner_phase"]["losses"]] == ["Label", "OnBudget"]
     assert run.plan.reads_prompt
     assert run.plan.stages[0].keep_tokens == measuring.trained_at
     assert run.seed == 3
@@ -180,31 +186,31 @@ def test_a_run_on_the_base_trains_the_scorer_alone_by_the_estimator():
         ({"estimators": ["soft"]}, "No estimator 'soft'; known: soft value"),
         ({"step": [60]}, "unexpected keyword argument 'step'; known keys: base, out"),
         ({"steps": [60, 20]}, r"steps are rising counts such as \[60, 240\], got \[60, 20\]"),
-        ({"free": [{"pruner": "random", "seed": 0}]}, "unexpected keyword argument 'seed'"),
+        ({"free": [{"pruner": "random", "seed": 0}]}, "free: unknown key seed; known keys: pruner"),
     ],
 )
 def test_files_that_cannot_be(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
-        Measuring.from_file(write_config(tmp_path, **values))
+        EstimatorTable.from_file(write_config(tmp_path, **values))
 
 
 def test_a_table_from_end_to_end_is_interrupted_and_goes_on(tmp_path, monkeypatch):
     config, folder = write_config(tmp_path, **TINY), tmp_path / "out"
     console = Console(file=io.StringIO(), width=200)
-    made, make = [], Bench._make
+    made, make = [], engine.Bench._try
 
-    def stopped(self, cell: Cell):
+    def stopped(self, cell: Cell, cells):
         if len(made) == 4:
             raise KeyboardInterrupt
         made.append(cell.name)
-        return make(self, cell)
+        return make(self, cell, cells)
 
-    monkeypatch.setattr(Bench, "_make", stopped)
-    with pytest.raises(KeyboardInterrupt, match="Interrupted; 4 of 15 cells are kept in .*, the same command goes on"):
+    monkeypatch.setattr(engine.Bench, "_try", stopped)
+    with pytest.raises(KeyboardInterrupt, match="Interrupted; 4 of 16 cells are kept in .*, the same command goes on"):
         run_estimators(config, str(folder), None, console)
     first = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     assert len(first) == 4
-    monkeypatch.setattr(Bench, "_make", make)
+    monkeypatch.setattr(engine.Bench, "_try", make)
     report = run_estimators(config, str(folder), str(tmp_path / "marks.json"), console)
     assert all(path.stat().st_mtime_ns == when for path, when in first.items())
     # 2 on the task; dense, and 4 rules at 2 budgets; 2 estimators at 2 budgets.
@@ -220,9 +226,9 @@ def test_a_table_from_end_to_end_is_interrupted_and_goes_on(tmp_path, monkeypatc
     assert len(list(csv.DictReader((folder / "report.csv").open()))) == len(lines)
     assert "| soft noise |" in (folder / "report.md").read_text()
     # Nothing is left to do, and other settings are not mixed in.
-    monkeypatch.setattr(Bench, "_make", lambda *_: pytest.fail("a cell was made twice"))
+    monkeypatch.setattr(engine.Bench, "_try", lambda *_: pytest.fail("a cell was made twice"))
     run_estimators(config, str(folder), None, console)
-    with pytest.raises(ValueError, match="is of other settings; choose another --out"):
+    with pytest.raises(ValueError, match=r"another setting \(plan\); remove that folder"):
         run_estimators(write_config(tmp_path, **(TINY | {"trained_at": 9})), str(folder), None, console)
 
 
@@ -257,7 +263,8 @@ def made_report() -> EstimatorReport:
     for row, selects in (("uniform", True), ("divprune", True), ("pool", False)):
         records.append(record("free", row, score=shares[row], selects=selects))
     records += [record("base", "soft noise", seed, 16, "blind", score=shares["soft noise"]) for seed in (0, 1)]
-    return EstimatorReport(records, lambda name: answers(shares[name.split("-")[1]]), {"base": "tiny"})
+    scores = {r["name"]: answers(shares[r["row"]]) for r in records if r["row"] in shares and r["table"] != "retrieval"}
+    return EstimatorReport(records, scores, {"base": "tiny"})
 
 
 def test_lines_are_means_with_intervals_and_paired_differences():
@@ -285,31 +292,31 @@ def test_marks_ask_every_seed():
 
 def test_findings_name_what_fails_and_what_is_best():
     text = " ".join(made_report().findings())
-    assert "1 of 2 estimators teach a scorer without knowledge in 120 steps" in text
+    assert "1 of 2 estimators train a scorer from scratch in 120 steps" in text
     assert "not: soft scale." in text
     assert "at 16 tokens: dense" not in text
     assert "pool 97.0, divprune 80.0, uniform 50.0" in text
-    assert "best is soft noise with 90.0 %, +10.0 [" in text
+    assert "best on this base is soft noise with 90.0 %, +10.0 [" in text
 
 
 def test_markdown_and_terminal_have_the_same_tables():
     report, out = made_report(), io.StringIO()
-    report.print(Console(file=out, width=250))
-    markdown, printed = report.to_markdown(), " ".join(out.getvalue().split())
-    for title, header, rows in report.tables():
-        assert title in printed  # over a narrow table it is broken in two
-        assert f"## {title}" in markdown
-        for row in rows:
-            assert len(row) == len(header)
+    print_report(report, Console(file=out, width=250))
+    markdown, printed = report_markdown(report), " ".join(out.getvalue().split())
+    for table in tables_of(report):
+        assert table.title in printed  # over a narrow table it is broken in two
+        assert f"## {table.title}" in markdown
+        for row in table.rows:
+            assert len(row) == len(table.header)
             assert "| " + " | ".join(row) + " |" in markdown
-    assert len(report.tables()) == 3
+    assert len(tables_of(report)) == 3
 
 
 def test_a_rule_knows_whether_it_selects():
-    assert FreeRule("divprune").selects
-    assert not FreeRule({"type": "merged", "proportional": True}, label="by size").selects
-    assert FreeRule({"type": "merged"}, label="by size").name == "by size"
-    assert FreeRule("random").plan(9, 3).stages[0].pruner.seed == 3
+    assert FreePruner("divprune").selects
+    assert not FreePruner({"type": "merged", "proportional": True}, label="by size").selects
+    assert FreePruner({"type": "merged"}, label="by size").name == "by size"
+    assert FreePruner("random").plan(Budget(keep_tokens=9), 3).stages[0].pruner.seed == 3
 
 
 def test_looks_need_both():

@@ -17,6 +17,9 @@ import torch
 import yaml
 from rich.console import Console
 
+from tpcompress.evaluation.engine import bench as engine
+from tpcompress.evaluation.engine.bench import Bench
+from tpcompress.evaluation.engine.cell import Made
 from tpcompress.evaluation.engine.locks import claim
 from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.evaluation.scoring.scores import Scores
@@ -24,12 +27,10 @@ from tpcompress.evaluation.scoring.seeds import gain_of, pooled, score_of
 from tpcompress.evaluation.scoring.stats import t_quantile
 from tpcompress.insertion.attach import attach, budgets, plan_of
 from tpcompress.insertion.plan import Budget
-from tpcompress.lab.study import run as study_work
-from tpcompress.lab.study.cells import CONTROL, DENSE, FREE, cells_of, merged, runs_of
-from tpcompress.lab.study.config import Ablation, Contender, Study, Way, run_study
-from tpcompress.lab.study.run import Workshop
-from tpcompress.lab.study.tables import write_tables
-from tpcompress.lab.study.text import BEGIN, END, fill
+from tpcompress.lab.study.cells import CONTROL, DENSE, FREE, cells_of, merged
+from tpcompress.lab.study.config import Ablation, Contender, Study, Way
+from tpcompress.lab.study.run import open_bench, run_study
+from tpcompress.lab.study.tables import BEGIN, END, fill, write_tables
 from tpcompress.models import load_base
 from tpcompress.training.checkpoints.load import load_trained
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
@@ -58,6 +59,10 @@ def small(**others) -> Study:
     return Study(**(values | others))
 
 
+def place(cell, *names: str) -> tuple:
+    return tuple(cell.labels[name] for name in names)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "cells").iterdir()}
 
@@ -75,7 +80,7 @@ def test_the_shipped_study_has_all_it_promises(shipped):
     pruners, budgets, ways, seeds = map(len, (shipped.contenders, shipped.budgets, shipped.ways, shipped.seeds))
     assert (pruners, budgets, ways, seeds) == (9, 3, 2, 3)
     assert len({cell.name for cell in cells}) == len(cells)
-    assert Counter(cell.table for cell in cells) == {
+    assert Counter(cell.labels["table"] for cell in cells) == {
         "base": 2,
         # control and ways in every seed, dense control too; training-free once, and random in every seed
         "grid": pruners * budgets * (1 + ways) * seeds + seeds + budgets * (pruners - 1 + seeds),
@@ -83,12 +88,12 @@ def test_the_shipped_study_has_all_it_promises(shipped):
         "pruners": pruners * (pruners - 1) * seeds,
         "ablations": len(shipped.ablations) * seeds,
     }
-    runs = {run.name for cell in cells for run in runs_of(cell)}
+    runs = {run.name for cell in cells for run in cell.runs}
     assert len(runs) == pruners * budgets * ways * seeds + seeds + len(shipped.ablations) * seeds
 
 
 def test_the_grid_comes_first_then_seed_by_seed_the_matrices_and_the_ablations(shipped):
-    order = [(cell.table, cell.seed) for cell in cells_of(shipped)]
+    order = [(cell.labels["table"], cell.labels["seed"]) for cell in cells_of(shipped)]
     ranks = [
         {"base": 0, "grid": 1 + s, "budgets": 4 + 2 * s, "pruners": 4 + 2 * s, "ablations": 5 + 2 * s}[t]
         for t, s in order
@@ -99,13 +104,15 @@ def test_the_grid_comes_first_then_seed_by_seed_the_matrices_and_the_ablations(s
 
 def test_a_run_needs_nothing_that_comes_later(shipped):
     """Matrices reuse the runs of the grid: none trains anything that the grid has not trained."""
-    grid = {run.name for cell in cells_of(shipped) if cell.table == "grid" for run in runs_of(cell)}
-    other = {run.name for cell in cells_of(shipped) if cell.table in ("budgets", "pruners") for run in runs_of(cell)}
+    grid = {run.name for cell in cells_of(shipped) if cell.labels["table"] == "grid" for run in cell.runs}
+    other = {
+        run.name for cell in cells_of(shipped) if cell.labels["table"] in ("budgets", "pruners") for run in cell.runs
+    }
     assert other <= grid
 
 
 def test_arms_differ_by_what_they_say_alone(shipped):
-    runs = {run.name: run for cell in cells_of(shipped) for run in runs_of(cell)}
+    runs = {run.name: run for cell in cells_of(shipped) for run in cell.runs}
     plain, taught = runs["in-the-loop-pool-16-seed1"], runs["in-the-loop-KL-pool-16-seed1"]
     dense = runs["dense-seed1"]
     assert plain.recipe == dense.recipe == shipped.recipe
@@ -115,21 +122,23 @@ def test_arms_differ_by_what_they_say_alone(shipped):
 
 
 def test_a_learned_pruner_is_tested_with_its_own_weights_and_stands_in_untrained(shipped):
-    cells = {(c.way, c.table, c.pruner, c.tested, c.budget, c.tested_budget, c.seed): c for c in cells_of(shipped)}
+    cells = {
+        place(c, "way", "table", "pruner", "tested", "budget", "tested_budget", "seed"): c for c in cells_of(shipped)
+    }
     free = cells[FREE, "grid", "gate", "gate", None, 16, 0]
     control = cells[CONTROL, "grid", "gate", "gate", None, 16, 0]
     assert free.gate is None
-    assert control.training.plan is None
+    assert control.run.plan is None
     assert {c.plan.stages[0].pruner.name for c in (free, control)} == {"novelty"}
     own = cells["in the loop", "budgets", "gate", "gate", 36, 9, 2]
-    assert own.gate is own.training
+    assert own.gate is own.run
     foreign = cells["in the loop", "pruners", "pool", "gate", 16, 16, 2]
-    assert (foreign.training.name, foreign.gate.name) == ("in-the-loop-pool-16-seed2", "in-the-loop-gate-16-seed2")
+    assert (foreign.run.name, foreign.gate.name) == ("in-the-loop-pool-16-seed2", "in-the-loop-gate-16-seed2")
 
 
 @pytest.mark.parametrize("table", ["grid", pytest.param("ablations", marks=pytest.mark.slow)])
 def test_every_recipe_of_the_shipped_study_is_one(table, shipped, tmp_path):
-    runs = [run for cell in cells_of(shipped) if cell.table == table for run in runs_of(cell)]
+    runs = [run for cell in cells_of(shipped) if cell.labels["table"] == table for run in cell.runs]
     recipes = {json.dumps(run.recipe): run for run in runs}
     assert len(recipes) >= 4
     for run in recipes.values():
@@ -167,7 +176,7 @@ def test_a_study_that_cannot_be_says_why(change, said):
 def test_an_unknown_key_is_named(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text("budget: [16]")
-    with pytest.raises(ValueError, match="'budget'; known keys: recipe, contenders"):
+    with pytest.raises(ValueError, match="'budget'; known keys: base, .*recipe, contenders"):
         Study.from_file(str(path))
 
 
@@ -201,22 +210,25 @@ def test_a_process_that_is_killed_lets_go(tmp_path):
 # ---------------------------------------------------------------------------------------------------- work
 
 
+DONE = small(
+    ways=(Way("loop"), Way("taught", {"model": KL})),
+    budgets=(16, 9),
+    ablations=(Ablation("reserve", "gate", "loop", pruner={"reserve": 2}),),
+)
+"""The study that most tests look at."""
+
+
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
+def bench(tmp_path_factory) -> Bench:
     """One process that has made a whole study of two steps a run."""
-    study = small(
-        ways=(Way("loop"), Way("taught", {"model": KL})),
-        budgets=(16, 9),
-        ablations=(Ablation("reserve", "gate", "loop", pruner={"reserve": 2}),),
-    )
-    workshop = Workshop.open(study, tmp_path_factory.mktemp("study"), QUIET)
-    assert workshop.work(cells_of(study)) == len(cells_of(study))
-    return workshop
+    bench = open_bench(DONE, tmp_path_factory.mktemp("study"), QUIET)
+    assert bench.work(cells_of(DONE)) == len(cells_of(DONE))
+    return bench
 
 
 @pytest.fixture(scope="module")
-def done(workshop) -> tuple[Study, Path]:
-    return workshop.study, workshop.folder
+def done(bench) -> tuple[Study, Path]:
+    return DONE, bench.folder
 
 
 def test_every_cell_is_made_and_every_run_kept(done):
@@ -224,10 +236,10 @@ def test_every_cell_is_made_and_every_run_kept(done):
     cells = cells_of(study)
     for cell in cells:
         record = json.loads((folder / "cells" / f"{cell.name}.json").read_text())
-        scores = Scores.load(folder / "cells" / record["answers"])
-        assert record["exact_match"] == pytest.approx(scores.families, nan_ok=True)
+        scores = Scores.load(folder / "cells" / f"{cell.name}.npz")
+        assert record["metric"] == scores.metric == "exact_match"
         assert scores.num_images == study.num_images
-    for run in {run.name: run for cell in cells for run in runs_of(cell)}.values():
+    for run in {run.name: run for cell in cells for run in cell.runs}.values():
         model = load_trained(folder / "train" / run.name).model
         assert (run.plan is None) or plan_of(model).to_dict() == run.plan.to_dict()
     assert not list(folder.rglob("*.part*"))
@@ -236,16 +248,16 @@ def test_every_cell_is_made_and_every_run_kept(done):
 def test_a_second_run_makes_nothing_and_changes_nothing(done, monkeypatch):
     study, folder = done
     before = files(folder)
-    monkeypatch.setattr(study_work, "train", lambda *a: pytest.fail("trained again"))
-    monkeypatch.setattr(study_work, "evaluate", lambda *a, **k: pytest.fail("tested again"))
-    assert Workshop.open(study, folder, QUIET).work(cells_of(study)) == 0
+    monkeypatch.setattr(engine, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(Bench, "test", lambda *a, **k: pytest.fail("tested again"))
+    assert open_bench(study, folder, QUIET).work(cells_of(study)) == 0
     assert files(folder) == before
 
 
 def test_a_run_is_what_fit_makes_of_its_recipe(done, tmp_path):
     """Pictures kept from run to run and encoded once change no weight."""
     study, folder = done
-    run = next(r for c in cells_of(study) for r in runs_of(c) if r.name == "taught-gate-9-seed0")
+    run = next(r for c in cells_of(study) for r in c.runs if r.name == "taught-gate-9-seed0")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(run.recipe))
     args = ["fit", "--config", str(path), "--model.plan", json.dumps(run.plan.to_dict()), "--seed_everything", "0"]
@@ -257,19 +269,19 @@ def test_a_run_is_what_fit_makes_of_its_recipe(done, tmp_path):
     assert any(not torch.equal(base[name], ours[name]) for name in base)  # it has learnt something
 
 
-def test_a_cell_is_what_its_model_answers(workshop):
+def test_a_cell_is_what_its_model_answers(bench):
     """Own budget and another one; weights of the gate from its run."""
-    study, folder = workshop.study, workshop.folder
-    cells = {(c.table, c.way, c.pruner, c.budget, c.tested, c.tested_budget): c for c in cells_of(study)}
+    study, folder = DONE, bench.folder
+    cells = {place(c, "table", "way", "pruner", "budget", "tested", "tested_budget"): c for c in cells_of(study)}
     model = load_trained(folder / "train" / "loop-gate-16-seed0").model
-    expected = evaluate(model, workshop.processor, workshop.data, pack=True)
+    expected = evaluate(model, bench.processor, bench.task.rows, pack=True)
     assert_same(folder, cells["grid", "loop", "gate", 16, "gate", 16], expected)
     with budgets(model, [Budget(keep_tokens=9)]):
-        expected = evaluate(model, workshop.processor, workshop.data, pack=True)
+        expected = evaluate(model, bench.processor, bench.task.rows, pack=True)
     assert_same(folder, cells["budgets", "loop", "gate", 16, "gate", 9], expected)
     free = cells["grid", FREE, "random", None, "random", 16]
     model = attach(load_base("tiny_llava"), free.plan).eval()
-    assert_same(folder, free, evaluate(model, workshop.processor, workshop.data, pack=True))
+    assert_same(folder, free, evaluate(model, bench.processor, bench.task.rows, pack=True))
 
 
 def assert_same(folder, cell, expected: Scores) -> None:
@@ -279,16 +291,16 @@ def assert_same(folder, cell, expected: Scores) -> None:
     np.testing.assert_allclose(loss, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_are_encoded_once_for_all_runs(workshop):
-    runs = {run.name for cell in cells_of(workshop.study) for run in runs_of(cell)}
+def test_images_are_encoded_once_for_all_runs(bench):
+    runs = {run.name for cell in cells_of(DONE) for run in cell.runs}
     assert len(runs) > 5
-    assert len(workshop.kept) == workshop.study.recipe["data"]["init_args"]["num_train"]
+    assert len(bench.kept) == DONE.recipe["data"]["init_args"]["num_train"]
 
 
 def test_an_interrupted_study_keeps_what_it_has_and_goes_on(tmp_path, monkeypatch):
     study = small(contenders=(Contender("pool", "pool"), Contender("uniform", "uniform")))
-    cells = [cell for cell in cells_of(study) if cell.table == "grid"]
-    calls, real = [], study_work.train
+    cells = [cell for cell in cells_of(study) if cell.labels["table"] == "grid"]
+    calls, real = [], engine.train
 
     def interrupted(training, *others):
         calls.append(training.name)
@@ -296,12 +308,12 @@ def test_an_interrupted_study_keeps_what_it_has_and_goes_on(tmp_path, monkeypatc
             raise KeyboardInterrupt
         real(training, *others)
 
-    monkeypatch.setattr(study_work, "train", interrupted)
+    monkeypatch.setattr(engine, "train", interrupted)
     with pytest.raises(KeyboardInterrupt, match="kept in .*the same command goes on"):
-        Workshop.open(study, tmp_path, QUIET).work(cells)
+        open_bench(study, tmp_path, QUIET).work(cells)
     kept = files(tmp_path)
     assert 0 < len(kept) // 2 < len(cells)
-    made = Workshop.open(study, tmp_path, QUIET).work(cells)
+    made = open_bench(study, tmp_path, QUIET).work(cells)
     assert made == len(cells) - len(kept) // 2
     assert {name: content for name, content in files(tmp_path).items() if name in kept} == kept
     assert calls[0] not in calls[2:]  # the finished run is not done again, the interrupted one is
@@ -310,7 +322,7 @@ def test_an_interrupted_study_keeps_what_it_has_and_goes_on(tmp_path, monkeypatc
 
 def test_what_another_process_holds_is_left_until_it_lets_go(tmp_path, monkeypatch):
     study = small(contenders=(Contender("pool", "pool"), Contender("uniform", "uniform")))
-    cells = [cell for cell in cells_of(study) if cell.table in ("base", "grid")]
+    cells = [cell for cell in cells_of(study) if cell.labels["table"] in ("base", "grid")]
     held = [tmp_path / "locks" / "cell-base-dense.lock", tmp_path / "locks" / "train-loop-pool-16-seed0.lock"]
     waits = []
     with claim(held[0]) as first:
@@ -324,37 +336,37 @@ def test_what_another_process_holds_is_left_until_it_lets_go(tmp_path, monkeypat
             second.__exit__(None, None, None)
             assert len(waits) == 1
 
-        monkeypatch.setattr(study_work.time, "sleep", look)
+        monkeypatch.setattr(engine.time, "sleep", look)
         without = [cell for cell in cells if cell.name != "base-dense"]
-        assert Workshop.open(study, tmp_path, QUIET).work(without) == len(without)
+        assert open_bench(study, tmp_path, QUIET).work(without) == len(without)
         assert "base-dense" not in {path.stem for path in (tmp_path / "cells").glob("*.json")}
-    trained = next(cell for cell in without if cell.training and cell.training.name == "loop-pool-16-seed0")
+    trained = next(cell for cell in without if cell.run and cell.run.name == "loop-pool-16-seed0")
     assert waits == [{cell.name for cell in without} - {trained.name}]
-    assert Workshop.open(study, tmp_path, QUIET).work(cells) == 1
+    assert open_bench(study, tmp_path, QUIET).work(cells) == 1
 
 
 def test_a_run_that_meets_a_nan_stops_no_other(tmp_path, monkeypatch):
     study = small(contenders=(Contender("pool", "pool"), Contender("uniform", "uniform")))
-    cells, real = [cell for cell in cells_of(study) if cell.table == "grid"], study_work.train
+    cells, real = [cell for cell in cells_of(study) if cell.labels["table"] == "grid"], engine.train
 
     def diverging(training, *others):
         if training.name == "loop-pool-16-seed0":
-            raise study_work.NonFiniteLoss("loss is nan at step 1.")
+            raise engine.NonFiniteLoss("loss is nan at step 1.")
         real(training, *others)
 
-    monkeypatch.setattr(study_work, "train", diverging)
+    monkeypatch.setattr(engine, "train", diverging)
     with pytest.raises(ValueError, match=r"^1 cells could not be made, grid-loop-pool.*nan at step 1.*All others"):
-        Workshop.open(study, tmp_path, QUIET).work(cells)
+        open_bench(study, tmp_path, QUIET).work(cells)
     assert len(list((tmp_path / "cells").glob("*.json"))) == len(cells) - 1
 
 
 def test_a_folder_of_another_study_or_recipe_is_refused(done):
     study, folder = done
-    with pytest.raises(ValueError, match="another study"):
-        Workshop.open(replace(study, num_images=7), folder, QUIET)
+    with pytest.raises(ValueError, match=r"another setting \(data, task\)"):
+        open_bench(replace(study, num_images=7), folder, QUIET).work(cells_of(study))
     changed = replace(study, recipe=merged(study.recipe, {"trainer": {"max_steps": 3}}))
-    with pytest.raises(ValueError, match="another recipe or plan"):
-        Workshop.open(changed, folder, QUIET).work(cells_of(changed))
+    with pytest.raises(ValueError, match=r"another setting \(recipe\); remove that folder"):
+        open_bench(changed, folder, QUIET).work(cells_of(changed))
 
 
 @pytest.mark.slow
@@ -458,15 +470,16 @@ def test_students_t_between_the_tabulated():
 def made_up(tmp_path) -> tuple[Study, Path]:
     """Cells with known answers: `a` is learnt, `b` is not; the loop gains one question in four over its control."""
     study = small(seeds=(0, 1, 2), contenders=(Contender("pool", "pool"), Contender("uniform", "uniform")))
-    (tmp_path / "cells").mkdir()
+    bench = open_bench(study, tmp_path, QUIET)
+    bench.check(cells_of(study))
     for cell in cells_of(study):
-        right = {"base-dense": 4, "base-blind": 0}.get(cell.name, {CONTROL: 2, FREE: 1, "loop": 3}.get(cell.way, 0))
-        if cell.pruner == "uniform" and cell.way == "loop" and cell.seed:
+        way, labels = cell.labels["way"], cell.labels
+        right = {"base-dense": 4, "base-blind": 0}.get(cell.name, {CONTROL: 2, FREE: 1, "loop": 3}.get(way, 0))
+        if labels["pruner"] == "uniform" and way == "loop" and labels["seed"]:
             continue  # not there yet
         right_IF = np.stack([np.full(20, right), np.ones(20)], 1)
-        answers(right_IF).save(tmp_path / "cells" / f"{cell.name}.npz")
-        (tmp_path / "cells" / f"{cell.name}.json").write_text("{}")
-    write_tables(study, cells_of(study), tmp_path)
+        bench._write(cell, Made(scores=answers(right_IF)), {})
+    write_tables(study, cells_of(study), bench)
     return study, tmp_path
 
 
@@ -501,7 +514,7 @@ def test_tables_mark_what_was_not_learnt_what_is_missing_and_what_is_clear(made_
 
 def test_tables_of_an_empty_folder_say_nothing(tmp_path):
     study = small()
-    write_tables(study, cells_of(study), tmp_path)
+    write_tables(study, cells_of(study), open_bench(study, tmp_path, QUIET))
     assert json.loads((tmp_path / "tables.json").read_text()) == []
     assert f"0 of {len(cells_of(study))} cells" in (tmp_path / "tables.md").read_text()
 

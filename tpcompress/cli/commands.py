@@ -99,7 +99,7 @@ def compare(config: str, out: str | None = None) -> int:
         config: a comparison file, e.g. recipes/tiny_llava/compare.yaml.
         out: folder of the results; default: the file's own.
     """
-    from tpcompress.evaluation.compare.config import run_comparison
+    from tpcompress.evaluation.compare.run import run_comparison
 
     run_comparison(config, out, console)
     return 0
@@ -114,7 +114,7 @@ def study(config: str, out: str | None = None, tables: bool = False, into: str |
         tables: only make the tables of what is there.
         into: a document whose tables, between its two markers, are made anew.
     """
-    from tpcompress.lab.study.config import run_study
+    from tpcompress.lab.study.run import run_study
 
     run_study(config, out, console, tables, into)
     return 0

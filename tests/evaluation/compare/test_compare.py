@@ -10,22 +10,21 @@ from rich.console import Console
 from tpcompress.bundled import recipes_folder
 from tpcompress.cli import quickstart as quickstart_module
 from tpcompress.cli.quickstart import CONFIG, run_quickstart
-from tpcompress.evaluation.compare.config import Comparison, run_comparison
+from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.evaluation.compare.run import run_comparison
 
 ROW_KEYS = {"arm", "pruner", "keep_tokens", "vision_tokens", "seed", "score", "ci95", "families", "learnt"}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
-    """The quickstart with fewer pictures, budgets and steps."""
+    """The quickstart with fewer images, budgets and steps."""
     folder = tmp_path_factory.mktemp("recipes")
     values = yaml.safe_load((recipes_folder() / "tiny_llava/quickstart.yaml").read_text())
     for path in [values["control"], *values["training_aware"]]:
         recipe = yaml.safe_load((recipes_folder().parent / path).read_text())
         recipe["trainer"]["max_steps"] = 4
         recipe["data"]["init_args"].update(batch_size=2, num_val=0)
-        if "scorer" in recipe["model"]:
-            recipe["model"]["scorer"]["steps"] = 2
         (folder / Path(path).name).write_text(yaml.safe_dump(recipe))
     values |= {"num_images": 8, "budgets": [16]}
     names = ("random", "novelty", "merged", "pool")
@@ -75,7 +74,7 @@ def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
 def test_a_second_run_reuses_every_row_and_run(done, config, monkeypatch):
     folder, _ = done
     before = json.loads((folder / "report.json").read_text())
-    monkeypatch.setattr("tpcompress.evaluation.compare.run.run_recipe", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("tpcompress.evaluation.engine.bench.train", lambda *a: pytest.fail("trained again"))
     run_comparison(config, folder, Console(quiet=True))
     assert json.loads((folder / "report.json").read_text())["rows"] == before["rows"]
 
@@ -84,9 +83,8 @@ def test_an_interrupted_comparison_goes_on_with_the_missing_rows(done, config, m
     folder, _ = done
     report = json.loads((folder / "report.json").read_text())
     lost = [row for row in report["rows"] if row["arm"] == "training_aware" and row["pruner"] == "pool"]
-    kept = [row for row in report["rows"] if row not in lost]
-    (folder / "report.json").write_text(json.dumps(report | {"rows": kept}))
-    monkeypatch.setattr("tpcompress.evaluation.compare.run.run_recipe", lambda *a: pytest.fail("trained again"))
+    (folder / "cells" / "training-aware-pool-l0-16-seed0.json").unlink()
+    monkeypatch.setattr("tpcompress.evaluation.engine.bench.train", lambda *a: pytest.fail("trained again"))
     again = run_comparison(config, folder, Console(quiet=True))
     row = again.find("training_aware", "pool", 16)
     assert row is not None
@@ -137,5 +135,5 @@ def test_a_wrong_comparison_is_one_line(tmp_path, change, message):
 def test_a_folder_of_another_comparison_is_refused(done, tmp_path):
     folder, _ = done
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"num_images": 3}))
-    with pytest.raises(ValueError, match="another comparison"):
+    with pytest.raises(ValueError, match=r"another setting \(data, task\); choose another --out"):
         run_comparison(str(tmp_path / "c.yaml"), folder, Console(quiet=True))

@@ -6,7 +6,8 @@ from PIL import Image
 
 import tpcompress as tp
 from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
-from tpcompress.evaluation.compare.report import Report, Row
+from tpcompress.evaluation.compare.report import Report
+from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.figures.retained import Retained, retained_figure, retained_masks
 
 

@@ -1,47 +1,19 @@
-"""The comparison: dense, control, training-free and training-aware rows from one file, resumable row by row."""
+"""The file of a comparison: pruners to run without training, recipes to train, and their control."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from tpcompress.evaluation.compare.report import Report
-from tpcompress.evaluation.compare.run import Run
-from tpcompress.evaluation.engine.config import keys_of, read_settings
-from tpcompress.evaluation.engine.plans import budget_of, key_of, recipe_plan
+from tpcompress.bundled import find_config
+from tpcompress.evaluation.engine.cell import slug
+from tpcompress.evaluation.engine.config import Config
+from tpcompress.evaluation.engine.plans import FreePruner, budget_of, key_of, recipe_plan
 from tpcompress.insertion.plan import Budget
 
 
 @dataclass(frozen=True)
-class FreeArm:
-    """A pruner that runs without training.
-
-    Attributes:
-        pruner: its name, or `{type: name, ...arguments}`.
-        layer: first decoder layer that sees fewer tokens.
-        budgets: budgets to run it at; default: the comparison's. 0 is for a pruner that withdraws (vtw).
-        seeds: one row per seed, for pruners that take one.
-        label: name of its rows, where a pruner runs with several sets of arguments; default: the pruner's.
-    """
-
-    pruner: Any
-    layer: int = 0
-    budgets: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = ()
-    label: str | None = None
-
-    @property
-    def name(self) -> str:
-        """What stands in the table."""
-        return self.label or str(self.pruner["type"] if isinstance(self.pruner, dict) else self.pruner)
-
-
-@dataclass(frozen=True)
-class AwareArm:
+class TrainedRecipe:
     """A recipe to train with its pruner in the loop.
 
     Attributes:
@@ -56,111 +28,66 @@ class AwareArm:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a comparison file says.
+class Comparison(Config):
+    """Keys of a comparison file, beside those of `Config`.
 
     Attributes:
-        base: the model all rows start from.
-        out: folder of the results.
         budgets: whole numbers are tokens per image, fractions are keep ratios.
-        training_free: `FreeArm`s; a bare name is one at layer 0.
-        training_aware: `AwareArm`s; a bare path is one at the first budget.
+        training_free: pruners without training; a bare name is one at layer 0.
+        training_aware: recipes to train; a bare path is one at the first budget.
         control: recipe of the dense model with the same extra steps.
-        downsample: the base on smaller pictures at every budget, without a pruner.
-        num_images: held-out images of the benchmark's test split.
-        seed: of the benchmark's pictures and of the bootstrap.
-        batch_size: images per evaluation batch.
-    """
-
-    base: str = "tiny_llava"
-    out: str = "runs/compare"
-    budgets: tuple[float, ...] = (16,)
-    training_free: tuple[FreeArm, ...] = ()
-    training_aware: tuple[AwareArm, ...] = ()
-    control: str | None = None
-    downsample: bool = False
-    num_images: int = 1024
-    seed: int = 0
-    batch_size: int = 64
-
-    @classmethod
-    def from_file(cls, path: str) -> Comparison:
-        """Read a comparison file.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: unknown or malformed key.
-        """
-        values = read_settings(path, "base, budgets, training_free")
-        free = [a if isinstance(a, dict) and "pruner" in a else {"pruner": a} for a in values.pop("training_free", [])]
-        aware = [a if isinstance(a, dict) else {"recipe": a} for a in values.pop("training_aware", [])]
-        with keys_of(cls, path):
-            comparison = cls(
-                training_free=tuple(FreeArm(**a) for a in free),
-                training_aware=tuple(AwareArm(**a) for a in aware),
-                **values,
-            )
-        rows = [(arm.name, arm.layer, value) for arm in comparison.training_free for value in arm.budgets or (None,)]
-        twice = next((row for row in rows if rows.count(row) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{path}: two training-free rows are named {twice[0]} at layer {twice[1]}; give a label.")
-        if not comparison.budgets:
-            raise ValueError(f"{path}: budgets is empty; give counts such as 16 or ratios such as 0.111.")
-        if any(aware.seeds and len(set(aware.seeds)) < len(aware.seeds) for aware in comparison.training_aware):
-            raise ValueError(f"{path}: a recipe lists the same seed twice.")
-        return comparison
-
-
-def run_comparison(config: str | Comparison, out: str | Path | None, console: Console) -> Report:
-    """Run every row that is not in the folder's report yet, then print the table and write report and figures.
-
-    Args:
-        config: a comparison, or its file.
-        out: folder of the results; default: the comparison's.
-        console: where progress and table go.
-    """
-    comparison = Comparison.from_file(config) if isinstance(config, str) else config
-    run = start(comparison, out, console)
-    run_arms(comparison, run)
-    return run.finish()
-
-
-def start(comparison: Comparison, out: str | Path | None, console: Console) -> Run:
-    """Load base, data and the rows that an earlier attempt left."""
-    settings = (comparison.base, comparison.num_images, comparison.seed, comparison.batch_size)
-    return Run.begin(Path(out or comparison.out), console, *settings)
-
-
-def run_arms(comparison: Comparison, run: Run) -> None:
-    """All rows of a comparison, in the order of the table.
+        downsample: add the base on smaller images at every budget, without a pruner.
 
     Raises:
-        ValueError: two recipes would share their rows.
+        ValueError: no budget, a seed twice, or rows that cannot be told apart.
     """
-    trained = [(a, budget_of(v)) for a in comparison.training_aware for v in a.budgets or comparison.budgets[:1]]
-    _check_told_apart(trained)
-    run.dense()
-    for value in comparison.budgets if comparison.downsample else ():
-        run.downsampled(budget_of(value))  # early: a family that cannot do it says so before hours of other rows
-    shared = [(arm, value) for value in comparison.budgets for arm in comparison.training_free if not arm.budgets]
-    own = [(arm, value) for arm in comparison.training_free for value in arm.budgets]
-    for arm, value in shared + own:
-        for seed in arm.seeds or (None,):
-            run.training_free(arm.pruner, arm.layer, budget_of(value), seed, arm.name)
-    if comparison.control:
-        run.control(comparison.control, [(aware.recipe, budget) for aware, budget in trained])
-    for aware, budget in trained:
-        for seed in aware.seeds:
-            run.training_aware(aware.recipe, budget, seed)
 
+    out: str = "runs/compare"
+    num_images: int = 1024
+    budgets: tuple[float, ...] = (16,)
+    training_free: tuple[FreePruner, ...] = ()
+    training_aware: tuple[TrainedRecipe, ...] = ()
+    control: str | None = None
+    downsample: bool = False
 
-def _check_told_apart(trained: Sequence[tuple[AwareArm, Budget]]) -> None:
-    """See that no two recipes train the same pruner at the same budget: rows and runs are named by these."""
-    seen: dict[tuple[str | None, int, float | None], str] = {}
-    for arm, budget in trained:
-        key = key_of(recipe_plan(arm.recipe, budget))
-        if seen.setdefault(key, arm.recipe) != arm.recipe:
-            raise ValueError(
-                f"{seen[key]} and {arm.recipe} both train {key[0]} at {key[2]}; compare them in two files, each with "
-                f"its own out."
-            )
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise ValueError("budgets is empty; give counts such as 16 or ratios such as 0.111.")
+        groups: dict[str, tuple[float, ...]] = {"budgets": self.budgets}
+        for free in self.training_free:
+            groups |= {f"budgets of {free.name}": free.budgets, f"seeds of {free.name}": free.seeds}
+        for trained in self.training_aware:
+            groups |= {f"budgets of {trained.recipe}": trained.budgets, f"seeds of {trained.recipe}": trained.seeds}
+        for what, values in groups.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what}: the same value is listed twice.")
+        rows = Counter((slug(p.name).casefold(), p.layer, value) for p in self.training_free for value in self.at(p))
+        twice = next((row for row, number in rows.items() if number > 1), None)
+        if twice is not None:
+            raise ValueError(f"two training-free rows are named {twice[0]} at layer {twice[1]}; give one a label.")
+
+    @classmethod
+    def parts(cls) -> dict[str, tuple[type, str | None]]:
+        """The lists of pruners and recipes."""
+        return {"training_free": (FreePruner, "pruner"), "training_aware": (TrainedRecipe, "recipe")}
+
+    def at(self, pruner: FreePruner) -> tuple[float, ...]:
+        """Budgets of a pruner."""
+        return pruner.budgets or self.budgets
+
+    def trained(self) -> list[tuple[TrainedRecipe, Budget]]:
+        """Every recipe with every budget that it is trained at.
+
+        Raises:
+            ValueError: two recipes train the same pruner at the same budget, by which rows and runs are named.
+        """
+        found = [(a, budget_of(v)) for a in self.training_aware for v in a.budgets or self.budgets[:1]]
+        seen: dict[tuple[str | None, int, float | None], str] = {}
+        for entry, budget in found:
+            key = key_of(recipe_plan(find_config(entry.recipe), budget))
+            if seen.setdefault(key, entry.recipe) != entry.recipe:
+                raise ValueError(
+                    f"{seen[key]} and {entry.recipe} both train {key[0]} at {key[2]}; compare them in two files, each "
+                    f"with its own out."
+                )
+        return found

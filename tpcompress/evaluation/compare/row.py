@@ -1,50 +1,53 @@
-"""One row of a comparison, and the difference of two."""
+"""A row of a comparison, and the difference of two rows."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from tpcompress.evaluation.scoring.scores import Scores
 from tpcompress.evaluation.scoring.stats import Gain
 
 ARMS = ("dense", "downsample", "dense_ft", "training_free", "training_aware")
-"""The base; the base on smaller pictures; the base after the same extra steps (pruned or not); pruned as it is; trained
-with its pruner."""
+"""The base; the base on smaller images; the base after the same extra steps (pruned or not); the base with a pruner;
+trained with the pruner in the loop."""
 
 UNIFORMITY = ("uniformity", "uniformity_ci95", "uniformity_thirds", "uniformity_thirds_ci95")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of a comparison. Accuracies are shares in [0, 1].
+    """One model of a comparison. Scores are in the unit of the metric: accuracies are shares in [0, 1].
 
     Attributes:
         arm: one of `ARMS`.
-        pruner: its name; None without pruning.
+        pruner: name or label of the pruner; None without pruning.
         keep_tokens: nominal budget per image; None without one.
-        vision_tokens: tokens of an image out of the projector.
-        retained_tokens: tokens of an image that are left after the last stage (all of them without pruning).
-        uniformity, uniformity_ci95: how evenly the last stage spreads its tokens over the places of the picture, in
+        vision_tokens: tokens of an image after the projector.
+        retained_tokens: tokens of an image after the last stage (all of them without pruning).
+        uniformity, uniformity_ci95: how evenly the last stage spreads its tokens over the positions of the image, in
             [0, 1], and the half width of its 95 % interval over images; None where everything is kept.
-        uniformity_thirds, uniformity_thirds_ci95: the same over 3 x 3 parts of the picture.
-        seed: of the training run, or of a random pruner.
-        score: mean accuracy of the learnt families; None if there is none.
+        uniformity_thirds, uniformity_thirds_ci95: the same over 3 x 3 parts of the image.
+        seed: seed of the training run, or of a random pruner.
+        score: mean of the learnt families; None if there is none.
         ci95: half width of its 95 % interval over images.
-        families: accuracy of every family, learnt or not.
+        families: the metric in every family, learnt or not.
         learnt: families that the score averages.
         layer: first decoder layer that sees fewer tokens.
         layer_average: vision tokens averaged over the decoder layers.
-        gain: (delta, low, high) against the training-free self, from paired images; without it, intervals are
-            computed as if the two were independent, which is wider.
-        control_score: the same extra steps without a pruner, then pruned alike.
+        gain: (delta, low, high) against the same pruner without training, from paired images; without it, intervals
+            are computed as if the two were independent, which is wider.
+        control_score: score after the same extra steps without a pruner, then pruned alike.
         control_gain: (delta, low, high) against that control, paired.
         steps: optimizer steps of training.
-        seconds: wall time to make the model.
+        seconds: seconds of training.
         num_images: images of the evaluation.
-        note: anything worth knowing.
+        note: remark for the report.
     """
+
+    RECORDED: ClassVar[tuple[str, ...]] = ("vision_tokens", "retained_tokens", "layer_average", "note", *UNIFORMITY)
+    """Fields that are measured beside the scores."""
 
     arm: str
     pruner: str | None = None
@@ -82,7 +85,7 @@ class Row:
 
     @classmethod
     def of(cls, scores: Scores, *, arm: str, **others: Any) -> Row:
-        """A row with everything that the scores know; the other fields by name."""
+        """A row with the fields that follow from the scores; the other fields by name."""
         learnt = list(scores.names if scores.learnt is None else scores.learnt)
         known: dict[str, Any] = {
             "score": scores.score,
@@ -92,29 +95,19 @@ class Row:
         }
         return cls(arm, **(known | {"num_images": scores.num_images} | others))
 
-    def spread(self, places: float, places_ci95: float, thirds: float, thirds_ci95: float) -> Row:
-        """The same row with its uniformity."""
-        return replace(
-            self,
-            uniformity=places,
-            uniformity_ci95=places_ci95,
-            uniformity_thirds=thirds,
-            uniformity_thirds_ci95=thirds_ci95,
-        )
-
     @property
     def recipe(self) -> tuple[str | None, int | float | None, int]:
-        """What rows that differ in arm or seed alone have in common."""
+        """Pruner, budget and layer: equal in rows that differ in arm or seed alone."""
         return self.pruner, self.keep_tokens, self.layer
 
     @property
     def key(self) -> tuple[str, str | None, int | float | None, int, int]:
-        """What makes a row this row: resuming skips keys that are there."""
+        """Identity of the row within a report."""
         return self.arm, self.pruner, self.keep_tokens, self.layer, self.seed
 
 
 def difference(row: Row, other: float | None, other_ci95: float | None) -> Gain | None:
-    """A row's score minus another, as if the two were independent."""
+    """A row's score minus another, with an interval as if the two were independent."""
     if row.score is None or other is None:
         return None
     half = math.hypot(row.ci95 or 0.0, other_ci95 or 0.0)

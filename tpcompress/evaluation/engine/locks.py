@@ -11,13 +11,13 @@ from pathlib import Path
 
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Hold a lock file while a piece of work is done; yields whether it could be had.
+    """Hold a lock file while a piece of work is done; yields False if another process holds it.
 
-    The lock is the kernel's, not the file's existence: a process that dies, however it dies, lets go, so there is no
-    stale lock to recover. The file stays; removing it would let two processes hold two files of one name.
+    The kernel holds the lock, not the existence of the file: it is released however a process ends, so there are no
+    stale locks. The file is not removed, because then two processes could hold two files of one name.
 
     Args:
-        path: of the lock file; its folder is made.
+        path: the lock file; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

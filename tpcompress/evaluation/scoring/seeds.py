@@ -12,7 +12,7 @@ from tpcompress.evaluation.scoring.stats import Estimate, estimate
 
 
 def pooled(runs: Sequence[Scores]) -> Scores:
-    """The answers of all runs as one: its accuracies are the means of theirs, its images are resampled together.
+    """The mean of the answers of all runs, image by image: its images are resampled together.
 
     Raises:
         ValueError: the runs answered different questions.
@@ -20,8 +20,7 @@ def pooled(runs: Sequence[Scores]) -> Scores:
     first = runs[0]
     if any(run.names != first.names or not np.array_equal(run.count_IF, first.count_IF) for run in runs):
         raise ValueError("Runs on different questions cannot be averaged; evaluate all on one data set.")
-    sums = {name: _added([run.sums[name] for run in runs]) for name in first.sums}
-    return replace(first, count_IF=len(runs) * first.count_IF, sums=sums)
+    return replace(first, sums={name: _mean([run.sums[name] for run in runs]) for name in first.sums})
 
 
 def score_of(runs: Sequence[Scores]) -> Estimate:
@@ -42,5 +41,5 @@ def gain_of(runs: Sequence[Scores], others: Sequence[Scores]) -> Estimate:
     return estimate(deltas, (high - low) / 2, runs[0].num_images, is_gain=True)
 
 
-def _added(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.sum([value_IF for value_IF, _ in pairs], axis=0), np.sum([weight_IF for _, weight_IF in pairs], axis=0)
+def _mean(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.mean([value_IF for value_IF, _ in pairs], axis=0), np.mean([weight_IF for _, weight_IF in pairs], axis=0)

@@ -1,192 +1,116 @@
-"""What a file of estimators says, and the cells of its two tables."""
+"""The cells of an estimator table: the toy task, pruners without training, and runs on the base."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from tpcompress.evaluation.engine.config import keys_of, read_settings
-from tpcompress.insertion.plan import PruningPlan, Stage
-from tpcompress.lab.estimators.catalogue import ESTIMATORS, Estimator, find_estimator
-from tpcompress.lab.study.cells import Training, merged
-from tpcompress.pruners import create
+from tpcompress.evaluation.engine.bench import Bench
+from tpcompress.evaluation.engine.cell import Cell, Made, Run, check_names, slug
+from tpcompress.evaluation.engine.fingerprint import code_digest, file_digest
+from tpcompress.evaluation.engine.model_cell import ModelCell
+from tpcompress.evaluation.engine.plans import one_stage
+from tpcompress.insertion.plan import Budget
+from tpcompress.lab.estimators import toy_run, toy_task
+from tpcompress.lab.estimators.catalogue import Estimator
+from tpcompress.lab.estimators.config import EstimatorTable
+from tpcompress.lab.estimators.toy_run import train_scorer
+from tpcompress.lab.study.cells import merged
 
-Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FreeRule:
-    """A pruner without training, as a reference.
-
-    Attributes:
-        pruner: its name, or `{type: name, ...arguments}`.
-        label: what stands in the table; default: the pruner's name.
-        layer: first decoder layer that sees fewer tokens.
-        seeds: one row per seed, for pruners that take one.
-    """
-
-    pruner: Any
-    label: str = ""
-    layer: int = 0
-    seeds: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What stands in the table."""
-        return self.label or str(self.pruner["type"] if isinstance(self.pruner, dict) else self.pruner)
-
-    @property
-    def selects(self) -> bool:
-        """It retains tokens as they are, as a learned gate does."""
-        return not create(self.pruner).merges
-
-    def plan(self, keep: int, seed: int | None) -> PruningPlan:
-        """Of a row."""
-        config = {"type": self.pruner} if isinstance(self.pruner, str) else dict(self.pruner)
-        config |= {} if seed is None else {"seed": seed}
-        return PruningPlan([Stage(config, self.layer, keep_tokens=keep)])
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """What a file of estimators says.
-
-    Attributes:
-        base: the model of the second yardstick.
-        out: folder of the results.
-        estimators: names; empty takes all.
-        steps: of the retrieval task: when to look; the last is where training ends.
-        seeds: of the retrieval task.
-        scorers: of the second yardstick, by the name of their column.
-        base_estimators: names of those that run on it; empty takes all of `estimators`.
-        base_seeds: one run per seed, estimator and scorer.
-        trained_at: tokens per image in training.
-        budgets: tokens per image in tests.
-        num_images: held-out images.
-        free: rules without training, for reference.
-        recipe: of every run on the base.
-        batch_size: sequences per call in tests.
-    """
-
-    base: str = "tiny_llava"
-    out: str = "runs/estimators"
-    estimators: tuple[str, ...] = ()
-    steps: tuple[int, ...] = (60, 240)
-    seeds: tuple[int, ...] = (0, 1)
-    scorers: dict[str, Any] = field(default_factory=dict)
-    base_estimators: tuple[str, ...] = ()
-    base_seeds: tuple[int, ...] = (0,)
-    trained_at: int = 16
-    budgets: tuple[int, ...] = (16,)
-    num_images: int = 256
-    free: tuple[FreeRule, ...] = ()
-    recipe: Settings = field(default_factory=dict)
-    batch_size: int = 64
-
-    @classmethod
-    def from_file(cls, path: str) -> Measuring:
-        """Read it.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: unknown or malformed key, or an unknown estimator.
-        """
-        values = read_settings(path, "base, estimators, budgets")
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        rules = [
-            rule if isinstance(rule, dict) and "pruner" in rule else {"pruner": rule} for rule in values.pop("free", ())
-        ]
-        with keys_of(cls, path):
-            made = cls(free=tuple(FreeRule(**rule) for rule in rules), **values)
-        made.chosen(), made.on_base()
-        if not made.steps or list(made.steps) != sorted(set(made.steps)) or made.steps[0] < 1:
-            raise ValueError(f"{path}: steps are rising counts such as [60, 240], got {list(made.steps)}.")
-        return made
-
-    def chosen(self) -> list[Estimator]:
-        """The estimators to measure.
-
-        Raises:
-            ValueError: one is unknown.
-        """
-        return [find_estimator(name) for name in self.estimators or ESTIMATORS]
-
-    def on_base(self) -> list[Estimator]:
-        """Those to measure on the base.
-
-        Raises:
-            ValueError: one is unknown.
-        """
-        return [find_estimator(name) for name in self.base_estimators] or self.chosen()
+TOY, FREE, BASE, DENSE, BLIND = "retrieval", "free", "base", "dense", "blind"
+"""Names of the tables, and of the two rows without a pruner."""
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
-    """One result.
+class EstimatorCell(ModelCell):
+    """One test on the base. Labels: `table`, `row`, `column` (scorer), `seed`, `keep` (tokens), `selects`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ToyCell(Cell):
+    """One estimator on the toy task. Labels as those of `EstimatorCell`.
 
     Attributes:
-        table: retrieval, base or free.
-        row: name of the estimator or rule.
-        column: name of the scorer; empty where there is none.
-        seed: of the run, or of a rule that takes one.
-        keep: tokens per image in the test; 0 in the retrieval task.
-        estimator: what is measured; None for rules.
-        rule: None for estimators.
-        training: its run; None without one.
+        estimator: the estimator.
+        steps: steps after which the scorer is tested.
     """
 
-    table: str
-    row: str
-    column: str = ""
-    seed: int | None = None
-    keep: int = 0
-    estimator: Estimator | None = None
-    rule: FreeRule | None = None
-    training: Training | None = None
+    estimator: Estimator
+    steps: tuple[int, ...]
 
     @property
-    def name(self) -> str:
-        """Its file."""
-        parts = [self.table, self.row, self.column, str(self.keep or ""), "" if self.seed is None else f"s{self.seed}"]
-        return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts if part)
+    def on_model(self) -> bool:
+        """The toy task has a model and data of its own."""
+        return False
+
+    def key(self, common: Mapping[str, Any]) -> dict[str, Any]:
+        """The estimator with its losses, steps and seed, and the source code of pruner and toy task."""
+        plan = one_stage(self.estimator.pruner(), 0, Budget(keep_tokens=toy_task.KEEP))
+        files = [Path(str(toy_run.__file__)), Path(str(toy_task.__file__)), toy_task.WEIGHTS]
+        values = asdict(self.estimator) | {"steps": self.steps, "seed": self.labels["seed"]}
+        return {**common, "estimator": values, "code": code_digest(plan), "task": [file_digest(file) for file in files]}
+
+    def make(self, bench: Bench) -> Made:
+        """Train the scorer and test it on the way."""
+        looks = train_scorer(self.estimator, self.labels["seed"], self.steps)
+        said = ", ".join(f"{look.accuracy:.3f} after {look.step} steps" for look in looks)
+        return Made({"looks": [asdict(look) | {"enough": look.enough} for look in looks], "summary": said})
 
 
-def cells_of(measuring: Measuring) -> list[Cell]:
-    """All cells: the retrieval task, the rules, then the base, seed by seed."""
-    return [*_retrieval(measuring), *_free(measuring), *_base(measuring)]
+def cells_of(table: EstimatorTable) -> list[Cell]:
+    """All cells: the toy task, pruners without training, then the base, seed by seed.
+
+    Raises:
+        ValueError: two rows or columns would share a file.
+    """
+    cells = [*_on_toy(table), *_free(table), *_on_base(table)]
+    check_names(cells)
+    return cells
 
 
-def _retrieval(measuring: Measuring) -> Iterator[Cell]:
-    for seed in measuring.seeds:
-        for estimator in measuring.chosen():
-            yield Cell("retrieval", estimator.name, seed=seed, estimator=estimator)
-
-
-def _free(measuring: Measuring) -> Iterator[Cell]:
-    if not measuring.scorers:
-        return
-    yield Cell("free", "dense")
-    for keep in measuring.budgets:
-        for rule in measuring.free:
-            for seed in rule.seeds or (None,):
-                yield Cell("free", rule.name, seed=seed, keep=keep, rule=rule)
-
-
-def _base(measuring: Measuring) -> Iterator[Cell]:
-    for seed in measuring.base_seeds:
-        for column in measuring.scorers:
-            for estimator in measuring.on_base():
-                run = training_of(measuring, estimator, column, seed)
-                for keep in measuring.budgets:
-                    yield Cell("base", estimator.name, column, seed, keep, estimator, training=run)
-
-
-def training_of(measuring: Measuring, estimator: Estimator, column: str, seed: int) -> Training:
+def run_of(table: EstimatorTable, estimator: Estimator, column: str, seed: int) -> Run:
     """The run of an estimator on the base: its scorer alone, everything else frozen."""
     alone = {"train": [], "pruner_phase": {"full_every": estimator.full_every, "losses": estimator.recipe_losses()}}
-    recipe = merged(measuring.recipe, {"model": alone})
-    plan = PruningPlan([Stage(estimator.pruner(measuring.scorers[column]), keep_tokens=measuring.trained_at)])
-    name = Cell("run", estimator.name, column, seed).name
-    return Training(name, recipe, plan, seed)
+    plan = one_stage(estimator.pruner(table.scorers[column]), 0, Budget(keep_tokens=table.trained_at))
+    name = slug(f"run-{estimator.name}-{column}-s{seed}")
+    return Run(name, merged(table.recipe, {"model": alone}), plan, seed)
+
+
+def _on_toy(table: EstimatorTable) -> Iterator[Cell]:
+    for seed in table.seeds:
+        for estimator in table.on_toy():
+            yield ToyCell(*_identity(TOY, estimator.name, seed=seed), estimator, table.steps)
+
+
+def _free(table: EstimatorTable) -> Iterator[Cell]:
+    if not table.scorers:
+        return
+    yield EstimatorCell(*_identity(FREE, DENSE))
+    yield EstimatorCell(*_identity(FREE, BLIND), blank=True)
+    for keep in table.budgets:
+        for pruner in table.free:
+            for seed in pruner.seeds or (None,):
+                name, labels = _identity(FREE, pruner.name, seed=seed, keep=keep)
+                plan = pruner.plan(Budget(keep_tokens=keep), seed)
+                yield EstimatorCell(name, labels | {"selects": pruner.selects}, plan)
+
+
+def _on_base(table: EstimatorTable) -> Iterator[Cell]:
+    for seed in table.base_seeds:
+        for column in table.scorers:
+            for estimator in table.on_base():
+                run = run_of(table, estimator, column, seed)
+                for keep in table.budgets:
+                    plan = one_stage(estimator.pruner(table.scorers[column]), 0, Budget(keep_tokens=keep))
+                    yield EstimatorCell(*_identity(BASE, estimator.name, column, seed, keep), plan, run, run)
+
+
+def _identity(
+    table: str, row: str, column: str = "", seed: int | None = None, keep: int = 0
+) -> tuple[str, dict[str, Any]]:
+    """File name and labels of a cell."""
+    parts = [table, row, column, str(keep or ""), "" if seed is None else f"s{seed}"]
+    labels = {"table": table, "row": row, "column": column, "seed": seed, "keep": keep}
+    return slug("-".join(part for part in parts if part)), labels

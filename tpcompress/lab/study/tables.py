@@ -1,59 +1,72 @@
-"""The tables of a study, from the cells that are there: Markdown, CSV and JSON, and a README between its markers."""
+"""The tables of a study, from the cells that are finished: Markdown, CSV and JSON, and between markers of a README."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tpcompress.evaluation.scoring.evaluate import Scores, learnt_families
+from tpcompress.evaluation.engine.bench import Bench
+from tpcompress.evaluation.scoring.metrics import Unit, find_metric
+from tpcompress.evaluation.scoring.scores import Scores
 from tpcompress.evaluation.scoring.seeds import gain_of, pooled, score_of
+from tpcompress.evaluation.scoring.stats import Estimate
+from tpcompress.evaluation.tables import UNKNOWN, Table, markdown, to_csv, to_json
 from tpcompress.files import write_atomic
-from tpcompress.lab.study.cells import CONTROL, DENSE, FREE, Cell
+from tpcompress.lab.study.cells import CONTROL, DENSE, FREE, StudyCell
 from tpcompress.lab.study.config import Study
-from tpcompress.lab.study.text import UNKNOWN, Table, fill, to_csv, to_json, to_markdown
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+HOW = (
+    "Mean over the families that the base has learnt (its score is clearly above the one on blanked images, by at "
+    "least 10 points of accuracy). Families marked * are not learnt and not in the mean. "
+    "± is half a 95 % interval over seeds and images at once: variance over seeds / seeds + bootstrap variance over "
+    "images of the seed-averaged answers, Welch-Satterthwaite t. Gains are paired, seed by seed and image by image; "
+    "bold where the interval excludes zero. (n) is the number of seeds where some are missing."
+)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What is known of a study.
+    """The finished cells of a study.
 
     Attributes:
-        study: what was asked.
-        cells: all of it.
-        folder: where the results are.
+        study: the study.
+        cells: all of its cells.
+        bench: results on disk.
     """
 
     study: Study
-    cells: Sequence[Cell]
-    folder: Path
+    cells: Sequence[StudyCell]
+    bench: Bench
 
     @cached_property
     def learnt(self) -> list[str] | None:
-        """Families in which the image matters to the base; None (all) until base and blind base were tested."""
-        dense, blind = self._answers("base-dense"), self._answers("base-blind")
-        return None if dense is None or blind is None else learnt_families(dense, blind)
+        """Families in which the image matters to the base; None (all) until base and blank baseline are there."""
+        return self.bench.learnt(*self.cells[:2])
 
     @cached_property
     def families(self) -> list[str]:
         """All families, as the columns of a table are named."""
-        dense = self._answers("base-dense")
+        dense = self.bench.scores(self.cells[0])
         names = () if dense is None else dense.names
         return [name if self.learnt is None or name in self.learnt else f"{name}*" for name in names]
 
     @cached_property
     def answers(self) -> dict[tuple[Any, ...], dict[int, Scores]]:
-        """Scores of what is there, by what makes a cell but its seed, then by seed."""
+        """Scores of the finished cells, by setting, then by seed."""
         found: dict[tuple[Any, ...], dict[int, Scores]] = {}
+        seeded = {contender.name for contender in self.study.contenders if contender.seeded}
         for cell in self.cells:
-            scores = self._answers(cell.name)
+            scores = self.bench.scores(cell)
             if scores is not None:
-                key = (cell.table, cell.way, cell.pruner, cell.budget, cell.tested, cell.tested_budget)
-                found.setdefault(key, {})[cell.seed] = scores.with_learnt(self.learnt)
-                if cell.training is None and not any(cell.pruner == c.name and c.seeded for c in self.study.contenders):
-                    found[key] = dict.fromkeys(self.study.seeds, found[key][cell.seed])  # no seed could change it
+                of_seeds, seed = found.setdefault(cell.setting, {}), cell.labels["seed"]
+                of_seeds[seed] = scores.with_learnt(self.learnt)
+                if cell.run is None and cell.labels["pruner"] not in seeded:
+                    found[cell.setting] = dict.fromkeys(self.study.seeds, of_seeds[seed])  # no seed can change it
         return found
 
     def of(
@@ -66,46 +79,83 @@ class Results:
         tested_budget: int | None = None,
     ) -> dict[int, Scores]:
         """Scores by seed; empty where nothing is there."""
-        return self.answers.get((table, way, pruner, budget, tested, tested_budget), {})
+        return self.answers.get((table, pruner, way, budget, tested, tested_budget), {})
 
     def arm(self, way: str, pruner: str, budget: int) -> dict[int, Scores]:
         """A cell of the grid: tested as it was trained."""
         return self.of("grid", way, pruner, budget if way not in (FREE, CONTROL) else None, pruner, budget)
 
-    def _answers(self, name: str) -> Scores | None:
-        path = self.folder / "cells" / f"{name}.npz"
-        return Scores.load(path) if path.with_suffix(".json").is_file() else None
 
-
-def write_tables(study: Study, cells: Sequence[Cell], folder: Path, into: str | Path | None = None) -> None:
-    """Write tables.md, tables.csv and tables.json of what is there.
+def write_tables(study: Study, cells: Sequence[StudyCell], bench: Bench, into: str | Path | None = None) -> None:
+    """Write tables.md, tables.csv and tables.json of the finished cells.
 
     Args:
-        study: what was asked.
-        cells: all of it.
-        folder: where the results are, and where the tables go.
-        into: a document whose tables are made anew.
+        study: the study.
+        cells: all of its cells.
+        bench: results on disk; the tables are written to its folder.
+        into: a document whose tables, between its two markers, are replaced.
 
     Raises:
         ValueError: the document has no markers.
     """
-    results = Results(study, cells, folder)
+    results = Results(study, cells, bench)
     tables = [table for make in MAKERS for table in make(results)]
-    folder.mkdir(parents=True, exist_ok=True)
-    done = sum((folder / "cells" / f"{cell.name}.json").is_file() for cell in cells)
-    text = to_markdown(study, tables, done, len(cells))
-    write_atomic(folder / "tables.md", text)
-    write_atomic(folder / "tables.csv", to_csv(tables))
-    write_atomic(folder / "tables.json", to_json(tables))
+    done = sum(bench.record(cell) is not None for cell in cells)
+    metric = find_metric(bench.metric)
+    how = (
+        f"{metric.title} in {metric.unit.title}. {done} of {len(cells)} cells, {len(bench.task.rows)} held-out images, "
+    )
+    lines = [f"{how}seeds {', '.join(map(str, study.seeds))}. {HOW}", ""]
+    show = partial(cell_text, seeds=len(study.seeds), unit=metric.unit)
+    text = "\n".join([*lines, *(line for table in tables for line in markdown(table, 3, show))])
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(bench.folder / "tables.md", text)
+    numbers = [number for table in tables for number in numbers_of(table)]
+    write_atomic(bench.folder / "tables.csv", to_csv(numbers, ("table", "row", "column", "mean", "half", "seeds")))
+    write_atomic(bench.folder / "tables.json", to_json(numbers))
     if into is not None:
         write_atomic(Path(into), fill(Path(into).read_text(encoding="utf-8"), text))
+
+
+def fill(text: str, tables: str) -> str:
+    """A document with the tables between its markers.
+
+    Raises:
+        ValueError: it has no markers.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"The document has no place for the tables; write {BEGIN} and {END} where they belong.")
+    return f"{head}{begin}\n\n{tables.strip()}\n\n{end}{tail}"
+
+
+def cell_text(cell: Any, seeds: int, unit: Unit) -> str:
+    """A cell as text: `83.1 ± 1.2`, a clear gain in bold, the number of seeds where some are missing."""
+    if not isinstance(cell, Estimate):
+        return str(cell)
+    text = f"{unit.change(cell.mean) if cell.is_gain else unit.number(cell.mean)} ± {unit.number(cell.half)}"
+    text = f"**{text}**" if cell.is_gain and cell.clear else text
+    return text if cell.seeds == seeds else f"{text} ({cell.seeds})"
+
+
+def numbers_of(table: Table) -> list[dict[str, Any]]:
+    """The numbers of a table as records: table, row, column, mean, half width, seeds."""
+    found: list[dict[str, Any]] = []
+    for row in table.rows:
+        names = itertools.takewhile(lambda cell: isinstance(cell, str) and cell != UNKNOWN, row)
+        place = {"table": table.name, "row": " / ".join(names)}
+        for column, cell in zip(table.header, row, strict=True):
+            if isinstance(cell, Estimate):
+                found.append(place | {"column": column, "mean": cell.mean, "half": cell.half, "seeds": cell.seeds})
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- tables
 
 
 def reference(results: Results) -> list[Table]:
-    """What is not pruned: the base, its blind self, and the control."""
+    """Rows without pruning: the base, its blank baseline, and the control."""
     rows = []
     for name, key in (
         ("base", ("base", FREE, DENSE, None)),
@@ -114,7 +164,7 @@ def reference(results: Results) -> list[Table]:
     ):
         runs = results.of(*key)
         rows.append([name, _score(runs), *_families(runs, results)])
-    return [Table("reference", "Without pruning", ["model", "score", *results.families], rows)]
+    return [Table("Without pruning", ["model", "score", *results.families], [rows], name="reference")]
 
 
 def grid(results: Results) -> list[Table]:
@@ -129,7 +179,7 @@ def grid(results: Results) -> list[Table]:
             arms = {way: results.arm(way, contender.name, budget) for way in (FREE, CONTROL, *ways)}
             gains = [_gain(arms[way], arms[against]) for way in ways for against in (CONTROL, FREE)]
             rows.append([contender.name, *(_score(runs) for runs in arms.values()), *gains])
-        tables.append(Table(f"grid-{budget}", f"{budget} tokens", header, rows))
+        tables.append(Table(f"{budget} tokens", header, [rows], name=f"grid-{budget}"))
     return tables
 
 
@@ -143,12 +193,12 @@ def by_family(results: Results) -> list[Table]:
                 runs = results.arm(way, contender.name, budget)
                 rows.append([contender.name, way, _score(runs), *_families(runs, results)])
         header = ["pruner", "arm", "score", *results.families]
-        tables.append(Table(f"families-{budget}", f"Families at {budget} tokens", header, rows))
+        tables.append(Table(f"Families at {budget} tokens", header, [rows], name=f"families-{budget}"))
     return tables
 
 
 def over_budgets(results: Results) -> list[Table]:
-    """Trained at one budget, tested at another, every pruner; with what was not trained so above it."""
+    """Trained at one budget, tested at another, for every pruner; training-free and control rows above."""
     study, way = results.study, results.study.ways[0].name
     budgets = sorted(study.budgets, reverse=True)
     rows = []
@@ -168,7 +218,7 @@ def over_budgets(results: Results) -> list[Table]:
             dense = results.of("budgets", way, name, budget)
             rows.append([name, str(budget), _score(dense), *map(_score, tested)])
     header = ["pruner", "trained at", "tested at all", *map(str, budgets)]
-    return [Table("budgets", f"Trained at one budget, tested at another ({way})", header, rows)]
+    return [Table(f"Trained at one budget, tested at another ({way})", header, [rows], name="budgets")]
 
 
 def over_pruners(results: Results) -> list[Table]:
@@ -183,8 +233,8 @@ def over_pruners(results: Results) -> list[Table]:
         ]
         rows.append([name, *map(_score, tested)])
     title = f"Trained with one pruner, tested with another ({budget} tokens, {way})"
-    note = "A learned pruner tested on a model that was trained with another brings the weights of its own run."
-    return [Table("pruners", title, ["trained with", *names], rows, note)]
+    note = "A learned pruner, tested on a model that was trained with another one, has the weights of its own run."
+    return [Table(title, ["trained with", *names], [rows], note, "pruners")]
 
 
 def ablations(results: Results) -> list[Table]:
@@ -199,7 +249,8 @@ def ablations(results: Results) -> list[Table]:
                 rows.append([contender, way, ablation.name, _score(runs), _gain(runs, plain)])
     if not rows:
         return []
-    return [Table("ablations", f"Ablations at {budget} tokens", ["pruner", "arm", "change", "score", "gain"], rows)]
+    header = ["pruner", "arm", "change", "score", "gain"]
+    return [Table(f"Ablations at {budget} tokens", header, [rows], name="ablations")]
 
 
 MAKERS: tuple[Callable[[Results], list[Table]], ...] = (
@@ -212,7 +263,7 @@ def _score(runs: dict[int, Scores]) -> Any:
 
 
 def _gain(runs: dict[int, Scores], others: dict[int, Scores]) -> Any:
-    """Of the seeds that both sides have."""
+    """The gain over the seeds that both sides have."""
     both = [seed for seed in runs if seed in others]
     if not both:
         return UNKNOWN
@@ -222,4 +273,6 @@ def _gain(runs: dict[int, Scores], others: dict[int, Scores]) -> Any:
 def _families(runs: dict[int, Scores], results: Results) -> list[str]:
     if not runs:
         return [UNKNOWN] * len(results.families)
-    return [f"{100 * value:.0f}" for value in pooled(list(runs.values())).families.values()]
+    unit = find_metric(results.bench.metric).unit
+    digits = max(0, unit.digits - 1)
+    return [f"{unit.scale * value:.{digits}f}" for value in pooled(list(runs.values())).families.values()]

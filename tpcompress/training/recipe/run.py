@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,15 @@ class RecipeCLI(LightningCLI):
             raise KeyboardInterrupt(_how_to_go_on(self.trainer)) from stop
 
 
-def run_recipe(args: list[str], progress: bool = True) -> RecipeCLI:
+def run_recipe(
+    args: list[str], progress: bool = True, run: Callable[[list[str], bool], RecipeCLI] | None = None
+) -> RecipeCLI:
     """Run `fit` or `validate` with arguments as on the shell, e.g. ["fit", "--config", "recipes/..."].
+
+    Args:
+        args: arguments as on the shell.
+        progress: show a bar or lines of progress.
+        run: class or function that runs them; default: `RecipeCLI`.
 
     Raises:
         FileNotFoundError: the recipe or the checkpoint does not exist.
@@ -135,7 +143,7 @@ def run_recipe(args: list[str], progress: bool = True) -> RecipeCLI:
         raise ValueError(f"A recipe is run with fit or validate, got {args[0] if args else 'nothing'!r}.")
     args = [find_config(a) if i and args[i - 1] in ("--config", "-c") else a for i, a in enumerate(args)]
     try:
-        return RecipeCLI(args, progress)
+        return (run or RecipeCLI)(args, progress)
     except jsonargparse.ArgumentError as error:
         raise ValueError(readable(error)) from error
     except ValueError as error:

@@ -1,0 +1,292 @@
+"""The bench: makes cells on one base model and one task, in a folder that several processes may fill."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from tpcompress.evaluation.engine.cell import Cell, Made, Run, check_names
+from tpcompress.evaluation.engine.fingerprint import base_digest, digest_of
+from tpcompress.evaluation.engine.locks import claim
+from tpcompress.evaluation.engine.progress import seconds_left
+from tpcompress.evaluation.engine.runs import Kept, Trained, check_run, is_done, load_run, train
+from tpcompress.evaluation.scoring.evaluate import Prepared, Watch
+from tpcompress.evaluation.scoring.metrics import find_metric
+from tpcompress.evaluation.scoring.scores import Scores, learnt_families
+from tpcompress.evaluation.tasks import Task
+from tpcompress.families import resolve
+from tpcompress.files import atomic_path, write_atomic
+from tpcompress.insertion.attach import is_attached, plan_of
+from tpcompress.insertion.encode import layouts_of
+from tpcompress.models import load_base, load_processor
+from tpcompress.training.nan_guard import NonFiniteLoss
+
+PAUSE = 5.0
+"""Seconds between two looks at the cells that other processes hold."""
+OLD = ("report.json", "study.json", "settings.json", "cells", "scores")
+"""Files of a results folder of earlier versions, which wrote no `bench.json`."""
+
+
+@dataclass
+class Bench:
+    """One process at work on the cells of a folder.
+
+    Attributes:
+        base: name of the base model.
+        task: what models are tested on.
+        folder: output directory.
+        console: console for progress.
+        metric: metric of the scores.
+        batch_size: sequences per call in tests.
+        many_runs: many short training runs: their images are encoded once, they show no progress and write no logs.
+        tests: the rows of the task, collated: packed and one question per sequence.
+        kept: encoded training images.
+        loaded: the trained model that was needed last.
+        failed: cells that this process could not make, and the reason.
+    """
+
+    base: str
+    task: Task
+    folder: Path
+    console: Console
+    metric: str = ""
+    batch_size: int = 64
+    many_runs: bool = False
+    tests: dict[bool, Prepared] = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
+    loaded: Trained | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metric = find_metric(self.metric or self.task.metric).name
+
+    # ------------------------------------------------------------------ what all cells share
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense base, in eval mode; dense again after every cell."""
+        return load_base(self.base).eval()
+
+    @cached_property
+    def processor(self) -> Any:
+        """Processor of the base."""
+        return load_processor(self.base)
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The part of the key that all cells share: base model and data by content, task, metric."""
+        return {
+            "base": base_digest(self.base),
+            "data": self.task.fingerprint,
+            "task": self.task.config(),
+            "metric": self.metric,
+        }
+
+    @cached_property
+    def vision_tokens(self) -> int:
+        """Vision tokens of the first image, after the projector.
+
+        Raises:
+            ValueError: no row has an image.
+        """
+        for batch in self.prepared(True).batches:
+            layouts = layouts_of(resolve(self.model), batch).get("image")
+            if layouts:
+                return layouts[0].count
+        raise ValueError(f"No row of {self.task.description} has an image, so there are no vision tokens to prune.")
+
+    def prepared(self, packed: bool) -> Prepared:
+        """The rows of the task, collated once."""
+        if packed not in self.tests:
+            self.tests[packed] = self.task.prepare(self.processor, self.batch_size, packed)
+        return self.tests[packed]
+
+    def test(self, model: nn.Module, blank: bool = False, watch: Watch | None = None) -> Scores:
+        """Answers of a model, pruned as attached; one question per sequence where the plan reads the prompt."""
+        data = self.prepared(not (is_attached(model) and plan_of(model).reads_prompt))
+        return self.task.score(model, self.processor, data, blank=blank, watch=watch, metric=self.metric)
+
+    def trained(self, run: Run) -> Trained:
+        """The model of a finished run."""
+        if self.loaded is None or self.loaded.name != run.name:
+            self.loaded = load_run(run, self.run_folder(run))
+        return self.loaded
+
+    # ------------------------------------------------------------------ results
+
+    def record(self, cell: Cell) -> dict[str, Any] | None:
+        """The result of a cell; None if it is missing, or was made under another key."""
+        path = self._path(cell)
+        if not path.is_file():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record if record.get("key") == self._key(cell) else None
+
+    def scores(self, cell: Cell) -> Scores | None:
+        """The answers of a cell; None as in `record`."""
+        return None if self.record(cell) is None else Scores.load(self._path(cell).with_suffix(".npz"))
+
+    def learnt(self, dense: Cell, blind: Cell) -> list[str] | None:
+        """Families in which the image matters to the base; None until base and blank baseline are there."""
+        answers, blanked = self.scores(dense), self.scores(blind)
+        return None if answers is None or blanked is None else learnt_families(answers, blanked)
+
+    def run_folder(self, run: Run) -> Path:
+        """Folder of a training run."""
+        return self.folder / "train" / run.name
+
+    # ------------------------------------------------------------------ work
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Refuse cells that would share a file, and a folder that holds other results.
+
+        Raises:
+            ValueError: the folder holds results of another base, task, data or metric, of an earlier version, or a run
+                of another recipe.
+        """
+        check_names(cells)
+        path = self.folder / "bench.json"
+        if not path.is_file() and any((self.folder / name).exists() for name in OLD):
+            raise ValueError(f"{self.folder} holds results of an earlier version of tpcompress; choose another --out.")
+        then = json.loads(path.read_text()) if path.is_file() else {}
+        now = json.loads(json.dumps(self.common)) if any(cell.on_model for cell in cells) else then
+        if then and then != now:
+            changed = ", ".join(name for name in now if now[name] != then.get(name))
+            raise ValueError(
+                f"{self.folder} holds results of another setting ({changed}); choose another --out or remove "
+                f"the folder."
+            )
+        write_atomic(path, json.dumps(now, indent=1))
+        for run in {run.name: run for cell in cells for run in cell.runs}.values():
+            check_run(self.run_folder(run), self._run_key(run))
+
+    def work(self, cells: Sequence[Cell], after: Callable[[Cell], object] | None = None) -> int:
+        """Make the cells that are missing, in order; cells that another process holds are looked at again.
+
+        Args:
+            cells: all cells of the folder.
+            after: called with every cell that was made.
+
+        Returns:
+            Number of cells made by this process.
+
+        Raises:
+            ValueError: see `check`; or a training run met a NaN.
+            KeyboardInterrupt: interrupted; finished cells and runs are kept.
+        """
+        self.check(cells)
+        made: set[str] = set()
+        try:
+            while left := [c for c in cells if c.name not in self.failed and self.record(c) is None]:
+                again = next((cell.name for cell in left if cell.name in made), None)
+                if again is not None:
+                    raise ValueError(f"Another process fills {self.folder} with other settings ({again}); stop it.")
+                before = len(made)
+                for cell in left:
+                    if self._try(cell, cells):
+                        made.add(cell.name)
+                        if after is not None:
+                            after(cell)
+                if len(made) == before:
+                    time.sleep(PAUSE)
+        except KeyboardInterrupt as stop:
+            done = sum(self.record(cell) is not None for cell in cells)
+            kept = f"{done} of {len(cells)} cells are kept in {self.folder}"
+            raise KeyboardInterrupt(f"Interrupted; {kept}, the same command goes on.") from stop
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            raise ValueError(f"{len(self.failed)} cells could not be made, {name} first: {why} All others are there.")
+        return len(made)
+
+    def _try(self, cell: Cell, cells: Sequence[Cell]) -> bool:
+        """Make a cell, unless it is there or another process holds it or one of its runs."""
+        with claim(self._lock(f"cell-{cell.name}")) as mine:
+            if not mine or self.record(cell) is not None:
+                return False
+            start = time.perf_counter()
+            new = [run for run in cell.runs if not is_done(self.run_folder(run))]
+            try:
+                if not all(self._finish(run) for run in cell.runs):
+                    return False
+            except NonFiniteLoss as error:
+                self.failed[cell.name] = str(error)
+                return False
+            trained = time.perf_counter()
+            made = cell.make(self)
+            seconds = {"train_seconds": trained - start if new else None, "test_seconds": time.perf_counter() - trained}
+            self._write(cell, made, {k: v if v is None else round(v, 1) for k, v in seconds.items()})
+            self._report(cell, made, cells)
+        return True
+
+    def _finish(self, run: Run) -> bool:
+        """Train a run if it is not finished; False if another process is training it."""
+        folder = self.run_folder(run)
+        with claim(self._lock(f"train-{run.name}")) as mine:
+            if not mine:
+                return is_done(folder)
+            if not is_done(folder):
+                if not self.many_runs:
+                    self.console.print(f"training {run.name} …", highlight=False)
+                train(run, self.base, folder, self._run_key(run), self.kept if self.many_runs else None)
+        return True
+
+    # ------------------------------------------------------------------ files
+
+    def _key(self, cell: Cell) -> Any:
+        """The key of a cell, as JSON gives it back."""
+        if cell.name not in self._keys:
+            key = cell.key(self.common if cell.on_model else {})
+            key |= {"runs": {run.name: digest_of(self._run_key(run)) for run in cell.runs}}
+            self._keys[cell.name] = json.loads(json.dumps(key, default=str))
+        return self._keys[cell.name]
+
+    def _run_key(self, run: Run) -> dict[str, Any]:
+        if run.name not in self._run_keys:
+            self._run_keys[run.name] = run.key(self.common["base"])
+        return self._run_keys[run.name]
+
+    @cached_property
+    def _keys(self) -> dict[str, Any]:
+        return {}
+
+    @cached_property
+    def _run_keys(self) -> dict[str, Any]:
+        return {}
+
+    def _write(self, cell: Cell, made: Made, seconds: dict[str, Any]) -> None:
+        """The answers of every image first, then the record, which says that the cell is done."""
+        path = self._path(cell)
+        path.unlink(missing_ok=True)  # of an older key: it must not stand beside newer answers
+        if made.scores is not None:
+            with atomic_path(path.with_suffix(".npz")) as part:
+                made.scores.save(part)
+        record = {"name": cell.name, "metric": self.metric, **cell.labels, **made.record, **seconds}
+        record["key"] = self._key(cell)
+        write_atomic(path, json.dumps(record, indent=1))
+
+    def _report(self, cell: Cell, made: Made, cells: Sequence[Cell]) -> None:
+        """A line on the console."""
+        records = {c.name: self.record(c) for c in cells}
+        done = {name: record for name, record in records.items() if record is not None}
+        waiting = [run for c in cells if c.name not in done for run in c.runs if not is_done(self.run_folder(run))]
+        minutes = seconds_left(cells, done, {run.name for run in waiting}) / 60
+        said = made.record.get("summary", "")
+        if made.scores is not None:
+            unit = find_metric(self.metric).unit
+            said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)} over all families"
+        text = f"{len(done)}/{len(cells)} {cell.name}: {said}; about {minutes:.0f} min of one process left"
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def _lock(self, name: str) -> Path:
+        return self.folder / "locks" / f"{name}.lock"
