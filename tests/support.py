@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from tpcompress.families.tiny import IMAGE, VIDEO
 from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
+from tpcompress.pruners.views import fields_of
 
 QUESTION = {"scorer": {"type": "local_global", "question": True}}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -214,56 +216,40 @@ def make_view(
 ) -> TokenView:
     """A view with everything that the pruner needs; row b gets the same numbers whatever the batch around it."""
     B, V, D = vision_BVD.shape
-    S, H, more = 11, 4, {}
-
-    def draw(*shape: int, offset: int) -> Tensor:
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + offset + 100 * b)) for b in range(B)]
-        return torch.stack(rows)
-
-    if pruner.needs & {"text", "keys", "values", "normed"}:
-        more["text_BSD"] = draw(S, D, offset=0)
-        more["text_valid_BS"] = torch.arange(S).expand(B, S) >= 5
-        more["text_role_BS"] = torch.tensor([SYSTEM] * 3 + [0] * 2 + [INSTRUCTION] * (S - 5), dtype=torch.int8).expand(
-            B, S
-        )
-    if "keys" in pruner.needs:
-        more["keys_BVD"] = draw(V, 8, offset=1)
-        more["text_keys_BSD"] = draw(S, 8, offset=2)
-    if "values" in pruner.needs:
-        more["values_BVD"], more["text_values_BSD"] = draw(V, 8, offset=14), draw(S, 8, offset=15)
-    if "normed" in pruner.needs:
-        # Of the hidden states, so that a test of odd features reaches rules that read these instead.
-        more["normed_BVD"] = vision_BVD * torch.rsqrt(vision_BVD.square().mean(-1, keepdim=True) + 1e-6)
-        more["text_normed_BSD"] = more["text_BSD"]
-    if "attention" in pruner.needs:
-        more["attention_BHV"] = draw(H, V, offset=3).softmax(-1)
+    S, more = 11, {}
     words = [s for s in range(S) if s not in (3, 4)]
-    if "attention_prompt" in pruner.needs:
-        more["attention_prompt_BHQV"] = draw(H, len(words), V, offset=4).softmax(-1)
-    if pruner.needs & {"attention_prompt", "input"}:
-        more["prompt_column_BQ"] = torch.tensor(words).expand(B, -1)
-        more["prompt_role_BQ"] = torch.tensor([SYSTEM] * 3 + [INSTRUCTION] * (S - 5), dtype=torch.int8).expand(B, -1)
-    if "attention_last_vision" in pruner.needs:
-        more["attention_last_vision_BHV"] = draw(H, V, offset=5).softmax(-1)
-    L = len(pruner.tower_layers)
-    for number, word in enumerate(("tower_cls", "tower_received"), 6):
-        if word in pruner.needs:
-            more[f"{word}_BLHV"] = draw(L, H, V, offset=number).softmax(-1)
-    for number, word in enumerate(("tower_keys", "tower_cls_query"), 8):
-        if word in pruner.needs:
-            more[f"{word}_BLHVD"] = draw(L, H, V, 8, offset=number)
-    if "tower_features" in pruner.needs:
-        more["tower_features_BLVD"] = draw(L, V, 12, offset=10)
-    if "projector" in pruner.needs:
-        more["projector_BVC"], more["project"] = draw(V, 12, offset=16), Widen(D)
-    if "pixels" in pruner.needs:
-        more["pixels_BVC"] = draw(V, 12, offset=17)
-    if "attention_next" in pruner.needs:
-        more["attention_next_BHV"] = draw(H, V, offset=11).softmax(-1)
-    if "input" in pruner.needs:
-        more["input_vision_BUD"], more["input_prompt_BQD"] = draw(V + 3, D, offset=12), draw(S - 2, D, offset=13)
-        more["input_valid_BU"] = torch.ones(B, V + 3, dtype=torch.bool)
+    size = {"L": len(pruner.tower_layers), "H": 4, "Q": len(words), "V": V, "U": V + 3, "S": S, "C": 12}
+    roles = [SYSTEM] * 3 + [0] * 2 + [INSTRUCTION] * (S - 5)
+    given = {
+        "text_role_BS": torch.tensor(roles, dtype=torch.int8).expand(B, S),
+        "text_valid_BS": torch.arange(S).expand(B, S) >= 5,
+        "prompt_column_BQ": torch.tensor(words).expand(B, -1),
+        "prompt_role_BQ": torch.tensor([roles[s] for s in words], dtype=torch.int8).expand(B, -1),
+        "input_valid_BU": torch.ones(B, V + 3, dtype=torch.bool),
+        "column_BV": torch.arange(V).expand(B, V) % S,
+        "project": Widen(D),
+        # Of the hidden states, so that a test of odd features reaches pruners that read these instead.
+        "normed_BVD": vision_BVD * torch.rsqrt(vision_BVD.square().mean(-1, keepdim=True) + 1e-6),
+    }
+
+    def draw(name: str) -> Tensor:
+        """Numbers in the shape that the end of a field's name spells; attention sums to one."""
+        width = {"D": D if name.startswith(("text_BSD", "text_normed", "input")) else WIDTHS.get(name, 8)}
+        shape = [(size | width)[letter] for letter in name.rpartition("_")[2][1:]]
+        seeds = [seed + zlib.crc32(name.encode()) % 1000 + 1000 * b for b in range(B)]
+        drawn = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        return drawn.softmax(-1) if name.endswith("V") else drawn
+
+    needs = pruner.needs | ({"text"} if pruner.needs & {"keys", "values", "normed"} else set())
+    for name in (name for need in sorted(needs) for name in fields_of(need)):
+        more[name] = given[name] if name in given else draw(name)
+    if "normed" in needs:
+        more["text_normed_BSD"] = more["text_BSD"]
     return TokenView.of(vision_BVD, grid, soft=soft, **more)
+
+
+WIDTHS = {"tower_features_BLVD": 12}
+"""Widths of drawn fields where they are not 8."""
 
 
 class Widen:

@@ -15,28 +15,12 @@ from torch import Tensor, nn
 
 from tpcompress.pruners import Pruner, TokenView
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
+from tpcompress.pruners.views import VIEWS, fields_of
 
 HELD = 2 * 2**30
 """Bytes of tensors that are cached for the next pruner; beyond it, unused tensors are dropped and drawn again."""
 
-FIELDS = {
-    "text": ("text_BSD", "column_BV", "text_role_BS", "text_valid_BS"),
-    "keys": ("keys_BVD", "text_keys_BSD"),
-    "values": ("values_BVD", "text_values_BSD"),
-    "normed": ("normed_BVD", "text_normed_BSD"),
-    "attention": ("attention_BHV",),
-    "attention_prompt": ("attention_prompt_BHQV", "prompt_column_BQ", "prompt_role_BQ"),
-    "attention_last_vision": ("attention_last_vision_BHV",),
-    "attention_next": ("attention_next_BHV",),
-    "input": ("input_vision_BUD", "input_valid_BU", "input_prompt_BQD", "prompt_column_BQ", "prompt_role_BQ"),
-    "tower_cls": ("tower_cls_BLHV",),
-    "tower_cls_query": ("tower_cls_query_BLHVD",),
-    "tower_received": ("tower_received_BLHV",),
-    "tower_keys": ("tower_keys_BLHVD",),
-    "tower_features": ("tower_features_BLVD",),
-    "projector": ("projector_BVC", "project"),
-    "pixels": ("pixels_BVC",),
-}
+FIELDS = {name: fields_of(name) for name in VIEWS if fields_of(name)}
 """The fields of `TokenView` for each entry of `Pruner.needs`, as in insertion; their suffixes are their shapes."""
 
 

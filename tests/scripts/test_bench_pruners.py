@@ -13,10 +13,10 @@ from bench import views as pruner_views
 from bench.pruners import PrunerBench, Row, above, budget, capture, from_json, to_json
 from bench.views import FIELDS, Cell, Sizes, Views
 
-from tpcompress.insertion.views.available import WORDS
 from tpcompress.pruners import Pruner, Selection, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
 from tpcompress.pruners.topk import keep_topk
+from tpcompress.pruners.views import VIEWS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/bench_pruners.py"
 TOY = Sizes(hidden=32, heads=2, mlp=48, tower=24, tower_heads=3, pixels=12, words=12)
@@ -111,9 +111,20 @@ def test_every_registered_pruner_gets_a_time(name, cell):
 
 def test_fields_are_all_of_a_view_and_words_all_that_models_offer():
     named = {name for names in FIELDS.values() for name in names}
-    always = {"vision_BVD", "valid_BV", "row_BV", "col_BV", "tile_BV", "image_BV", "canvas", "soft", "video_BV"}
+    always = {
+        "vision_BVD",
+        "valid_BV",
+        "row_BV",
+        "col_BV",
+        "tile_BV",
+        "image_BV",
+        "canvas",
+        "soft",
+        "video_BV",
+        "pixel_images",
+    }
     assert named | always == {field.name for field in fields(TokenView)}
-    assert set(FIELDS) == WORDS - {"joint"}  # which no model offers
+    assert set(FIELDS) == VIEWS.keys() - {"joint"}  # which no model offers
 
 
 @pytest.mark.parametrize("word", FIELDS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace, Trace
-from tpcompress.pruners.base import BEFORE_VIEWS
+from tpcompress.pruners.views import LAYER_BEFORE_VIEWS
 
 MODES = ("drop", "mask", "off")
 
@@ -35,7 +35,7 @@ class Placement:
     def of(cls, plan: PruningPlan, layers: Sequence[int], depth: int) -> Placement:
         """The stages of a plan at given layers of a model with `depth` decoder layers."""
         placed = [(stage.pruner, layer) for stage, layer in zip(plan.stages, layers, strict=True)]
-        watched = {layer - 1 for pruner, layer in placed if layer and pruner.needs & BEFORE_VIEWS}
+        watched = {layer - 1 for pruner, layer in placed if layer and pruner.needs & LAYER_BEFORE_VIEWS}
         # Token sizes and gates that are set before the language model act in every layer.
         every = any(not layer and (pruner.uses_token_sizes or pruner.gates) for pruner, layer in placed)
         first = 0 if every else min((layer for layer in layers if layer), default=depth)

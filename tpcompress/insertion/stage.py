@@ -20,6 +20,7 @@ from tpcompress.insertion.shorten.columns import put_tokens, take
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views.build import build_view
+from tpcompress.insertion.views.context import StageContext
 from tpcompress.pruners import Selection, TokenView
 
 
@@ -113,7 +114,8 @@ def _select(
         entry = None if entry is None else (entry[0].with_dummies(), *entry[1:])
     viewed = call if shown is rows else replace(call, rows=shown, entry=entry)
     soft = call.settings.mode == "mask"
-    view, cell_RV = build_view(attachment.parts, pruner, viewed, hidden_BND, padding_BN, last_B, soft=soft)
+    stage = StageContext(attachment.parts, pruner, viewed, hidden_BND, padding_BN, last_B)
+    view = build_view(stage, soft)
     call.before = call.ahead = None  # they hold the queries and keys of a whole layer
     # Outside of autocast: the exported model must make the same choice.
     with torch.autocast(hidden_BND.device.type, enabled=False):
@@ -124,7 +126,7 @@ def _select(
         counts = selection.keep_BV.sum(1).cpu().numpy().tolist()
     elif shown is not rows:
         counts = [min(count, came) for count, came in zip(counts, rows.count, strict=True)]
-    return view, cell_RV, selection, counts
+    return view, stage.cell_RV, selection, counts
 
 
 def _check_hiding(attachment: Attachment, layer: int, width: int) -> None:

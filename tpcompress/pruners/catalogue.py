@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 
-from tpcompress.pruners.base import LAYER_VIEWS, Pruner
+from tpcompress.pruners.base import Pruner
 from tpcompress.pruners.config_mixin import ConfigMixin
+from tpcompress.pruners.views import LAYER_VIEWS
 
 COLUMNS = ("site", "reads", "asks", "grad", "merges", "exact", "serving", "paper")
 """The entries of `facts`."""

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.base import TOWER_FIELDS, TOWER_LAYERS, Pruner, Selection, TokenView
+from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.registry import create
 from tpcompress.pruners.topk import on, rank
+from tpcompress.pruners.views import TOWER_FIELDS, TOWER_LAYERS
 
 SHARES = ("equal", "proportional")
 

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tpcompress.pruners.base import PROMPT_VIEWS, TOWER_LAYERS, Selection, TokenView
+from tpcompress.pruners.base import Selection, TokenView
 from tpcompress.pruners.config_mixin import ConfigMixin
+from tpcompress.pruners.views import PROMPT_VIEWS, TOWER_LAYERS
 
 
 class Part(ConfigMixin):

@@ -175,7 +175,7 @@ def test_no_view_makes_the_host_wait(model: Any, monkeypatch: pytest.MonkeyPatch
     for labels in (None, answer_labels(inputs)):
         with torch.no_grad():
             model(**inputs, labels=labels)
-    assert [view.tower_keys_BLHVD is not None for view, _ in built] == [False, True] * 2
+    assert [view.tower_keys_BLHVD is not None for view in built] == [False, True] * 2
 
 
 def test_hidden_tokens_are_not_seen(eager_model: Any) -> None:

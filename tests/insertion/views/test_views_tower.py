@@ -302,7 +302,7 @@ def test_a_copy_watches_its_own_tower_and_no_view_carries_a_gradient() -> None:
         one, two = vars(trace.stages[0].view), vars(again.stages[0].view)
         tensors = {name: x for name, x in one.items() if isinstance(x, Tensor)}
         # The projector's rows carry one: new values are made of them.
-        assert one.keys() - tensors.keys() == {"canvas", "soft", "projector_BVC", "project"}
+        assert one.keys() - tensors.keys() == {"canvas", "soft", "projector_BVC", "project", "pixel_images"}
         for name, x in tensors.items():
             assert torch.equal(x, two[name]), name
             assert x.requires_grad == (name in ("vision_BVD", "text_BSD")), name

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners import Pruner, create
-from tpcompress.pruners.base import TOWER_FIELDS
 from tpcompress.pruners.topk import standardise
+from tpcompress.pruners.views import TOWER_FIELDS
 from tpcompress.training.losses.base import Loss, Ramp, chosen_stages, stage_sum
 from tpcompress.training.losses.kl import checked_temperature
 from tpcompress.training.passes import Pass

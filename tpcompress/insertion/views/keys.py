@@ -1,0 +1,15 @@
+"""View `keys`: keys of the sequence in the layer before the stage."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tpcompress.insertion.views.context import StageContext
+from tpcompress.insertion.views.registry import provides
+
+
+@provides("keys")
+def keys(stage: StageContext) -> dict[str, Tensor]:
+    """Fields of the view."""
+    key_BND = stage.before.keys().transpose(1, 2).flatten(2)
+    return {"keys_BVD": stage.tokens(key_BND), "text_keys_BSD": stage.sequence(key_BND)}
