@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpcompress.evaluation.scoring.metrics import list_metrics
+from tpcompress.evaluation.tasks import list_tasks
 from tpcompress.families import list_families
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.registry import list_parts
@@ -73,6 +75,14 @@ KINDS = (
     Kind(
         "schedule", "schedules", "tpcompress/training/schedules",
         "A schedule sets the token budget of each training step (recipe key `model.schedule`).", _schedules,
+    ),
+    Kind(
+        "task", "tasks", "tpcompress/evaluation/tasks",
+        "A task defines what a model is tested on (key `task` of a comparison file).", list_tasks,
+    ),
+    Kind(
+        "metric", "metrics", "tpcompress/evaluation/scoring/metrics",
+        "A metric defines how the answer to a question counts (key `metric` of a comparison file).", list_metrics,
     ),
 )  # fmt: skip
 

@@ -168,6 +168,10 @@ def _usage(kind: Kind, name: str, member: Any) -> str:
     if kind.one in ("scorer", "selector", "applier"):
         line = f"pruner: {{type: learned_gate, {kind.one}: {name}}}"
         return f"In a plan:\n\n```yaml\nstages:\n  - {{{line}, keep_ratio: 0.25}}\n```\n"
+    if kind.one in ("task", "metric"):
+        values = [f"{argument}: ..." for argument, default in signature(member).items() if default == "required"]
+        value = f"{{type: {name}, {', '.join(values)}}}" if values else name
+        return f"In a comparison file:\n\n```yaml\n{kind.one}: {value}\n```\n"
     keys = {"loss": f"losses: [{name}]", "teacher": f"teacher: {name}", "schedule": f"schedule: {name}"}
     arguments = [argument for argument, default in signature(member).items() if default == "required"]
     if arguments:
@@ -313,7 +317,7 @@ def _names(path: Path) -> set[tuple[str, str]]:
 KEYS = {
     "pruner": "pruner", "importance": "pruner", "uniqueness": "pruner", "scorer": "scorer", "selector": "selector",
     "applier": "applier", "losses": "loss", "teacher": "teacher", "schedule": "schedule", "budget": "schedule",
-    "training_free": "pruner", "free": "pruner",
+    "training_free": "pruner", "free": "pruner", "task": "task", "metric": "metric",
 }  # fmt: skip
 """Recipe keys whose value names a member of a kind."""
 

@@ -1,0 +1,108 @@
+"""One file means one file: the files that the guides show, put into a copy of the repository, pass its tests.
+
+For each kind (pruner, family, loss, ...) the code block of its guide is written to the path that the guide names, and
+nothing else is edited. Then the contract, layering, README and documentation tests of the copy run on the new members.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from docs_site.kinds import KINDS
+
+ROOT = Path(__file__).parents[2]
+GUIDES = ROOT / "scripts/docs_site/guides/adding"
+COPIED = ("tpcompress", "recipes", "scripts", "tests", "README.md", "CHANGELOG.md", "pyproject.toml")
+
+CONTRACTS = {
+    "pruner": (
+        "tests/pruners/test_contract.py",
+        "tests/pruners/test_equal_tokens.py",
+        "tests/pruners/test_catalogue.py",
+    ),
+    "scorer": ("tests/pruners/test_scorers.py",),
+    "selector": ("tests/pruners/test_selectors.py",),
+    "applier": ("tests/pruners/test_appliers.py",),
+    "family": ("tests/families/test_families.py", "tests/families/test_catalogue.py", "tests/matrix/test_forward.py"),
+    "loss": ("tests/training/losses/test_losses.py",),
+    "teacher": ("tests/training/teachers/test_teachers.py",),
+    "schedule": ("tests/training/schedules/test_schedules.py",),
+    "task": ("tests/evaluation/tasks/test_tasks.py",),
+    "metric": ("tests/evaluation/scoring/test_metrics.py",),
+}
+"""Test files of each kind, of which the tests named after the new member run."""
+
+WHOLE = ("tests/test_layering.py", "tests/test_docs.py", "tests/test_readme.py", "tests/cli/test_cli.py")
+"""Test files that look at all members together."""
+
+
+def shown(one: str) -> tuple[str, str]:
+    """Path and content of the file that the guide of a kind shows."""
+    text = (GUIDES / f"{one}.md").read_text()
+    path = re.search(r"^Write `([\w/.]+\.py)`; nothing else is edited", text, flags=re.M)
+    code = re.search(r"```python\n(.*?)```", text, flags=re.S)
+    assert path
+    assert code
+    return path[1], code[1]
+
+
+def word(one: str) -> str:
+    """What the ids of the new member's tests contain."""
+    path, code = shown(one)
+    name = re.search(r'^    name = "(\w+)"', code, flags=re.M)
+    return name[1] if name and one != "family" else Path(path).stem
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository with one more file for each kind."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    for kind in KINDS:
+        path, code = shown(kind.one)
+        assert path.startswith(f"{kind.folder}/")
+        assert not (folder / path).exists()
+        (folder / path).write_text(code)
+    return folder
+
+
+def run(copy: Path, *arguments: str) -> dict[str, str]:
+    """Outcomes of the tests of the copy by id."""
+    report = copy / "report.xml"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments,
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(copy)}
+    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    found = {}
+    for test in ElementTree.parse(report).iter("testcase"):
+        found[f"{test.attrib['classname']}::{test.attrib['name']}"] = next((child.tag for child in test), "passed")
+    return found
+
+
+def test_contract_tests_find_the_new_members(copy: Path) -> None:
+    words = {kind.one: word(kind.one) for kind in KINDS}
+    files = [file for kind in KINDS for file in CONTRACTS[kind.one]]
+    outcomes = run(copy, *files, "-k", " or ".join(words.values()))
+    assert set(outcomes.values()) <= {"passed", "skipped"}
+    for one, name in words.items():
+        assert any(name.lower() in title.lower() for title in outcomes), f"no contract test of the new {one} '{name}'"
+
+
+def test_tests_of_the_whole_tree_pass(copy: Path) -> None:
+    outcomes = run(copy, *WHOLE, "-k", "not commands_run and not loading_snippet")
+    assert set(outcomes.values()) <= {"passed", "skipped"}
+    assert len(outcomes) > 20
