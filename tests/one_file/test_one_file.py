@@ -39,7 +39,7 @@ CONTRACTS = {
 }
 """Test files of each kind, of which the tests named after the new member run."""
 
-WHOLE = ("tests/test_layering.py", "tests/test_docs.py", "tests/test_readme.py", "tests/cli/test_cli.py")
+WHOLE = ("tests/test_layering.py", "tests/test_docs.py", "tests/test_readme.py")
 """Test files that look at all members together."""
 
 
