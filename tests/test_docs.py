@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from docs_site.kinds import KINDS
 from docs_site.links import broken_links
 from docs_site.pages import all_pages, navigation
 from docs_site.reference import RECIPES, signature
+
+from tpcompress.families import Family
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +48,11 @@ def test_every_kind_has_a_guide_with_a_file(pages: dict[str, str]) -> None:
     for kind in KINDS:
         guide = pages[f"adding/{kind.one}.md"]
         assert re.search(rf"Write `{kind.folder}/\w+\.py`; nothing else is edited", guide), kind.one
+
+
+def test_the_guide_of_families_has_every_field(pages: dict[str, str]) -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", pages["adding/family.md"], flags=re.M)
+    assert sorted(listed) == sorted(field.name for field in fields(Family))
 
 
 def test_every_page_is_in_the_navigation(pages: dict[str, str]) -> None:

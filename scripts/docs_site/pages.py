@@ -30,13 +30,8 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 IMAGE = re.compile(r"(!\[[^\]]*\])\(([^)\s]+)\)")
 CODE_PATH = re.compile(r"(?<![\[`])`([\w./-]+\.(?:md|yaml))`(?![\]`])")
 
-TITLES = {
-    "index.md": "tpcompress",
-    "adding": "Adding",
-    "reference": "Reference",
-    "notes": "Design and measurements",
-    "changelog.md": "Changelog",
-}
+GENERATED = {"<!-- generated: family fields -->": reference.family_fields}
+"""Markers in written pages, and what takes their place."""
 
 ORDER = (
     "prune.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md", "results.md",
@@ -62,6 +57,9 @@ def all_pages() -> dict[str, str]:
     pages = {}
     for path, page in written.items():
         text = re.sub(r"\A---\n.*?\n---\n", "", (ROOT / path).read_text(), flags=re.S)  # front matter of a model card
+        for marker, make in GENERATED.items():
+            if marker in text:
+                text = text.replace(marker, make())
         pages[page] = _linked(text, path, page, written, known)
     return pages | generated
 

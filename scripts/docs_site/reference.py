@@ -14,7 +14,6 @@ from docs_site.docstrings import Docstring, cell, escape, module_docstring, own_
 from docs_site.kinds import KINDS, Kind
 from tpcompress.families import Family
 from tpcompress.families import catalogue as family_catalogue
-from tpcompress.families.refused import REFUSED
 from tpcompress.pruners import Pruner
 from tpcompress.pruners import catalogue as pruner_catalogue
 
@@ -51,7 +50,7 @@ def pages() -> dict[str, str]:
 def summary(member: Any) -> str:
     """One sentence about a member of a kind, as plain text."""
     if isinstance(member, Family):
-        return _without_name(family_catalogue.about(member).partition("\n")[0])
+        return _without_name(family_catalogue.describe(member).summary)
     if issubclass(member, Pruner):
         return _sentence(pruner_catalogue.retains(member))
     line = module_docstring(member).partition("\n\n")[0].replace("\n", " ")
@@ -95,9 +94,9 @@ def _index(kind: Kind) -> str:
     if kind.one == "family":
         lines.append("## Known limits\n")
         limits = [(name, limit) for name, family in members.items() for limit in family.limits]
-        lines.append(_reasons(limits))
+        lines.append(_reasons(family_catalogue.by_reason(limits)))
         lines.append("## Refused model types\n")
-        lines.append(_reasons(list(REFUSED.items())))
+        lines.append(_reasons(family_catalogue.refusals()))
     return "\n".join(lines)
 
 
@@ -209,14 +208,22 @@ def _arguments(cls: type, own: Docstring) -> str:
 
 
 def _family_page(family: Family) -> str:
-    file = Path(inspect.getfile(family.tiny.config)).resolve()
-    text = family_catalogue.about(family)
-    lines = [f"# {family.name}\n", f"*Family* · `{file.relative_to(ROOT)}`\n", escape(text), "\n"]
-    rows = [[escape(what.capitalize()), cell(words)] for what, words in family_catalogue.in_full(family).items()]
+    about = family_catalogue.describe(family)
+    lines = [f"# {about.name}\n", f"*Family* · `tpcompress/families/{about.file}`\n", escape(about.text), "\n"]
+    rows = [[escape(what.capitalize()), cell(words)] for what, words in about.details.items()]
     lines.append(table(["Property", "Value"], rows))
     lines.append("## Known limits\n")
-    lines += [f"- {escape(limit)}" for limit in family.limits] or ["None known."]
+    lines += [f"- {escape(limit)}" for limit in about.limits] or ["None known."]
     return "\n".join(lines) + "\n"
+
+
+def family_fields() -> str:
+    """The table of the fields of `Family`."""
+    rows = [
+        [f"`{field.name}`", "required" if field.default is None else f"`{field.default}`", cell(field.text)]
+        for field in family_catalogue.field_docs()
+    ]
+    return table(["Field", "Default", "Meaning"], rows)
 
 
 # Recipes
