@@ -107,12 +107,8 @@ language model, with a count that is known from the image and without the prompt
 """
 
 
-def _reasons(pairs: list[tuple[str, str]]) -> str:
-    reasons = family_catalogue.by_reason(pairs)
-    return (
-        "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {escape(text)}" for text, names in reasons.items())
-        + "\n"
-    )
+def _reasons(reasons: dict[str, list[str]]) -> str:
+    return "".join(f"- {', '.join(f'`{name}`' for name in names)}: {escape(why)}\n" for why, names in reasons.items())
 
 
 def _facts(member: Any) -> dict[str, str]:
