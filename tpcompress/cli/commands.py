@@ -1,9 +1,10 @@
-"""The commands, one function each: its signature and docstring are the options and the help of the shell."""
+"""Commands of `tpcompress`, one function each; parameters are options, docstrings are help texts with an example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +13,14 @@ console = Console()
 
 
 def fit(args: list[str]) -> int:
-    """Train from a recipe: `tpcompress fit --config recipes/tiny_llava/pool_full.yaml [--ckpt_path last]`."""
+    """Train from a recipe; any setting of the recipe can be overridden.
+
+    Example:
+        tpcompress fit --config recipes/tiny_llava/pool_full.yaml --model.optimizer.lr 1e-4
+
+    Example:
+        tpcompress fit --config recipes/tiny_llava/pool_full.yaml --ckpt-path last
+    """
     from tpcompress.training.recipe.run import run_recipe
 
     run = run_recipe(args)
@@ -23,6 +31,15 @@ def fit(args: list[str]) -> int:
     return 0
 
 
+def validate(args: list[str]) -> int:
+    """Compute the validation loss of a recipe, before or after training.
+
+    Example:
+        tpcompress validate --config recipes/tiny_llava/pool_full.yaml
+    """
+    return fit(args)
+
+
 def export(
     out: str,
     ckpt: str | None = None,
@@ -31,17 +48,25 @@ def export(
     overwrite: bool = False,
     allow_unfinished: bool = False,
     budgets: str | None = None,
+    task: dict[str, Any] | str | None = None,
 ) -> int:
-    """Write a folder that loads with its pruner: from a trained run, or from a base and a plan that need no training.
+    """Write a folder that loads with its pruner, from a trained run or from a base and a plan without training.
+
+    Example:
+        tpcompress export --ckpt runs/tiny_llava/pool_full --out exported --overwrite
+
+    Example:
+        tpcompress export exported --base tiny_llava --plan divprune:16@0 --budgets 9,16,36
 
     Args:
-        out: folder to write; it must not exist.
-        ckpt: checkpoint, or the folder of a run.
-        base: instead of ckpt, a base model ...
-        plan: ... and a plan or recipe file.
+        out: output folder; it must not exist.
+        ckpt: checkpoint file, or folder of a run.
+        base: base model, instead of ckpt.
+        plan: plan of the base: plan file, recipe, or PRUNER:KEEP@LAYER,...
         overwrite: replace an earlier export at `out`.
         allow_unfinished: export a run that stopped before its last step.
-        budgets: measure accuracy at these, for the card: 9,16,36 or 0.1,0.25; 32/8,16/4 for a plan of two stages.
+        budgets: measure accuracy at these budgets for the model card: 9,16,36 or 0.1,0.25; 32/8,16/4 for two stages.
+        task: task for `budgets`, name or mapping; default: the benchmark for tiny_llava, else the validation rows.
     """
     from tpcompress.training.recipe.export import export_free, export_run
 
@@ -51,53 +76,42 @@ def export(
     if budgets is not None:
         from tpcompress.evaluation.budget_curve import BudgetCurve
 
-        measure = BudgetCurve(budgets, console, ckpt)
+        measure = BudgetCurve(budgets, console, ckpt, task)
     if ckpt is not None:
         folder = export_run(ckpt, out, overwrite, allow_unfinished, measure)
     else:
         assert base is not None
         assert plan is not None
         folder = export_free(base, plan, out, overwrite, measure)
-    console.print(f"Exported to {folder}. Next: tpcompress verify {folder}")
-    return 0
-
-
-def cache_teacher(config: str, out: str, top: int = 64) -> int:
-    """Let the unpruned base answer a recipe's training data once, for teacher Cached; goes on where it was interrupted.
-
-    Args:
-        config: a recipe.
-        out: folder of the cache.
-        top: most likely tokens kept per answer position.
-    """
-    from tpcompress.cli.cache_teacher import cache_of_recipe
-
-    written = cache_of_recipe(config, out, top, console)
-    console.print(
-        f"{written} sequences written to {out}. Next: model.teacher: Cached with folder: {out}.", soft_wrap=True
-    )
+    console.print(f"Exported to {folder}. Next: tpcompress verify {folder}", soft_wrap=True)
     return 0
 
 
 def verify(folder: str) -> int:
-    """Replay the stored probe of an exported folder in a fresh process; exit code 1 if it differs.
+    """Replay the stored probe of an exported folder in a fresh process; exit code 1 if the model differs.
+
+    Example:
+        tpcompress verify exported
 
     Args:
-        folder: an exported folder.
+        folder: exported folder.
     """
     from tpcompress.export import verify_in_fresh_process
 
     report = verify_in_fresh_process(folder)
-    console.print(escape(str(report)))
+    console.print(escape(str(report)), soft_wrap=True)
     return 0 if report.ok else 1
 
 
 def compare(config: str, out: str | None = None) -> int:
-    """Compare dense, training-free and training-aware pruning; prints a table and writes report and figures.
+    """Compare dense, training-free and training-aware pruning; print a table, write report and figures.
+
+    Example:
+        tpcompress compare recipes/tiny_llava/compare.yaml --out runs/compare
 
     Args:
-        config: a comparison file, e.g. recipes/tiny_llava/compare.yaml.
-        out: folder of the results; default: the file's own.
+        config: comparison file.
+        out: output folder; default: that of the file.
     """
     from tpcompress.evaluation.compare.run import run_comparison
 
@@ -106,13 +120,16 @@ def compare(config: str, out: str | None = None) -> int:
 
 
 def study(config: str, out: str | None = None, tables: bool = False, into: str | None = None) -> int:
-    """Pruners x budgets x ways to train x seeds, in cells that survive interruption and that processes may share.
+    """Compare pruners, budgets, training recipes and seeds in resumable cells, which several processes can share.
+
+    Example:
+        tpcompress study recipes/studies/training_aware.yaml --tables
 
     Args:
-        config: a study file, e.g. recipes/studies/training_aware.yaml.
-        out: folder of the results; default: the file's own.
-        tables: only make the tables of what is there.
-        into: a document whose tables, between its two markers, are made anew.
+        config: study file.
+        out: output folder; default: that of the file.
+        tables: only make the tables of finished cells.
+        into: document whose tables, between two markers, are replaced.
     """
     from tpcompress.lab.study.run import run_study
 
@@ -121,10 +138,13 @@ def study(config: str, out: str | None = None, tables: bool = False, into: str |
 
 
 def quickstart(out: str = "runs/quickstart") -> int:
-    """The main job on the bundled base: compare, train, export, verify, answer a question. Less than ten minutes.
+    """Compare, train, export, verify and ask a question on the bundled base, in less than ten minutes.
+
+    Example:
+        tpcompress quickstart
 
     Args:
-        out: folder of the results.
+        out: output folder.
     """
     from tpcompress.cli.quickstart import run_quickstart
 
@@ -140,16 +160,19 @@ def inspect_model(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> int:
-    """What every stage of a plan does to one prompt: tokens, sequence, cache, and a picture of what is left.
+    """Show what every stage of a plan does to one prompt: tokens, sequence, cache, and an image of retained tokens.
+
+    Example:
+        tpcompress inspect tiny_llava --image photo.png --prompt "what ?" --plan divprune:36@0
 
     Args:
-        model: folder of a model, a hub id, tiny_llava, or an exported folder.
-        image: an image file.
-        prompt: a question; `<image>` in it says where the image belongs.
-        plan: plan file, recipe, or PRUNER:TOKENS@LAYER (divprune:64@0,dart:0.1@8); default: that of an exported folder.
-        out: the PNG to write.
-        dtype: of the weights: float32, bfloat16, float16 or auto.
-        device: cpu, cuda ...
+        model: folder of a model, hub id, tiny_llava, or exported folder.
+        image: image file.
+        prompt: question; `<image>` marks the place of the image (default: first).
+        plan: plan file, recipe, or PRUNER:KEEP@LAYER (divprune:64@0,dart:0.1@8); default: that of an exported folder.
+        out: PNG file to write.
+        dtype: weight dtype: float32, bfloat16, float16 or auto.
+        device: device, e.g. cpu or cuda.
     """
     from tpcompress.evaluation.inspect import run_inspection
 
@@ -162,6 +185,7 @@ def find_layer(
     model: str,
     data: str | None = None,
     image_folder: str | None = None,
+    task: dict[str, Any] | str | None = None,
     num_samples: int = 32,
     threshold: float = 0.01,
     layers: list[int] | None = None,
@@ -170,33 +194,40 @@ def find_layer(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> int:
-    """From which layer on a model can do without its vision tokens (VTW): KL to the whole model, layer by layer.
+    """Find the first layer from which a model does not need its vision tokens (VTW): KL to the dense model by layer.
+
+    Example:
+        tpcompress find-layer tiny_llava --num-samples 8 --out vtw.yaml
 
     Args:
-        model: folder of a model, a hub id, or tiny_llava.
-        data: chat data to calibrate on, as recipes take it; default: the built-in benchmark.
-        image_folder: where its pictures are.
-        num_samples: pictures, with one question each.
-        threshold: nats below which every later layer must stay.
+        model: folder of a model, hub id, or tiny_llava.
+        data: chat data for calibration, as in recipes; default for tiny_llava: the built-in benchmark.
+        image_folder: folder that relative image paths are resolved against.
+        task: task whose rows are used instead of data: name or mapping.
+        num_samples: images, with one question each.
+        threshold: KL in nats that all later layers must stay below.
         layers: layers to try; default: all at which a stage may act.
-        out: plan file to write with the layer that was found.
-        seed: of the choice of samples and of the interval.
-        dtype: of the weights: float32, bfloat16, float16 or auto.
-        device: cpu, cuda ...
+        out: plan file to write for the layer that was found.
+        seed: seed of the selection of samples and of the interval.
+        dtype: weight dtype: float32, bfloat16, float16 or auto.
+        device: device, e.g. cpu or cuda.
     """
     from tpcompress.evaluation.find_layer import run_find_layer
 
-    run_find_layer(model, data, image_folder, num_samples, threshold, layers, out, seed, dtype, device, console)
+    run_find_layer(model, data, image_folder, num_samples, threshold, layers, out, seed, dtype, device, console, task)
     return 0
 
 
 def estimators(config: str, out: str | None = None, marks: str | None = None) -> int:
-    """Which ways to train a scorer teach it: on a task of 24 tokens, and on a frozen base beside untrained rules.
+    """Test which gradient estimators train a scorer, on a task of 24 tokens and on a frozen base.
+
+    Example:
+        tpcompress estimators recipes/tiny_llava/estimators.yaml
 
     Args:
-        config: a file of estimators, e.g. recipes/tiny_llava/estimators.yaml.
-        out: folder of the results; default: the file's own.
-        marks: file to write what was found of each estimator to, for the warning of `fit`.
+        config: file of estimators.
+        out: output folder; default: that of the file.
+        marks: file that receives the result of each estimator, for the warning of `fit`.
     """
     from tpcompress.lab.estimators.run import run_estimators
 
@@ -204,33 +235,78 @@ def estimators(config: str, out: str | None = None, marks: str | None = None) ->
     return 0
 
 
-def pruners(name: str | None = None) -> int:
-    """The table of pruners and the parts of learned ones, or the documentation and arguments of one of them.
+def cache_teacher(config: str, out: str, top: int = 64) -> int:
+    """Store the unpruned base's answers to a recipe's training data, for the teacher Cached; resumes if interrupted.
+
+    Example:
+        tpcompress cache-teacher recipes/tiny_llava/pool_full.yaml --out runs/teacher
 
     Args:
-        name: a pruner, scorer, selector or applier, or the dotted path of a pruner elsewhere.
+        config: recipe.
+        out: folder of the cache.
+        top: most likely tokens kept per answer position.
     """
-    from tpcompress.cli.lists import one_pruner, pruner_table
+    from tpcompress.cli.cache_teacher import cache_of_recipe
 
-    pruner_table(console) if name is None else one_pruner(name, console)
+    written = cache_of_recipe(config, out, top, console)
+    console.print(
+        f"{written} sequences written to {out}. Next: model.teacher: Cached with folder: {out}.", soft_wrap=True
+    )
     return 0
+
+
+def show_list(kind: str = "kinds", name: str | None = None) -> int:
+    """List pruners, families, losses, teachers, schedules, scorers, selectors, appliers, tasks, metrics or recipes.
+
+    Example:
+        tpcompress list pruners
+
+    Example:
+        tpcompress list losses KL
+
+    Args:
+        kind: what to list; default: the kinds with their sizes.
+        name: one member, which is shown in full.
+    """
+    from tpcompress.cli.lists import print_list
+
+    print_list(kind, name, console)
+    return 0
+
+
+def pruners(name: str | None = None) -> int:
+    """List the pruners and the components of learned ones, or show one in full: short for `list pruners`.
+
+    Example:
+        tpcompress pruners dart
+
+    Args:
+        name: pruner, scorer, selector or applier, or the dotted path of a pruner outside the package.
+    """
+    return show_list("pruners", name)
 
 
 def families(name: str | None = None) -> int:
-    """The table of model families, what is known not to work, and what is refused; or one family in full.
+    """List the model families, their limits and refused ones, or show one in full: short for `list families`.
+
+    Example:
+        tpcompress families llava
 
     Args:
-        name: one family, or a model type.
+        name: family, or model type.
     """
-    from tpcompress.cli.lists import family_table, one_family
-
-    family_table(console) if name is None else one_family(name, console)
-    return 0
+    return show_list("families", name)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "fit": fit, "validate": fit, "export": export, "verify": verify, "compare": compare, "study": study,
-    "quickstart": quickstart, "inspect": inspect_model, "find-layer": find_layer, "pruners": pruners,
-    "families": families, "estimators": estimators, "cache-teacher": cache_teacher,
-}  # fmt: skip
-"""By the word on the shell."""
+GROUPS: dict[str, dict[str, Callable[..., int]]] = {
+    "Train and ship": {"fit": fit, "validate": validate, "export": export, "verify": verify, "quickstart": quickstart},
+    "Measure": {"compare": compare, "inspect": inspect_model, "find-layer": find_layer},
+    "Look up": {"list": show_list, "pruners": pruners, "families": families},
+    "Lab": {"study": study, "estimators": estimators, "cache-teacher": cache_teacher},
+}
+"""Commands by their name on the shell, under the headings of the help."""
+
+COMMANDS: dict[str, Callable[..., int]] = {name: run for group in GROUPS.values() for name, run in group.items()}
+
+RECIPE_COMMANDS = ("fit", "validate")
+"""Commands whose options are the settings of a recipe."""

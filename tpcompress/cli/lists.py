@@ -1,7 +1,9 @@
-"""The lists that the command prints: pruners and the parts of learned ones, and model families."""
+"""Tables of `tpcompress list`: pruners, families, and the other kinds of parts that are found by their files."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -9,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tpcompress.bundled import recipes_folder
+from tpcompress.errors import did_you_mean
 from tpcompress.families import catalogue as of_families
 from tpcompress.families import list_families
 from tpcompress.families.refused import REFUSED
@@ -17,11 +21,98 @@ from tpcompress.pruners import catalogue as of_pruners
 from tpcompress.pruners.registry import KINDS, list_parts
 
 WIDE = 130
-"""Columns of a terminal that has room for a sentence beside a table."""
+"""Columns of a terminal with room for a description beside a table."""
+
+COUNTED = (
+    "pruners", "families", "scorers", "selectors", "appliers", "losses", "teachers", "schedules", "tasks", "metrics",
+    "recipes",
+)  # fmt: skip
+
+
+def print_list(kind: str, name: str | None, console: Console) -> None:
+    """Print the members of a kind, or one of them in full.
+
+    Args:
+        kind: one of `COUNTED`, or `kinds`.
+        name: member to show; None for all.
+        console: console to print to.
+
+    Raises:
+        ValueError: unknown kind or name.
+    """
+    if kind == "pruners":
+        pruner_table(console) if name is None else one_pruner(name, console)
+    elif kind == "families":
+        family_table(console) if name is None else one_family(name, console)
+    elif kind == "kinds" and name is None:
+        grid = Table.grid(padding=(0, 2))
+        for each in COUNTED:
+            grid.add_row(f"[bold]{each}[/bold]", str(len(_members(each))))
+        console.print(grid)
+        console.print("tpcompress list KIND lists one kind; tpcompress list KIND NAME shows one member.")
+    else:
+        members = _members(kind)
+        if name is not None and name not in members:
+            raise ValueError(f"No '{name}' in {kind}; known: {', '.join(members)}.{did_you_mean(name, members)}")
+        if name is not None:
+            console.print(f"[bold]{name}[/bold]\n\n{escape(members[name])}", highlight=False)
+            return
+        grid = Table.grid(padding=(0, 2))
+        for key, text in members.items():
+            grid.add_row(f"[bold]{key}[/bold]", escape(text.partition("\n")[0]))
+        console.print(grid)
+
+
+def _members(kind: str) -> dict[str, str]:
+    """Members of a kind by name, each with its documentation."""
+    found: Mapping[str, Any]
+    if kind == "recipes":
+        root = recipes_folder()
+        return {path.relative_to(root).as_posix(): _recipe_text(path.read_text()) for path in _recipe_files(root)}
+    if kind == "pruners":
+        return {name: f"{of_pruners.retains(cls)}\n\n{of_pruners.about(cls)}" for name, cls in list_pruners().items()}
+    if kind == "families":
+        return {name: of_families.about(family) for name, family in list_families().items()}
+    if kind.removesuffix("s") in KINDS:
+        found = list_parts(kind.removesuffix("s"))
+    elif kind == "losses":
+        from tpcompress.training.losses import list_losses
+
+        found = {cls.__name__: cls for cls in list_losses().values()}
+    elif kind == "teachers":
+        from tpcompress.training.teachers import list_teachers
+
+        found = list_teachers()
+    elif kind == "schedules":
+        from tpcompress.training import schedules
+
+        classes = (getattr(schedules, name) for name in schedules.__all__)
+        found = {cls.__name__: cls for cls in classes if inspect.isclass(cls) and cls is not schedules.Schedule}
+    elif kind == "tasks":
+        from tpcompress.evaluation.tasks import list_tasks
+
+        found = list_tasks()
+    elif kind == "metrics":
+        from tpcompress.evaluation.scoring.metrics import list_metrics
+
+        found = list_metrics()
+    else:
+        raise ValueError(f"No kind '{kind}' to list; known: {', '.join(COUNTED)}.{did_you_mean(kind, COUNTED)}")
+    return {name: inspect.getdoc(cls) or "" for name, cls in found.items()}
+
+
+def _recipe_files(root: Any) -> list[Any]:
+    return sorted(root.rglob("*.yaml"))
+
+
+def _recipe_text(text: str) -> str:
+    """Comment at the head of a recipe, then the recipe."""
+    head = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+    return f"{head[0] if head else ''}\n\n{text}"
 
 
 def pruner_table(console: Console) -> None:
-    """Every pruner with its facts, and the parts of learned ones by name."""
+    """Print every pruner with its properties, and the names of the components of learned ones."""
     table = Table(title="Pruners", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     wide = console.width >= WIDE
     table.add_column("pruner", no_wrap=True)
@@ -31,17 +122,17 @@ def pruner_table(console: Console) -> None:
         words = of_pruners.facts(cls()).values()
         table.add_row(key, *words, *([escape(of_pruners.retains(cls))] if wide else []))
     console.print(table)
-    console.print("learned_gate is made of")
+    console.print("Components of learned_gate:")
     for kind in KINDS:
-        console.print(f"  {'an' if kind == 'applier' else 'a'} {kind}: {', '.join(list_parts(kind))}")
-    console.print("tpcompress pruners NAME shows one in full, with its arguments.")
+        console.print(f"  {kind}s: {', '.join(list_parts(kind))}")
+    console.print("tpcompress list pruners NAME shows one in full, with its arguments.")
 
 
 def one_pruner(name: str, console: Console) -> None:
-    """A pruner or a part of learned ones: its documentation, facts and arguments.
+    """Print the documentation, properties and arguments of a pruner or of a component of learned ones.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: unknown name.
     """
     parts: dict[str, Any] = {key: cls for kind in KINDS for key, cls in list_parts(kind).items()}
     cls = parts[name] if name in parts else pruner_class(name)
@@ -57,7 +148,7 @@ def one_pruner(name: str, console: Console) -> None:
 
 
 def family_table(console: Console) -> None:
-    """Every family with its facts, what is known not to work, and what is refused."""
+    """Print every family with its properties, known limits, and refused model types."""
     known = list_families()
     columns = ("family", "model types", *of_families.COLUMNS)
     table = Table(*columns, title="Families", box=box.SIMPLE, pad_edge=False, padding=0)
@@ -65,19 +156,19 @@ def family_table(console: Console) -> None:
         table.add_row(key, "\n".join(family.model_types), *of_families.facts(family).values())
     console.print(table)
     limits = [(key, limit) for key, family in known.items() for limit in family.limits]
-    for title, pairs in (("Known not to work", limits), ("Refused", list(REFUSED.items()))):
+    for title, pairs in (("Known limits", limits), ("Refused", list(REFUSED.items()))):
         console.print(f"[bold]{title}[/bold]")
         for reason, names in of_families.by_reason(pairs).items():
             console.print(f"- {', '.join(names)}: {escape(reason)}", highlight=False)
         console.print()
-    console.print("tpcompress families NAME shows one in full.")
+    console.print("tpcompress list families NAME shows one in full.")
 
 
 def one_family(name: str, console: Console) -> None:
-    """A family in full, and its limits.
+    """Print a family in full, with its limits.
 
     Raises:
-        ValueError: there is none of that name, and no model type.
+        ValueError: neither a family nor a model type.
     """
     family = of_families.find(name)
     console.print(f"[bold]{family.name}[/bold]\n\n{escape(of_families.about(family))}\n")

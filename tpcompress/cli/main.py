@@ -1,9 +1,10 @@
-"""The `tpcompress` command: finds what was asked for, reads its options, and says in one line what went wrong."""
+"""The `tpcompress` command: dispatches to commands, parses options, prints help, and reports errors in one line."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpcompress.cli.commands import COMMANDS, console
+from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS, console
+from tpcompress.cli.options import HELP, normalized, underscored
 from tpcompress.errors import did_you_mean, missing_extra
+from tpcompress.version import __version__
 
 TRACEBACK = "--traceback"
 NOISE = (
@@ -24,25 +27,40 @@ NOISE = (
     ".*_pytree.*",
     ".*across ranks is zero.*",
 )
+"""Warnings of other packages that say nothing about a run."""
+
+TRAINING = (*RECIPE_COMMANDS, "compare", "study", "quickstart", "estimators", "cache-teacher")
+"""Commands that import the training frameworks."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; errors that a user can mend become one line and exit code 2 (`--traceback` shows all)."""
+    """Run one command.
+
+    Args:
+        args: arguments after `tpcompress`; default: those of the process.
+
+    Returns:
+        Exit code: 2 for an error, which is reported in one line (`--traceback` raises it), 130 after an interrupt.
+    """
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = TRACEBACK in args
     args = [a for a in args if a != TRACEBACK]
-    if not args or args[0] in ("-h", "--help", "help"):
-        _usage()
+    if not args or args[0] in (*HELP, "help"):
+        _print_usage()
+        return 0
+    if args[0] in ("--version", "-V", "version"):
+        console.print(f"tpcompress {__version__}", highlight=False)
         return 0
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS)
-        return _fail(f"No command '{name}'. Commands: {', '.join(COMMANDS)}.{hint}")
+        near = did_you_mean(name.strip("-").replace("_", "-"), COMMANDS)
+        return _fail(f"No command '{name}'. Commands: {', '.join(COMMANDS)}.{near}")
     try:
+        if name in RECIPE_COMMANDS:
+            return _run_recipe(name, rest)
+        values = parse(name, rest)
         _quieten(name)
-        if name in ("fit", "validate"):
-            return COMMANDS[name](args)
-        return _call(name, COMMANDS[name], rest)
+        return COMMANDS[name](**values)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "Interrupted.", 130)
     except Exception as error:
@@ -52,38 +70,84 @@ def main(args: list[str] | None = None) -> int:
         return _fail(hint or _one_line(error))
 
 
-def _call(name: str, command: Callable[..., int], args: list[str]) -> int:
-    """Parse a command's arguments from its signature and docstring; its first required one may stand alone."""
+def parse(name: str, args: list[str]) -> dict[str, Any]:
+    """Parse the options of a command, from the signature and docstring of its function.
+
+    Args:
+        name: name of the command; not one that runs a recipe.
+        args: arguments after the name.
+
+    Raises:
+        ValueError: an unknown option, a missing or impossible value.
+        SystemExit: after printing help.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False, description=_summary(command))
-    parser.add_function_arguments(command, as_positional=False)
-    first = next(iter(inspect.signature(command).parameters), None)
-    if first and args and not args[0].startswith("-"):
-        args = [f"--{first}", *args]
+    command = COMMANDS[name]
+    given = normalized(command, name, args)
+    parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False, epilog=_epilog(command))
+    parser.formatter_class = _raw_epilog(parser.formatter_class)
+    for key in parser.add_function_arguments(command, as_positional=False):
+        if inspect.signature(command, eval_str=True).parameters[key].annotation is bool:
+            parser._option_string_actions[f"--{key}"].nargs = "?"  # in the help: the value may be left out
     try:
-        values: Any = parser.parse_args(args)
+        values: Any = parser.parse_args(given)
     except ArgumentError as error:
-        raise ValueError(f"{error} See tpcompress {name} --help.") from error
-    return command(**values.as_dict())
+        raise ValueError(f"{' '.join(str(error).split()).rstrip('.')}; see tpcompress {name} --help.") from error
+    return values.as_dict()
 
 
-def _usage() -> None:
-    table = Table.grid(padding=(0, 2))
-    for name, command in COMMANDS.items():
-        text = "Validate with a recipe, trained or not." if name == "validate" else _summary(command)
-        table.add_row(f"  [bold]{name}[/bold]", escape(text))
-    console.print(escape("usage: tpcompress COMMAND [options] [--traceback]\n"))
-    console.print(table)
-    console.print("\ntpcompress COMMAND --help shows the options of a command.")
+def examples(command: Callable[..., int]) -> list[str]:
+    """Example calls in the docstring of a command."""
+    text = inspect.getdoc(command) or ""
+    return re.findall(r"^Example:\n    (.+)$", text, flags=re.MULTILINE)
+
+
+def _run_recipe(name: str, args: list[str]) -> int:
+    """Run `fit` or `validate`, whose options are parsed by the recipe."""
+    command = COMMANDS[name]
+    if set(args) & set(HELP):
+        text = f"tpcompress {name}: {_summary(command)}\n\n{_epilog(command)}\n"
+        console.print(escape(text), highlight=False, soft_wrap=True)
+    _quieten(name)
+    return command([name, *map(underscored, args)])
+
+
+def _print_usage() -> None:
+    console.print(escape("usage: tpcompress COMMAND [options] [--traceback] | --version | --help"))
+    for heading, commands in GROUPS.items():
+        table = Table.grid(padding=(0, 2))
+        for name, command in commands.items():
+            table.add_row(f"  [bold]{name}[/bold]", escape(_summary(command)))
+        console.print(f"\n{heading}")
+        console.print(table)
+    console.print("\ntpcompress COMMAND --help shows the options of a command and an example.")
 
 
 def _summary(command: Callable[..., int]) -> str:
     return (inspect.getdoc(command) or "").partition("\n")[0]
 
 
+def _epilog(command: Callable[..., int]) -> str:
+    """Examples as they appear below the options."""
+    found = examples(command)
+    return "\n".join([f"example{'s' if len(found) > 1 else ''}:", *(f"  {line}" for line in found)])
+
+
+def _raw_epilog(formatter: Any) -> Any:
+    """A help formatter that keeps the lines of the epilog."""
+
+    class Formatter(formatter):  # type: ignore[misc]
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            if text.startswith("example"):
+                return text
+            return str(super()._fill_text(text, width, indent))
+
+    return Formatter
+
+
 def _one_line(error: Exception) -> str:
-    """The message of an error; what nobody foresaw says so."""
+    """The message of an error; an error of an unexpected type also names its type."""
     message = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError | ArithmeticError | NotImplementedError | TypeError):
         return message or type(error).__name__
@@ -96,7 +160,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _quieten(name: str) -> None:
-    """Third parties' progress bars and advice off; their warnings about a run stay."""
+    """Turn off progress bars and advice of other packages; their warnings about a run remain."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -104,9 +168,9 @@ def _quieten(name: str) -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
-    if name in ("fit", "validate", "compare", "study", "quickstart", "estimators", "cache-teacher"):
+    if name in TRAINING:
         import datasets
-        import lightning  # noqa: F401  it sets the levels of its loggers when it is imported
+        import lightning  # noqa: F401  sets the levels of its loggers on import
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
