@@ -17,7 +17,7 @@ from tpcompress.insertion.attach import attach, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
-from tpcompress.pruners.dart import set_order
+from tpcompress.pruners.compat.dart import set_order
 
 V, D = 37, 16
 

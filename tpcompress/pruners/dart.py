@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpcompress.pruners.base import INSTRUCTION, SYSTEM, Pruner, Selection, TokenView
+from tpcompress.pruners.base import INSTRUCTION, Pruner, Selection, TokenView
+from tpcompress.pruners.compat.dart import OFFICIAL, check_reduction, official_count, official_order
 from tpcompress.pruners.greedy import products
-from tpcompress.pruners.topk import hash_uniform, keep_topk, on
+from tpcompress.pruners.topk import hash_uniform, keep_topk, on, take
 
 PIVOTS = ("key_norm", "value_norm", "attention", "hidden_norm", "random")
 SPACES = ("", "normed", "hidden")
 WORDS = ("instruction", "prompt")
-OFFICIAL = ("", "llava", "qwen")
 
 
 class DART(Pruner):
@@ -38,13 +38,7 @@ class DART(Pruner):
     Paper: 4 + 4 pivots, keys, layer 2.     Cost: P x V cosines and one sort of V per pivot.
     Unlike the official code: exact counts, batched, pivots visited in the order above, fewer words than text pivots
     allowed (the others share their part), each image pruned (there the first one), padding and answers never read.
-    `compat` retains what the official code does, in fp32, where one image without separators is all there is to see:
-        llava     4 + 8 m tokens with m = floor(min(budget, V - 4) / 8); the cap is that of LLaVA-NeXT, without which
-                  the code for LLaVA-1.5 stops with an error above V - 4
-        qwen      4 + 8 m tokens with m = int(V (1 - reduction) / 8), whatever the plan's budget
-    (4 and 8: the vision pivots and all pivots), pivots in the order of a Python set of their positions (`set_order`),
-    words behind the image only. Where the official code stops with an error - fewer than 4 words behind the image, m
-    tokens no longer free - the count stays as above, or all tokens are kept.
+    `compat: llava` or `compat: qwen` selects the tokens of the official code; see `tpcompress/pruners/compat/dart.py`.
     Embedding-level DART of TensorRT-Edge-LLM, before the language model: `pivot: hidden_norm, norm_power: 1, words:
     prompt`; its quota is ceil(V (1 - reduction)) per image, a plan's is rounded.
     """
@@ -72,17 +66,13 @@ class DART(Pruner):
             "pivot criterion": (pivot, PIVOTS),
             "space": (space, SPACES),
             "words": (words, WORDS),
-            "compat": (compat, OFFICIAL),
+            "compat": (compat, ("", *OFFICIAL)),
             "norm_power": (norm_power, (0, 1, 2)),
         }
         for what, (given, known) in choices.items():
             if given not in known:
                 raise ValueError(f"dart has no {what} {given!r}; choose one of {', '.join(map(repr, known))}.")
-        if (compat == "qwen") != (0 < reduction < 1):
-            raise ValueError(
-                f"dart takes its count from reduction, in (0, 1), with compat 'qwen' and only there; got {reduction} "
-                f"with compat {compat!r}."
-            )
+        check_reduction(compat, reduction)
         self.vision_pivots, self.text_pivots, self.pivot, self.largest = vision_pivots, text_pivots, pivot, largest
         self.norm_power, self.space, self.words, self.seed = norm_power, space, words, seed
         self.compat, self.reduction = compat, reduction
@@ -106,40 +96,31 @@ class DART(Pruner):
         x_BVD = tokens.normed_BVD if self._normed else tokens.vision_BVD
         assert x_BVD is not None
         x_BVD, sign = x_BVD.float(), 1 if self.largest else -1
-        count_B = self._count(tokens, on(num_keep_B, x_BVD))
+        count_B = on(num_keep_B, x_BVD)
+        if self.compat:
+            count_B = official_count(
+                tokens.valid_BV.sum(1), count_B, self.vision_pivots, self.text_pivots, self.compat, self.reduction
+            )
         pivot_BP, _, chosen_BP = pick_pivots(sign * self._criterion(tokens), tokens.valid_BV, self.vision_pivots)
         chosen_BP = chosen_BP & (torch.arange(chosen_BP.shape[1], device=x_BVD.device) < count_B[:, None])
         taken_BV = torch.zeros_like(tokens.valid_BV).scatter(1, pivot_BP, chosen_BP)
-        feature_BPD, place_BP = gather(x_BVD, pivot_BP), pivot_BP
+        feature_BPD, place_BP = take(x_BVD, pivot_BP), pivot_BP
         if self.text_pivots:
             text_BSD, word_BS = tokens.text_normed_BSD if self._normed else tokens.text_BSD, self._words(tokens)
             assert text_BSD is not None
             index_BP, _, found_BP = pick_pivots(sign * self._text_criterion(tokens, word_BS), word_BS, self.text_pivots)
-            feature_BPD = torch.cat([feature_BPD, gather(text_BSD.float(), index_BP)], 1)
+            feature_BPD = torch.cat([feature_BPD, take(text_BSD.float(), index_BP)], 1)
             chosen_BP = torch.cat([chosen_BP, found_BP], 1)
             after_BS = tokens.valid_BV.sum(1, keepdim=True) + word_BS.cumsum(1) - 1
             place_BP = torch.cat([place_BP, after_BS.gather(1, index_BP)], 1)
         if self.compat:
-            assert tokens.text_role_BS is not None
-            before_B1 = (tokens.text_role_BS == SYSTEM).sum(1, keepdim=True)
-            order_BP = set_order(before_B1 + place_BP)
-            feature_BPD, chosen_BP = gather(feature_BPD, order_BP), chosen_BP.gather(1, order_BP)
+            order_BP = official_order(tokens, place_BP)
+            feature_BPD, chosen_BP = take(feature_BPD, order_BP), chosen_BP.gather(1, order_BP)
         unit_BVD = F.normalize(x_BVD, dim=-1)
         similar_BPV = torch.stack([products(unit_BVD, f_BD) for f_BD in F.normalize(feature_BPD, dim=-1).unbind(1)], 1)
         keep_BV = least_similar(similar_BPV, chosen_BP, taken_BV, tokens.valid_BV, count_B)
         scores_BV = -similar_BPV.masked_fill(~chosen_BP[..., None], -torch.inf).amax(1)
         return Selection(keep_BV, scores_BV.nan_to_num(neginf=-1.0, posinf=1.0).masked_fill(taken_BV, 1.0))
-
-    def _count(self, tokens: TokenView, budget_B: Tensor) -> Tensor:
-        """How many tokens each row keeps."""
-        if not self.compat:
-            return budget_B
-        valid_B, pivots = tokens.valid_BV.sum(1), self.vision_pivots + self.text_pivots
-        if self.compat == "llava":
-            share_B = budget_B.minimum(valid_B - self.vision_pivots).clamp(min=0) // pivots
-        else:
-            share_B = (valid_B.double() * (1 - self.reduction) / pivots).long()
-        return (self.vision_pivots + pivots * share_B).minimum(valid_B)
 
     def _words(self, tokens: TokenView) -> Tensor:
         """bool (B, S): the words that may be pivots."""
@@ -176,11 +157,6 @@ class DART(Pruner):
         return view.float().norm(self.norm_power or (2 if self.pivot == "hidden_norm" else 1), -1)
 
 
-def gather(x_BVD: Tensor, index_BP: Tensor) -> Tensor:
-    """The features of some tokens (B, P, D)."""
-    return x_BVD.gather(1, index_BP[..., None].expand(-1, -1, x_BVD.shape[-1]))
-
-
 def pick_pivots(norm_BV: Tensor, valid_BV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `num` valid tokens of largest norm, from the largest down: (index (B, P), picked (B, V), exists (B, P))."""
     num = min(num, norm_BV.shape[1])
@@ -215,57 +191,3 @@ def least_similar(similar_BPV: Tensor, pivot_BP: Tensor, taken_BV: Tensor, valid
     return taken_BV | keep_topk(
         torch.zeros_like(valid_BV, dtype=torch.float), valid_BV & ~taken_BV, count_B - taken_BV.sum(1)
     )
-
-
-def set_order(value_BP: Tensor) -> Tensor:
-    """The order in which CPython walks through `set(values)` of each row: that of the slots of its hash table.
-
-    A whole number is its own hash. A table of n slots (8 at first) is tried at i = hash mod n and, if they all exist,
-    at the 9 slots behind; then at i = 5 i + 1 + hash >> 5, hash >> 10, ... An insertion that fills 3/5 of n - 1 slots
-    moves everything, slot by slot, to the smallest power of two above 4 times what is held.
-
-    Args:
-        value_BP: different whole numbers >= 0 (B, P), in the order of their insertion.
-
-    Returns:
-        int64 (B, P): indices into P, in the order of the visits.
-    """
-    B, P = value_BP.shape
-    size, slot_BN = 8, value_BP.new_full((B, 8), P)  # P stands for an empty slot
-    probe_BPT = _probes(value_BP, size)
-    for held in range(1, P + 1):
-        slot_BN = _insert(slot_BN, probe_BPT[:, held - 1], value_BP.new_full((B, 1), held - 1), P)
-        if held * 5 >= (size - 1) * 3:
-            while size <= 4 * held:
-                size *= 2
-            order_BP = _held_first(slot_BN, P)
-            slot_BN, probe_BPT = value_BP.new_full((B, size), P), _probes(value_BP, size)
-            for n in range(held):
-                entry_B1 = order_BP[:, n : n + 1]
-                tried_BT = probe_BPT.gather(1, entry_B1[..., None].expand(-1, -1, probe_BPT.shape[-1]))[:, 0]
-                slot_BN = _insert(slot_BN, tried_BT, entry_B1, P)
-    return _held_first(slot_BN, P)[:, :P]
-
-
-def _held_first(slot_BN: Tensor, empty: int) -> Tensor:
-    return slot_BN.gather(1, (slot_BN == empty).to(torch.int8).argsort(dim=1, stable=True))
-
-
-def _probes(value_BP: Tensor, size: int) -> Tensor:
-    """The slots that each value tries, in order (B, P, T); steps that are not taken repeat the slot before them."""
-    index_BP, rest_BP, tried = value_BP % size, value_BP, []
-    step_T = torch.arange(10, device=value_BP.device)
-    # After 13 rounds nothing is left of a 64-bit hash; from then on no start comes twice before all slots were one.
-    for _ in range(14 + value_BP.shape[1]):
-        far_BP1 = (index_BP + 9 < size)[..., None]
-        tried.append(index_BP[..., None] + step_T * far_BP1)
-        rest_BP = rest_BP >> 5
-        index_BP = (index_BP * 5 + 1 + rest_BP) % size
-    return torch.cat(tried, -1)
-
-
-def _insert(slot_BN: Tensor, tried_BT: Tensor, entry_B1: Tensor, empty: int) -> Tensor:
-    """The entry in the first empty slot that it tries."""
-    free_BT = slot_BN.gather(1, tried_BT) == empty
-    first_B1 = free_BT.to(torch.int8).argmax(1, keepdim=True)
-    return slot_BN.scatter(1, tried_BT.gather(1, first_B1), entry_B1)
