@@ -6,8 +6,9 @@ S sequence length, H attention heads, Q words of the prompt (padded), L layers o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -60,6 +61,14 @@ class Pruner(ConfigMixin):
 
     paper: ClassVar[str] = "ours"
     """arXiv number of the method's paper, or `ours`."""
+    group: ClassVar[str] = "other"
+    """Heading under which lists of pruners show it, such as `duplication and diversity`."""
+    paper_plan: ClassVar[str] = ""
+    """YAML of a plan with the settings of its paper; `NAME:paper` is this plan wherever a plan is read."""
+    more_plans: ClassVar[Mapping[str, str]] = {}
+    """Further such plans by name."""
+    inexact_arguments: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Arguments worth testing with which the pruner does not retain exactly its budget."""
     merges: bool = False
     """Retained tokens absorb dropped ones: the selection contains new values of the vision tokens."""
     exact_count: bool = True

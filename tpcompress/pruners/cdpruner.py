@@ -40,6 +40,19 @@ class CDPruner(Pruner):
 
     name = "cdpruner"
     paper = "2506.10967"
+    group = "duplication and diversity"
+    paper_plan = """
+    # CDPruner: 64 of LLaVA-1.5's 576 tokens, diverse and close to the question, before the language model. Closeness
+    # is measured among the language model's own embeddings; the paper measures it in CLIP's joint space.
+    stages:
+      - {pruner: cdpruner, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = (
+        {"relevance": "class"},
+        {"relevance": "received"},
+        {"relevance": "none"},
+    )
 
     def __init__(self, relevance: str = "text") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Modules that are made from plain values and can say from which: pruners, and the parts of a learned one."""
+"""Mixin of modules that are built from plain values and return them as a config: pruners and gate components."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import nn
 
 
 class ConfigMixin(nn.Module):
-    """A module that keeps its arguments under their own names, so that `config` comes for free."""
+    """A module that stores its arguments under their own names, so that `config` can return them."""
 
     name: ClassVar[str]
+    """Key in plans, YAML, tables and checkpoints."""
+    test_arguments: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Arguments worth testing besides the defaults: the contract tests run with each of them."""
 
     def config(self) -> dict[str, Any]:
-        """Its name and arguments, as they are written to config.json.
-
-        A class from outside this package goes by its dotted path, which is how it is found again.
-        """
+        """Name and arguments as written to config.json; a class from outside this package goes by its dotted path."""
         cls = type(self)
         inside = cls.__module__.startswith(f"{__package__}.")
         name = self.name if inside else f"{cls.__module__}.{cls.__qualname__}"
@@ -25,7 +25,7 @@ class ConfigMixin(nn.Module):
 
     @classmethod
     def argument_names(cls) -> list[str]:
-        """What `__init__` takes by name; a class without one inherits nn.Module's `(*args, **kwargs)`."""
+        """Named arguments of `__init__`; a class without its own inherits nn.Module's `(*args, **kwargs)`."""
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         return [p.name for p in parameters if p.kind not in variadic]

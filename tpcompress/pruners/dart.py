@@ -45,6 +45,39 @@ class DART(Pruner):
 
     name = "dart"
     paper = "2502.11494"
+    group = "duplication and diversity"
+    paper_plan = """
+    # DART (arXiv 2502.11494): 64 of 576 tokens from layer 2 on, 4 vision and 4 text pivots of largest ||k||_1. With
+    # {type: dart, compat: llava} it is 68 of 576, as the official code retains.
+    stages:
+      - {pruner: dart, layer: 2, keep_tokens: 64}  # K = 2
+    """
+    more_plans = {
+        "dart_input": """
+        # DART before the language model, as TensorRT-Edge-LLM runs it: 75 % of each image's tokens at its default
+        # reduction. Pivots are the 4 embeddings of largest L1 norm of each image and of the prompt.
+        stages:
+          - pruner: {type: dart, pivot: hidden_norm, norm_power: 1, words: prompt}
+            layer: 0
+            keep_ratio: 0.75  # reduction ratio 0.25
+        """,
+    }
+    test_arguments = (
+        {"pivot": "hidden_norm"},
+        {"text_pivots": 0},
+        {"vision_pivots": 0, "text_pivots": 2},
+        {"vision_pivots": 9, "text_pivots": 3},
+        {"pivot": "value_norm", "largest": False},
+        {"pivot": "attention"},
+        {"pivot": "attention", "text_pivots": 0, "space": "hidden"},
+        {"pivot": "random", "seed": 3},
+        {"pivot": "hidden_norm", "norm_power": 1, "words": "prompt"},
+    )
+    inexact_arguments = (
+        {"compat": "llava"},
+        {"compat": "qwen", "reduction": 0.667},
+        {"compat": "llava", "text_pivots": 0, "vision_pivots": 3},
+    )
 
     def __init__(
         self,

@@ -23,6 +23,14 @@ class DivPrune(Pruner):
 
     name = "divprune"
     paper = "2503.02175"
+    group = "duplication and diversity"
+    paper_plan = """
+    # DivPrune: 64 of LLaVA-1.5's 576 tokens that lie far apart, before the language model.
+    stages:
+      - {pruner: divprune, keep_tokens: 64}
+    positions: compact
+    """
+    inexact_arguments = ({"compat": True},)
 
     def __init__(self, compat: bool = False) -> None:
         super().__init__()

@@ -44,6 +44,19 @@ class EADP(Pruner):
 
     name = "eadp"
     paper = "2607.02484"
+    group = "duplication and diversity"
+    paper_plan = """
+    # EADP: 64 of LLaVA-1.5's 576 tokens that cover what the words point at, before the language model. Words and
+    # tokens are compared among the language model's own embeddings; the paper compares them in CLIP's joint space.
+    stages:
+      - {pruner: eadp, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = (
+        {"mu": 0.0, "q": 0.3, "beta": 5.0},
+        {"mu": 1.0, "q": 1.0, "beta": 0.0},
+        {"compat": True, "beta": 2.0},
+    )
 
     def __init__(
         self,

@@ -22,6 +22,15 @@ class FasterVLM(Pruner):
 
     name = "fastervlm"
     paper = "2412.01818"
+    group = "attention in the vision tower"
+    paper_plan = """
+    # FasterVLM: 64 of LLaVA-1.5's 576 tokens by the class token's attention, in front of the language model;
+    # renumbered.
+    stages:
+      - {pruner: fastervlm, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = ({"attention": "received"},)
 
     def __init__(self, attention: str = "class") -> None:
         super().__init__()

@@ -42,6 +42,17 @@ class FastV(Pruner):
 
     name = "fastv"
     paper = "2403.06764"
+    group = "attention in the language model"
+    paper_plan = """
+    # FastV: behind the second layer, half of the tokens, by the attention of the last prompt token (288 of
+    # LLaVA-1.5's 576).
+    stages:
+      - {pruner: fastv, layer: 2, keep_ratio: 0.5}  # K = 2, R = 50 %
+    """
+    test_arguments = (
+        {"query_source": "all_prompt"},
+        {"query_source": "last_vision"},
+    )
 
     def __init__(self, query_source: str = "last_prompt") -> None:
         super().__init__()

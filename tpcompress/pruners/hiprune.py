@@ -33,6 +33,20 @@ class HiPrune(Pruner):
 
     name = "hiprune"
     paper = "2508.00553"
+    group = "attention in the vision tower"
+    paper_plan = """
+    # HiPrune: 64 of LLaVA-1.5's 576 tokens, 1 anchor of tower layer 9 with its 4 neighbours, 59 of layer -2;
+    # renumbered.
+    stages:
+      - {pruner: hiprune, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = (
+        {"alpha": 1.0},
+        {"alpha": 0.7, "compat": True},
+        {"object_layer": 0},
+        {"object_layer": 1, "deep_layer": -1},
+    )
 
     def __init__(self, alpha: float = 0.1, object_layer: int = 8, compat: bool = False, deep_layer: int = -2) -> None:
         super().__init__()

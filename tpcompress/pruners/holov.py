@@ -40,6 +40,15 @@ class HoloV(Pruner):
 
     name = "holov"
     paper = "2510.02912"
+    group = "attention in the vision tower"
+    paper_plan = """
+    # HoloV: 64 of LLaVA-1.5's 576 tokens, shared out to 16 crops; renumbered.
+    stages:
+      - {pruner: holov, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = ({"attention": "received", "crops": 5, "beta": 3.0},)
+    inexact_arguments = ({"compat": True},)
 
     def __init__(
         self,

@@ -36,6 +36,22 @@ class LearnedGate(Pruner):
 
     name = "learned_gate"
     differentiable = True
+    group = "learned"
+    test_arguments = (
+        {"scorer": {"type": "local_global", "question": True}},
+        {"reserve": 3},
+        {"scorer": {"type": "local_global", "question": True, "width": 8}, "reserve": 4},
+        {"scorer": "cross_attention", "selector": "straight_through", "applier": "value"},
+        {"selector": "straight_through", "applier": "log_bias"},
+        {"scorer": "mean_key", "selector": {"type": "soft_topk", "relaxation": "laplace"}, "applier": "merge"},
+        {"scorer": "mlp", "selector": "soft_topk", "applier": "scale"},
+        {"scorer": "linear", "selector": "straight_through", "applier": "rest"},
+    )
+    inexact_arguments = (
+        {"selector": "threshold", "applier": "value"},
+        {"selector": "learned_budget", "applier": "gather_value"},
+        {"scorer": {"type": "cross_attention", "union": True}, "selector": "argmax_union", "applier": "gather_value"},
+    )
 
     def __init__(
         self,

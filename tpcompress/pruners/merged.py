@@ -29,6 +29,16 @@ class Merged(Composed):
     name = "merged"
     merges = True
     only_rank = True
+    group = "merging"
+    paper_plan = """
+    # DivPrune's 64 of LLaVA-1.5's 576 tokens, each with the mean of the dropped ones most similar to it.
+    stages:
+      - {pruner: merged, layer: 0, keep_tokens: 64}
+    """
+    test_arguments = (
+        {"weights": "similarity", "proportional": True},
+        {"metric": "keys", "pruner": {"type": "random", "seed": 3, "resample": False}},
+    )
 
     def __init__(
         self,

@@ -45,6 +45,24 @@ class Mix(Composed):
     name = "mix"
     paper = "2502.11501"
     only_rank = True
+    group = "combination of pruners"
+    paper_plan = """
+    # Importance and uniqueness at equal weight (arXiv 2502.11501): 144 of 576 tokens from layer 2 on. FastV's
+    # attention, 1 - cosine to the last word, each from 0 to 1 within the image.
+    stages:
+      - pruner: {type: mix, alpha: 0.5}  # the paper sweeps alpha from 0 to 1
+        layer: 2
+        keep_tokens: 144
+    """
+    test_arguments = (
+        {"alpha": 1.0},
+        {"alpha": 0.0, "uniqueness": {"type": "novelty"}},
+        {"uniqueness": "last_vision", "norm": "rank"},
+        {"uniqueness": {"type": "novelty"}, "norm": "standard", "alpha": 0.3},
+        {"mode": "scheduled", "alpha": 0.9, "alpha_end": 0.2},
+        {"mode": "learned"},
+        {"mode": "learned", "importance": {"type": "novelty"}, "uniqueness": "last_vision", "norm": "rank"},
+    )
 
     def __init__(
         self,

@@ -18,6 +18,12 @@ class Novelty(Pruner):
     """
 
     name = "novelty"
+    group = "duplication and diversity"
+    paper_plan = """
+    # Novelty (ours): 64 of LLaVA-1.5's 576 tokens, those least like any token before them.
+    stages:
+      - {pruner: novelty, keep_tokens: 64}
+    """
 
     @torch.no_grad()
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:

@@ -30,6 +30,17 @@ class Pool(Pruner):
 
     name = "pool"
     paper = "2502.11501"
+    group = "reference"
+    paper_plan = """
+    # Pooling (arXiv 2502.11501): 64 of 576 tokens before the language model, each the mean of 3 x 3.
+    stages:
+      - {pruner: pool, layer: 0, keep_tokens: 64}
+    """
+    test_arguments = (
+        {"kernel": "max"},
+        {"kernel": "gaussian"},
+        {"kernel": "central"},
+    )
 
     def __init__(self, kernel: str = "mean") -> None:
         super().__init__()

@@ -55,6 +55,33 @@ class PruMerge(Pruner):
     name = "prumerge"
     paper = "2403.15388"
     merges = True
+    group = "attention in the vision tower"
+    paper_plan = """
+    # PruMerge: 32 of LLaVA-1.5's 576 tokens, what its adaptive count is on average (for that count itself: adaptive:
+    # true). The last of the 32 is the sum of all that the others leave; renumbered.
+    stages:
+      - {pruner: prumerge, keep_tokens: 32}
+    positions: compact
+    """
+    more_plans = {
+        "prumerge_plus": """
+        # PruMerge+: 144 of LLaVA-1.5's 576 tokens, what its adaptive count is on average (for that count itself:
+        # adaptive: true). By attention 36, uniform over the others 107, and the sum of all that these leave;
+        # renumbered.
+        stages:
+          - {pruner: {type: prumerge, plus: true}, keep_tokens: 144}
+        positions: compact
+        """,
+    }
+    test_arguments = (
+        {"plus": True, "neighbours": 3},
+        {"attention": "received", "merge_at": "tokens", "plus": True, "uniform": 1.0},
+    )
+    inexact_arguments = (
+        {"adaptive": True},
+        {"adaptive": True, "plus": True},
+        {"plus": True, "compat": True},
+    )
 
     def __init__(
         self,

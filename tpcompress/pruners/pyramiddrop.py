@@ -27,6 +27,16 @@ class PyramidDrop(Pruner):
 
     name = "pyramiddrop"
     paper = "2410.17247"
+    group = "attention in the language model"
+    paper_plan = """
+    # PyramidDrop on 32 layers: 288, 144 and 72 of LLaVA-1.5's 576 tokens from layers 8, 16 and 24 on; renumbered.
+    # Other depths: tpcompress.pruners.pyramiddrop.pyramid_stages.
+    stages:
+      - {pruner: pyramiddrop, layer: 8, keep_ratio: 0.5}  # lambda
+      - {pruner: pyramiddrop, layer: 16, keep_ratio: 0.25}
+      - {pruner: pyramiddrop, layer: 24, keep_ratio: 0.125}
+    positions: compact
+    """
 
     @property
     def needs(self) -> frozenset[str]:

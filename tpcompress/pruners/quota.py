@@ -28,6 +28,20 @@ class Quota(Composed):
 
     name = "quota"
     only_rank = True
+    group = "combination of pruners"
+    paper_plan = """
+    # Equal shares for the images of a prompt: 64 tokens in all from layer 2 on, of each image the best by attention.
+    stages:
+      - pruner: {type: quota, per: image}
+        layer: 2
+        keep_tokens: 64
+    scope: prompt  # one budget for all images
+    """
+    test_arguments = (
+        {"share": "proportional"},
+        {"per": "image"},
+        {"per": "frame", "pruner": {"type": "novelty"}},
+    )
 
     def __init__(
         self, pruner: Pruner | str | dict[str, Any] = "fastv", per: str = "tile", share: str = "equal"

@@ -18,6 +18,16 @@ class Random(Pruner):
     """
 
     name = "random"
+    group = "reference"
+    paper_plan = """
+    # A random subset: 64 of LLaVA-1.5's 576 tokens. One seed is one subset of the grid; report the mean over several.
+    stages:
+      - {pruner: {type: random, seed: 0}, keep_tokens: 64}
+    """
+    test_arguments = (
+        {"seed": 7},
+        {"resample": True},
+    )
 
     def __init__(self, seed: int = 0, resample: bool = False) -> None:
         super().__init__()

@@ -45,6 +45,20 @@ class Restore(Composed):
     paper = "2606.01711"
     merges = True
     only_rank = True
+    group = "merging"
+    paper_plan = """
+    # RESTORE around DivPrune: 32 of LLaVA-1.5's 576 tokens as DivPrune picks them, and 32 distinctive anchors that
+    # hold the means of all others, at the median positions of their groups, with attention in proportion to their
+    # sizes.
+    stages:
+      - {pruner: restore, layer: 0, keep_tokens: 64}
+    """
+    test_arguments = (
+        {"weights": "similarity", "place": "own", "proportional": False},
+        {"anchors": 0.0},
+        {"anchors": 0.25},
+        {"anchors": 0.9, "pruner": {"type": "random", "seed": 3, "resample": False}},
+    )
 
     def __init__(
         self,

@@ -29,6 +29,18 @@ class SCOPE(Pruner):
 
     name = "scope"
     paper = "2510.24214"
+    group = "duplication and diversity"
+    paper_plan = """
+    # SCOPE: 64 of LLaVA-1.5's 576 tokens, salient and covering the rest, before the language model.
+    stages:
+      - {pruner: scope, keep_tokens: 64}  # alpha = 1
+    positions: compact
+    """
+    test_arguments = (
+        {"feature": "tokens", "attention": "received"},
+        {"feature": "tokens", "attention": "none"},
+        {"alpha": 0.5},
+    )
 
     def __init__(self, alpha: float = 1.0, feature: str = "tower", attention: str = "class") -> None:
         super().__init__()

@@ -30,6 +30,14 @@ class SIEVE(Pruner):
 
     name = "sieve"
     paper = "2608.10489"
+    group = "duplication and diversity"
+    paper_plan = """
+    # SIEVE: 64 of LLaVA-1.5's 576 tokens, attended and not explained by the words. The paper prunes at a few layers
+    # and does not name them: here all at once, where FastV does.
+    stages:
+      - {pruner: sieve, layer: 2, keep_tokens: 64}
+    """
+    test_arguments = ({"energy": 1.0, "heads": 1.0},)
 
     def __init__(self, energy: float = 0.75, heads: float = 0.375) -> None:
         super().__init__()

@@ -61,6 +61,26 @@ class SparseVLM(Pruner):
 
     name = "sparsevlm"
     paper = "2410.04417"
+    group = "attention in the language model"
+    paper_plan = """
+    # SparseVLM 1.5 on LLaVA-1.5, 64 of 576 tokens on average: 66, 30 and 17 by rank, with the recycled ones 82, 32
+    # and 18. On average 192: 309, 204, 113; 128: 312, 117, 39; 96: 249, 55, 27. Version 2: {type: sparsevlm, heads:
+    # 14} and original positions at 192: 300, 200, 118; 128: 238, 108, 60; 96: 246, 54, 28; 64: 66, 34, 20.
+    stages:
+      - {pruner: {type: sparsevlm, recycle: true}, layer: 3, keep_tokens: 82}  # layers 0 to 2 see all
+      - {pruner: {type: sparsevlm, recycle: true}, layer: 7, keep_tokens: 32}
+      - {pruner: {type: sparsevlm, recycle: true}, layer: 16, keep_tokens: 18}
+    positions: compact
+    """
+    test_arguments = (
+        {"heads": 2},
+        {"recycle": True},
+        {"recycle": True, "heads": 3},
+    )
+    inexact_arguments = (
+        {"recycle": True, "compat": True},
+        {"recycle": True, "compat": True, "heads": 2},
+    )
 
     def __init__(self, recycle: bool = False, heads: int = 0, compat: bool = False) -> None:
         super().__init__()

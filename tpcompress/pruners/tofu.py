@@ -41,6 +41,18 @@ class ToFu(Pruner):
 
     name = "tofu"
     paper = "2312.01026"
+    group = "merging"
+    paper_plan = """
+    # ToFu's hybrid: drop one of each pair of similar tokens early, merge pairs at their norm later; 192, then 64 of
+    # LLaVA-1.5's 576 tokens. The paper changes over in the middle of a ViT.
+    stages:
+      - {pruner: {type: tofu, mode: prune}, layer: 2, keep_tokens: 192}
+      - {pruner: tofu, layer: 16, keep_tokens: 64}  # mode: merge
+    """
+    test_arguments = (
+        {"mode": "prune"},
+        {"metric": "keys", "proportional": False, "rounds": 3},
+    )
 
     def __init__(
         self, mode: str = "merge", metric: str = "features", proportional: bool = True, rounds: int = 24

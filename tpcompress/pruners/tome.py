@@ -42,6 +42,18 @@ class ToMe(Pruner):
     name = "tome"
     paper = "2210.09461"
     merges = True
+    group = "merging"
+    paper_plan = """
+    # ToMe, here all at once before the language model: LLaVA-1.5's 576 tokens merged pair by pair into 64, with
+    # attention in proportion to what each stands for. The paper merges in every layer of the tower, by its keys
+    # (metric: keys).
+    stages:
+      - {pruner: tome, layer: 0, keep_tokens: 64}
+    """
+    test_arguments = (
+        {"metric": "keys"},
+        {"proportional": False, "rounds": 1},
+    )
 
     def __init__(self, metric: str = "features", proportional: bool = True, rounds: int = 24) -> None:
         super().__init__()

@@ -34,6 +34,21 @@ class TOPS(Pruner):
 
     name = "tops"
     paper = "2606.27161"
+    group = "duplication and diversity"
+    paper_plan = """
+    # TOPS on 32 layers, the paper's 64 tokens of LLaVA-1.5-7B's 576: 128 before the language model, 64 and 16 inside
+    # it.
+    stages:
+      - {pruner: tops, keep_tokens: 128}
+      - {pruner: {type: tops, relevance: raters, coverage: 1.0}, layer: 12, keep_tokens: 64}  # coverage = lambda
+      - {pruner: {type: tops, relevance: raters, coverage: 1.0}, layer: 24, keep_tokens: 16}
+    positions: compact
+    """
+    test_arguments = (
+        {"relevance": "raters", "coverage": 1.0},
+        {"relevance": "last", "normalise": "mean"},
+        {"relevance": "received", "diversity": 0.0},
+    )
 
     def __init__(
         self, coverage: float = 0.5, diversity: float = 0.5, relevance: str = "class", normalise: str = "minmax"

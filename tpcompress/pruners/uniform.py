@@ -17,6 +17,12 @@ class Uniform(Pruner):
     """
 
     name = "uniform"
+    group = "reference"
+    paper_plan = """
+    # The uniform grid: the central token of each of 64 equal cells of LLaVA-1.5's 24 x 24.
+    stages:
+      - {pruner: uniform, keep_tokens: 64}
+    """
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         cell_BV = grid_cells(tokens.row_BV, tokens.col_BV, tokens.valid_BV, num_keep_B)

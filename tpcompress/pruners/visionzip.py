@@ -43,6 +43,18 @@ class VisionZip(Pruner):
     name = "visionzip"
     paper = "2412.04467"
     merges = True
+    group = "attention in the vision tower"
+    paper_plan = """
+    # VisionZip: 64 of LLaVA-1.5's 576 tokens, 54 dominant and 10 that the others are merged into; renumbered.
+    stages:
+      - {pruner: visionzip, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = (
+        {"attention": "received", "merge_at": "tokens", "contextual": 0.5},
+        {"contextual": 1.0},
+    )
+    inexact_arguments = ({"compat": True},)
 
     def __init__(
         self,

@@ -33,6 +33,18 @@ class VisPruner(Pruner):
 
     name = "vispruner"
     paper = "2412.01818"
+    group = "attention in the vision tower"
+    paper_plan = """
+    # VisPruner: 64 of LLaVA-1.5's 576 tokens, 32 by attention and the 32 that duplicate the others least; renumbered.
+    stages:
+      - {pruner: vispruner, keep_tokens: 64}
+    positions: compact
+    """
+    test_arguments = (
+        {"attention": "received", "important": 0.0, "step": 3},
+        {"important": 0.7, "step": 1},
+        {"compat": True},
+    )
 
     def __init__(self, important: float = 0.5, step: int = 8, attention: str = "class", compat: bool = False) -> None:
         super().__init__()

@@ -27,6 +27,13 @@ class VTW(Pruner):
     name = "vtw"
     paper = "2405.05803"
     keeps_none = True
+    group = "reference"
+    paper_plan = """
+    # VTW (arXiv 2405.05803): all vision tokens leave LLaVA-1.5-7B before layer 15 of 32, so that 270 of 576 are seen
+    # by the average layer. Ids stay as they were, as in the paper; its ablation renumbers them (positions: compact).
+    stages:
+      - {pruner: vtw, layer: 15, keep_tokens: 0} # K = 15
+    """
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         return Selection(

@@ -28,6 +28,17 @@ class Window(Composed):
     name = "window"
     paper = "2502.11501"
     only_rank = True
+    group = "combination of pruners"
+    paper_plan = """
+    # Window FastV (arXiv 2502.11501): 144 of 576 tokens from layer 2 on, 9 of each of 16 windows of 6 x 6 by
+    # attention.
+    stages:
+      - {pruner: window, layer: 2, keep_tokens: 144}  # 75 % pruned
+    """
+    test_arguments = (
+        {"pruner": {"type": "novelty"}, "rows": 2, "cols": 3},
+        {"pruner": {"type": "uniform"}, "rows": 1, "cols": 1},
+    )
 
     def __init__(self, pruner: Pruner | str | dict[str, Any] = "fastv", rows: int = 4, cols: int = 4) -> None:
         super().__init__(pruner=pruner)

@@ -4,9 +4,9 @@
     llava     4 + 8 m tokens with m = floor(min(budget, V - 4) / 8); the cap is that of the code for LLaVA-NeXT, without
               which the code for LLaVA-1.5 stops with an error above V - 4
     qwen      4 + 8 m tokens with m = int(V (1 - reduction) / 8), whatever the plan's budget
-(4 and 8: the vision pivots and all pivots). Pivots are visited in the order of a Python set of their positions, and text
-pivots come from the words after the image only. Where the official code stops with an error - fewer words after the
-image than text pivots, or fewer than m free tokens - the count stays as above, or all tokens are retained.
+(4 and 8: the vision pivots and all pivots). Pivots are visited in the order of a Python set of their positions, and
+text pivots come from the words after the image only. Where the official code stops with an error - fewer words after
+the image than text pivots, or fewer than m free tokens - the count stays as above, or all tokens are retained.
 
 B rows, V vision tokens, P pivots, N slots of a hash table, T slots tried.
 """

@@ -39,6 +39,10 @@ class CrossAttention(WeightedScorer):
     """
 
     name = "cross_attention"
+    test_arguments = (
+        {"width": None},
+        {"width": 6, "union": True},
+    )
 
     def __init__(self, width: int | None = 128, union: bool = False) -> None:
         super().__init__()

@@ -31,6 +31,12 @@ class Free(Scorer):
     """
 
     name = "free"
+    test_arguments = (
+        {"pruner": {"type": "fastv"}},
+        {"pruner": {"type": "divprune"}},
+        {"pruner": {"type": "cdpruner"}},
+        {"pruner": {"type": "hiprune"}},
+    )
 
     def __init__(self, pruner: Pruner | str | dict[str, Any] = "novelty") -> None:
         super().__init__()

@@ -41,6 +41,10 @@ class LocalGlobal(WeightedScorer):
 
     name = "local_global"
     untrained_equivalent = "novelty"
+    test_arguments = (
+        {"question": True},
+        {"width": 8},
+    )
 
     def __init__(self, width: int = 64, question: bool = False) -> None:
         super().__init__()

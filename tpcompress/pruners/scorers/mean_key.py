@@ -31,6 +31,7 @@ class MeanKey(WeightedScorer):
     """
 
     name = "mean_key"
+    test_arguments = ({"width": 3},)
 
     def __init__(self, width: int | None = None) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class MLP(WeightedScorer):
     """
 
     name = "mlp"
+    test_arguments = ({"width": 12},)
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

@@ -45,6 +45,10 @@ class Twig(WeightedScorer):
     """
 
     name = "twig"
+    test_arguments = (
+        {"layers": 1, "heads": 2, "expand": 1},
+        {"heads": 3},
+    )
 
     def __init__(self, layers: int = 3, heads: int = 8, expand: int = 2) -> None:
         super().__init__()

@@ -33,6 +33,10 @@ class ArgmaxUnion(Selector):
     name = "argmax_union"
     exact_count = False
     votes = True
+    test_arguments = (
+        {"noise": "uniform"},
+        {"cap": None},
+    )
 
     def __init__(self, noise: str = "gumbel", cap: float | None = 1.0) -> None:
         super().__init__()

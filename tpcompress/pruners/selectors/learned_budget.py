@@ -31,6 +31,7 @@ class LearnedBudget(Annealed):
 
     name = "learned_budget"
     exact_count = False
+    test_arguments = ({"relaxation": "laplace", "spread": 0.5, "candidates": 5},)
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ class SoftTopK(Annealed):
     """
 
     name = "soft_topk"
+    test_arguments = ({"relaxation": "laplace"},)
 
     def __init__(
         self, relaxation: str = "sigmoid", temperature_start: float = 0.5, temperature_end: float = 0.1

@@ -24,6 +24,7 @@ class StraightThrough(SoftTopK):
     """
 
     name = "straight_through"
+    test_arguments = ({"relaxation": "laplace"},)
 
     def forward(self, scores: Scores, valid_BV: Tensor, num_keep_B: Tensor, explore: bool) -> Choice:
         choice = super().forward(scores, valid_BV, num_keep_B, explore)

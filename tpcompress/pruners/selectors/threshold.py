@@ -33,6 +33,10 @@ class Threshold(Annealed):
 
     name = "threshold"
     exact_count = False
+    test_arguments = (
+        {"per_sample": True},
+        {"cap": 1.0, "floor": 1.0},
+    )
 
     def __init__(
         self,
