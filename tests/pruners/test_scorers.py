@@ -26,15 +26,7 @@ from tpcompress.pruners.topk import keep_topk, standardise
 from tpcompress.training.losses.imitate import choice_loss, scores_loss
 
 D = 16
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "local_global": [{"question": True}, {"width": 8}],
-    "mlp": [{"width": 12}],
-    "mean_key": [{"width": 3}],
-    "cross_attention": [{"width": None}, {"width": 6, "union": True}],
-    "twig": [{"layers": 1, "heads": 2, "expand": 1}, {"heads": 3}],
-    "free": [{"pruner": {"type": name}} for name in ("fastv", "divprune", "cdpruner", "hiprune")],
-}
-CONFIGS = [{"type": name, **more} for name in list_parts("scorer") for more in [{}, *VARIANTS.get(name, [])]]
+CONFIGS = [{"type": name, **more} for name, cls in list_parts("scorer").items() for more in ({}, *cls.test_arguments)]
 LEARNED = [config for config in CONFIGS if create_part("scorer", dict(config)).learned]
 READERS = [config for config in LEARNED if "text" in create_part("scorer", dict(config)).needs]
 GRIDS = {1: (1, 1), 12: (3, 4), 35: (5, 7)}
@@ -116,7 +108,6 @@ def dead_weights(scorer: nn.Module, view: TokenView) -> list[str]:
 
 
 def test_variants_name_registered_scorers() -> None:
-    assert set(VARIANTS) <= set(list_parts("scorer"))
     assert {c["type"] for c in LEARNED} == set(list_parts("scorer")) - {"free"}
     assert len(list_parts("scorer")) >= 7
     assert READERS

@@ -28,14 +28,7 @@ from tpcompress.pruners.selectors.relaxations import (
 from tpcompress.pruners.selectors.threshold import deciles, normal_threshold, within
 from tpcompress.pruners.topk import keep_topk, standardise
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "soft_topk": [{"relaxation": "laplace"}],
-    "straight_through": [{"relaxation": "laplace"}],
-    "threshold": [{"per_sample": True}, {"cap": 1.0, "floor": 1.0}],
-    "learned_budget": [{"relaxation": "laplace", "spread": 0.5, "candidates": 5}],
-    "argmax_union": [{"noise": "uniform"}, {"cap": None}],
-}
-CONFIGS = [{"type": name, **more} for name in list_parts("selector") for more in [{}, *VARIANTS.get(name, [])]]
+CONFIGS = [{"type": name, **more} for name, cls in list_parts("selector").items() for more in ({}, *cls.test_arguments)]
 D = 8
 
 every_selector = pytest.mark.parametrize("config", CONFIGS, ids=config_id)
@@ -79,7 +72,6 @@ def is_noisy(selector: Selector) -> bool:
 
 
 def test_variants_name_registered_selectors() -> None:
-    assert set(VARIANTS) <= set(list_parts("selector"))
     assert len(list_parts("selector")) >= 8
     noisy = {config["type"] for config in CONFIGS if is_noisy(made(config))}
     assert {"gumbel", "gumbel_topk", "argmax_union"} <= noisy

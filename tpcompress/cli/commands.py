@@ -274,16 +274,25 @@ def show_list(kind: str = "kinds", name: str | None = None) -> int:
     return 0
 
 
-def pruners(name: str | None = None) -> int:
+def pruners(name: str | None = None, plan: bool = False) -> int:
     """List the pruners and the components of learned ones, or show one in full: short for `list pruners`.
 
     Example:
-        tpcompress pruners dart
+        tpcompress pruners dart --plan
 
     Args:
         name: pruner, scorer, selector or applier, or the dotted path of a pruner outside the package.
+        plan: print the pruner's plan with the settings of its paper, as YAML.
+
+    Raises:
+        ValueError: plan without a name, or a pruner without such a plan.
     """
-    return show_list("pruners", name)
+    if not plan:
+        return show_list("pruners", name)
+    from tpcompress.cli.lists import paper_plan
+
+    print(paper_plan(name), end="")
+    return 0
 
 
 def families(name: str | None = None) -> int:

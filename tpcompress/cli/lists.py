@@ -142,9 +142,25 @@ def one_pruner(name: str, console: Console) -> None:
         for what, words in of_pruners.facts(cls()).items():
             grid.add_row(what, escape(words))
         grid.add_row("", of_pruners.unserved(cls()) or "")
+        grid.add_row("paper plan", ", ".join(f"{plan}:paper" for plan in of_pruners.plans_of(cls)) or "none")
     for argument, default in of_pruners.arguments(cls).items():
         grid.add_row(f"[bold]{argument}[/bold]", escape(default))
     console.print(grid)
+
+
+def paper_plan(name: str | None) -> str:
+    """YAML of the plan with a paper's settings.
+
+    Args:
+        name: a pruner, or a further plan that a pruner declares.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    plans = of_pruners.paper_plans()
+    if name not in plans:
+        raise ValueError(f"No plan of a paper for {name!r}; choose one of {', '.join(plans)}.")
+    return plans[str(name)]
 
 
 def family_table(console: Console) -> None:

@@ -52,7 +52,7 @@ def attach(
 
         attach(model, "divprune", keep_tokens=64)
         attach(model, "divprune:64@0,dart:0.25@8")
-        attach(model, "recipes/free/dart.yaml")
+        attach(model, "dart:paper")
 
     Args:
         model: a transformers vision-language model, or a PEFT model around one.

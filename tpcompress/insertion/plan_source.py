@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tpcompress.bundled import find_config
-from tpcompress.errors import read_yaml
+from tpcompress.errors import did_you_mean, read_yaml
 from tpcompress.pruners import list_pruners
+from tpcompress.pruners.catalogue import paper_plans
 
 SHORT_STAGE = re.compile(r"\s*(?P<pruner>[\w.]+):(?P<keep>\d+|\d*\.\d+)(?:@(?P<layer>\d+))?\s*")
 """One stage of the short form: `dart:64@2`, or `dart:0.25` for a ratio at layer 0."""
+
+PAPER = re.compile(r"\s*(?P<name>\w+):paper\s*")
+"""A plan with the settings of a paper, by the name of its pruner: `dart:paper`."""
+
+MOVED = {"merged_divprune": "merged", "restore_divprune": "restore", "window_fastv": "window"}
+"""Files that `recipes/free/` held under other names than those of their plans today."""
 
 FORMS = "give a pruner with a budget, PRUNER:KEEP@LAYER such as divprune:64@0, a mapping, a plan file or a recipe"
 
@@ -21,16 +30,20 @@ def read_source(source: str | Path) -> list[dict[str, Any]] | Mapping[str, Any] 
     """Read a plan that is given as text or as a path.
 
     Args:
-        source: a short form (`divprune:64@0,dart:0.25@8`), the path of a plan file or recipe, or a pruner's name.
+        source: a short form (`divprune:64@0,dart:0.25@8`), a pruner's name with the settings of its paper
+            (`dart:paper`), the path of a plan file or recipe, or a pruner's name.
 
     Returns:
         The stages of a short form, the mapping in a file, or the name of a pruner.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a malformed short form, a file that is not YAML, or a recipe without a plan.
+        ValueError: a malformed short form, a pruner without a paper plan, a file that is not YAML, or a recipe without
+            a plan.
     """
     text = str(source)
+    if paper := PAPER.fullmatch(text):
+        return _paper_plan(paper["name"])
     matches = [SHORT_STAGE.fullmatch(part) for part in text.split(",")]
     if all(matches):
         return [_short_stage(match) for match in matches if match]
@@ -50,8 +63,22 @@ def _short_stage(match: re.Match[str]) -> dict[str, Any]:
     return {"pruner": match["pruner"], "layer": int(match["layer"] or 0), **budget}
 
 
+def _paper_plan(name: str) -> Mapping[str, Any]:
+    plans = paper_plans()
+    if name not in plans:
+        raise ValueError(
+            f"No plan '{name}:paper'; plans of papers: {', '.join(plans)}.{did_you_mean(name, plans)} Other pruners "
+            f"need a budget: {name}:64@0."
+        )
+    values: Mapping[str, Any] = yaml.safe_load(plans[name])
+    return values
+
+
 def _read_file(path: str) -> Mapping[str, Any]:
     """The plan of a plan file or of a recipe, as plain values."""
+    name = MOVED.get(Path(path).stem, Path(path).stem)
+    if Path(path).parent.name == "free" and not Path(path).is_file() and name in paper_plans():
+        return _paper_plan(name)  # where plans of papers were files: recipes/free/dart.yaml
     try:
         found = find_config(path)
     except FileNotFoundError:

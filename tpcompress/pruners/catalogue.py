@@ -1,4 +1,4 @@
-"""What a reader may want to know of the pruners, read from their classes; no model is built."""
+"""Facts, documentation and paper plans of pruners and gate components, read from their classes; no model is built."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 from tpcompress.pruners.base import Pruner
 from tpcompress.pruners.config_mixin import ConfigMixin
+from tpcompress.pruners.registry import list_pruners
 from tpcompress.pruners.views import LAYER_VIEWS
 
 COLUMNS = ("site", "reads", "asks", "grad", "merges", "exact", "serving", "paper")
@@ -14,10 +15,10 @@ COLUMNS = ("site", "reads", "asks", "grad", "merges", "exact", "serving", "paper
 
 
 def facts(rule: Pruner) -> dict[str, str]:
-    """A row of the table of all pruners, a word or two each.
+    """One row of the table of all pruners, a word or two per column.
 
-    site: layers at which a stage may act; reads: views beside the tokens themselves; asks: the choice depends on the
-    prompt; grad: a gradient reaches its scores; serving: A where an engine can take it as a property of its encoder.
+    site: layers at which a stage may act; reads: views besides the tokens themselves; asks: the selection depends on
+    the prompt; grad: a gradient reaches the scores; serving: A if an engine can run it as part of its encoder.
     """
     return {
         "site": site(rule),
@@ -39,33 +40,52 @@ def site(rule: Pruner) -> str:
 
 
 def unserved(rule: Pruner) -> str | None:
-    """Why an engine cannot take a pruner before the language model as a property of its encoder; None if it can."""
+    """Reason why an engine cannot run a pruner at layer 0 as part of its encoder; None if it can."""
     if rule.keeps_none:
         return f"'{rule.name}' leaves the language model no vision token"
     if rule.needs & LAYER_VIEWS:
         return f"'{rule.name}' reads layers of the language model"
     if rule.prompt_dependent:
-        return f"'{rule.name}' reads the prompt, so an image is pruned anew for every question"
+        return f"'{rule.name}' reads the prompt, so an image is pruned again for every question"
     if not rule.exact_count:
-        return f"'{rule.name}' counts for itself, so an image has no fixed count"
+        return f"'{rule.name}' chooses its own count, so an image has no fixed count"
     if rule.uses_token_sizes:
-        return f"'{rule.name}' gives sizes or positions, which the layers of the language model would have to honour"
+        return f"'{rule.name}' returns sizes or positions, which the layers of the language model would have to apply"
     return None
 
 
 def retains(cls: type[Pruner]) -> str:
-    """What it retains: the first line of its file, without the name and the source."""
+    """Summary: the first line of the pruner's file, without name and source."""
     line = _module_text(cls).partition("\n")[0].partition(": ")[2]
     return line.partition(" (")[0].rstrip(".")
 
 
+def groups() -> dict[str, list[str]]:
+    """Names of the registered pruners by group, in alphabetical order of both."""
+    found: dict[str, list[str]] = {}
+    for name, cls in list_pruners().items():
+        found.setdefault(cls.group, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def paper_plans() -> dict[str, str]:
+    """YAML text of every plan with the settings of a paper, by name: each pruner's own, and its further ones."""
+    return {name: text for cls in list_pruners().values() for name, text in plans_of(cls).items()}
+
+
+def plans_of(cls: type[Pruner]) -> dict[str, str]:
+    """The paper plans of one pruner, by name; empty if it declares none."""
+    own = {cls.name: cls.paper_plan} if cls.paper_plan else {}
+    return {name: inspect.cleandoc(text) + "\n" for name, text in (own | dict(cls.more_plans)).items()}
+
+
 def about(cls: type[ConfigMixin]) -> str:
-    """The documentation of a pruner or part: that of its file and of its class."""
+    """Documentation of a pruner or gate component: the docstrings of its file and of its class."""
     return f"{_module_text(cls)}\n\n{inspect.getdoc(cls) or ''}"
 
 
 def arguments(cls: type[ConfigMixin]) -> dict[str, str]:
-    """Arguments by name, with their defaults as YAML would have them."""
+    """Arguments by name, with their defaults as text; `required` where there is none."""
     parameters = inspect.signature(cls.__init__).parameters
     found = {}
     for name in cls.argument_names():

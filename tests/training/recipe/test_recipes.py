@@ -9,14 +9,9 @@ import pytest
 import torch
 import yaml
 from training.helpers import TOKENS, Watch, Workplace, callback, found, save_base, save_chat
-from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tpcompress.cli.main import main
 from tpcompress.evaluation.compare.config import Comparison
-from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
-from tpcompress.insertion.attach import attach, detach, record
-from tpcompress.insertion.plan import PruningPlan
-from tpcompress.pruners import Pruner, list_pruners
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,9 +19,9 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def kind(path: Path) -> str:
-    """comparison, estimators, overlay, plan, run or study, by what the file says."""
+    """comparison, estimators, overlay, run or study, by what the file says."""
     values = yaml.safe_load(path.read_text())
-    named = {"model": "run", "trainer": "overlay", "stages": "plan", "contenders": "study", "estimators": "estimators"}
+    named = {"model": "run", "trainer": "overlay", "contenders": "study", "estimators": "estimators"}
     return next((name for key, name in named.items() if key in values), "comparison")
 
 
@@ -67,8 +62,6 @@ def test_the_header_says_what_and_how(path):
     header = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
     assert header
     assert all(len(line) <= 125 for line in lines)
-    if kind(path) == "plan":  # any command takes it
-        return
     command = next(line for line in header if line.startswith("tpcompress "))
     assert f"recipes/{path.relative_to(ROOT / 'recipes')}" in command
     for word in command.split():
@@ -92,38 +85,6 @@ def test_a_recipe_is_what_its_classes_take(path, work, tmp_path):
     assert (cli.model.plan is None) == ("plan" not in values["model"])
     own = f"runs/{path.parent.name}/{path.stem}"
     assert values["trainer"]["default_root_dir"] == own
-
-
-@pytest.fixture(scope="module")
-def deep():
-    """LLaVA-1.5's shape in little: 576 vision tokens, 24 tower layers, 32 decoder layers."""
-    vision = tiny_vision("clip_vision_model", image_size=96, num_hidden_layers=24)
-    text = tiny_text(num_hidden_layers=32)
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=576)
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def test_every_method_has_a_plan():
-    """What learns has recipes that train it instead."""
-    plans = [PruningPlan.of(p.values[0]) for p in of("plan")]
-    rules = {m.name for plan in plans for s in plan.stages for m in s.pruner.modules() if isinstance(m, Pruner)}
-    assert {name for name, cls in list_pruners().items() if not cls().learned} <= rules
-
-
-@pytest.mark.parametrize("path", of("plan"))
-def test_a_plan_runs_at_the_papers_depth(path, deep):
-    plan = PruningPlan.of(path)
-    ids = torch.tensor([[5, 6, *[IMAGE] * 576, 7, 8, 9, 10, 11]])
-    pixels = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    attach(deep, plan)
-    try:
-        with record(deep) as trace, torch.no_grad():
-            logits = deep(input_ids=ids, pixel_values=pixels).logits
-    finally:
-        detach(deep)
-    assert torch.isfinite(logits).all()
-    assert [stage.vision_out for stage in trace.stages] == [[count] for count in plan.counts(576)]
 
 
 @pytest.mark.parametrize("path", of("comparison"))
