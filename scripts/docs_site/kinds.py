@@ -11,9 +11,8 @@ from tpcompress.evaluation.tasks import list_tasks
 from tpcompress.families import list_families
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.registry import list_parts
-from tpcompress.training import schedules
 from tpcompress.training.losses import list_losses
-from tpcompress.training.schedules import Schedule
+from tpcompress.training.schedules import list_schedules
 from tpcompress.training.teachers import list_teachers
 
 
@@ -34,15 +33,6 @@ class Kind:
     folder: str
     about: str
     members: Callable[[], Mapping[str, Any]]
-
-
-def _schedules() -> dict[str, type[Schedule]]:
-    found = {name: getattr(schedules, name) for name in schedules.__all__ if name[0].isupper()}
-    return {name: cls for name, cls in found.items() if cls is not Schedule}
-
-
-def _by_class(members: Mapping[str, type]) -> dict[str, type]:
-    return {cls.__name__: cls for cls in members.values()}
 
 
 KINDS = (
@@ -66,7 +56,7 @@ KINDS = (
     ),
     Kind(
         "loss", "losses", "tpcompress/training/losses",
-        "A loss is a weighted term of the objective (recipe key `model.losses`).", lambda: _by_class(list_losses()),
+        "A loss is a weighted term of the objective (recipe key `model.losses`).", list_losses,
     ),
     Kind(
         "teacher", "teachers", "tpcompress/training/teachers",
@@ -74,7 +64,7 @@ KINDS = (
     ),
     Kind(
         "schedule", "schedules", "tpcompress/training/schedules",
-        "A schedule sets the token budget of each training step (recipe key `model.schedule`).", _schedules,
+        "A schedule sets the token budget of each training step (recipe key `model.schedule`).", list_schedules,
     ),
     Kind(
         "task", "tasks", "tpcompress/evaluation/tasks",

@@ -70,7 +70,7 @@ def test_the_usage_names_every_command(args, capsys):
 def test_help_says_what_the_settings_of_a_run_mean(capsys):
     for option, words in {
         "optimizer": "linear warm-up",
-        "pruner_phase": "learns on gathered tokens",
+        "pruner_phase": "trains on the pruned sequence",
     }.items():
         with pytest.raises(SystemExit):
             main(["fit", f"--model.{option}.help"])
@@ -286,7 +286,7 @@ def test_what_cannot_be_exported(work, fails):
 def test_a_loss_that_is_not_finite_is_one_line(work, fails):
     path = work.recipe(trainer={"callbacks": [callback(Poison, step=1, what="weight")]}, checkpoints={"every": 1})
     line = fails("fit", "--config", path).splitlines()[-1]
-    assert "The loss is not finite at step 1 (label nan); the last checkpoint is untouched." in line
+    assert "The loss is not finite at step 1 (label nan); the last checkpoint is intact." in line
     assert work.saved()["tpcompress"]["step"] == 1
 
 
@@ -314,5 +314,5 @@ def test_a_run_prints_little_and_stops_at_once_when_interrupted(work):
     # Python says so where it loses an interrupt; the run stops all the same.
     lines += re.sub(r"Exception ignored in.*?\nKeyboardInterrupt: ?\n", "", err, flags=re.S).splitlines(keepends=True)
     assert all(line.startswith(("step ", "error: ")) for line in lines), lines
-    assert lines[-1].startswith("error: Interrupted; go on with the same command and --ckpt_path ")
+    assert lines[-1].startswith("error: Interrupted; resume with the same command and --ckpt_path ")
     assert work.saved()["tpcompress"]["step"] >= 20

@@ -13,7 +13,7 @@ from tpcompress.evaluation.budget_curve import read_budgets
 from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.export import verify
 from tpcompress.export.budgets import CurvePoint
-from tpcompress.training.datamodules.chat_benchmark import ChatData
+from tpcompress.training.datamodules.chat import ChatData
 
 DRAWN = {"class_path": "RandomBudget", "init_args": {"low": 0.5, "high": 2.0}}
 

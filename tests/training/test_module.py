@@ -163,12 +163,12 @@ def test_distillation_pulls_towards_the_teacher(work):
 
 
 def test_a_loss_without_its_teacher_is_refused(work):
-    with pytest.raises(ValueError, match=r"^Loss 'kl' imitates a teacher; set model.teacher[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Loss 'kl' needs a teacher; set model.teacher[^\n]*$"):
         work.fit(model={"losses": ["KL"]})
 
 
 def test_a_teacher_whom_no_loss_imitates_is_refused(work):
-    with pytest.raises(ValueError, match=r"^Teacher 'FrozenCopy' has nobody to teach[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Teacher 'FrozenCopy' is unused[^\n]*$"):
         work.fit(model={"teacher": "FrozenCopy"})
 
 
@@ -273,7 +273,7 @@ def test_validation_prunes_as_after_export(work):
 
 def test_packed_data_and_pruners_that_read_the_question_exclude_each_other(work):
     plan = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}, "keep_tokens": 16}
-    with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' scores tokens by the question, but packed[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' reads the prompt, but a packed[^\n]*$"):
         work.fit(model={"plan": plan}, data={"pack": True})
     assert work.fit(model={"plan": plan, "pruner_phase": {"steps": 2}}).trainer.global_step == 3
     assert work.fit(data={"pack": True}).trainer.global_step == 3
@@ -304,7 +304,7 @@ def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
         ({"lora": {"rank": 4}}, "lora: got an unexpected keyword argument 'rank'"),
         ({"lora": {"target_modules": "nowhere"}}, "lora: "),
         ({"plan": {"pruner": "pool", "keep_tokens": 3, "layer": 9}}, "Stage 0 acts at layer 9, but the model has 4"),
-        ({"plan": "gone.yaml"}, "No plan file at gone.yaml"),
+        ({"plan": "gone.yaml"}, "No plan at gone.yaml"),
         ({"dtype": "int8"}, "dtype must be one of"),
     ],
 )
@@ -339,7 +339,7 @@ def test_bases_that_cannot_be(work, tmp_path):
 @pytest.mark.parametrize("what", ["weight", "gradient"])
 def test_a_loss_that_is_not_finite_stops_before_it_spreads(work, what):
     settings = {"checkpoints": {"every": 1}}
-    with pytest.raises(NonFiniteLoss, match=r"is not finite at step 2 \([^\n]*the last checkpoint is untouched[^\n]*$"):
+    with pytest.raises(NonFiniteLoss, match=r"is not finite at step 2 \([^\n]*the last checkpoint is intact[^\n]*$"):
         work.fit(trainer={"max_steps": 5, "callbacks": [callback(Poison, step=2, what=what)]}, **settings)
     saved = work.saved()
     assert saved["tpcompress"]["step"] == 2

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from training.helpers import TOKENS, Watch, callback, found
 
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.training.distributed.sharding import check_ddp
+from tpcompress.training.distributed.ddp import check_ddp
 from tpcompress.training.losses.imitate import Imitate
 from tpcompress.training.losses.label import Label
 from tpcompress.training.module import PruningModule
@@ -80,9 +80,9 @@ def test_losses_on_choices_count_only_where_a_pruner_trains():
 
 def test_a_pruner_that_no_loss_reaches_is_refused(work):
     gate = GATE | {"pruner": STRAIGHT | {"applier": "gather"}}
-    with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its choice[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its selection[^\n]*$"):
         work.fit(model={"plan": gate})
-    with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its choice[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^The pruner trains, but no loss depends on its selection[^\n]*$"):
         work.fit(model={"plan": gate, "train": ["pruner", "projector"]})
     work.fit(model={"plan": gate, "pruner_phase": {"losses": ["Label", "Imitate"]}})
 
@@ -101,7 +101,7 @@ def test_plain_ddp_is_refused_where_phases_train_different_weights():
 def test_a_phase_without_losses_is_refused(work):
     with pytest.raises(ValueError, match=r"^pruner_phase.losses is empty[^\n]*$"):
         PrunerPhase(losses=[])
-    with pytest.raises(ValueError, match=r"^Loss 'sparsity' is on the choice of a learned pruner[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Loss 'sparsity' needs a learned pruner[^\n]*$"):
         work.fit(model={"losses": ["Label", "Sparsity"]})
 
 
@@ -137,7 +137,13 @@ def test_a_layer_ramp_moves_the_stage_and_arrives(work):
     how = {"plan": {"pruner": "pool", "keep_tokens": 16, "layer": 1}, "schedule": {"class_path": "LayerRamp"}}
     run = work.fit(trainer={"max_steps": 4}, model=how)
     module = run.model
-    assert [step_layers(module, module.phases[0], p) for p in (0.0, 1 / 3, 2 / 3, 1.0)] == [[3], [3], [2], [1]]
+    depth = len(module.parts.layers)
+    assert [step_layers(module.plan, module.schedule, depth, p) for p in (0.0, 1 / 3, 2 / 3, 1.0)] == [
+        [3],
+        [3],
+        [2],
+        [1],
+    ]
     two = {
         "stages": [
             {
@@ -150,8 +156,7 @@ def test_a_layer_ramp_moves_the_stage_and_arrives(work):
     }
     module = PruningModule(str(work.base), plan=two, schedule=module.schedule)
     module.configure_model()
-    module._phases = phases_of(module.plan, 4, {"projector"}, True, PrunerPhase(), (0, module.schedule, []))
-    assert step_layers(module, module.phases[0], 0.0) == [2, 3], "stages keep their order"
+    assert step_layers(module.plan, module.schedule, depth, 0.0) == [2, 3], "stages keep their order"
 
 
 def test_what_a_gate_has_learnt_no_longer_wavers(work):

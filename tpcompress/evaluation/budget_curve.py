@@ -24,9 +24,9 @@ from tpcompress.insertion.attach import budgets
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace
 from tpcompress.models import load_base
-from tpcompress.training.checkpoints.run_folder import made, read_recipe
+from tpcompress.training.checkpoints.run_folder import instantiate, read_recipe
 from tpcompress.training.checkpoints.state import checkpoint_file
-from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa: F401  registers classes for recipes
+from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  registers classes for recipes
 
 IMAGES = 320
 """Number of benchmark images, as in the quickstart."""
@@ -180,7 +180,7 @@ def questions_of(folder: Path, base: str | None, task: Task | None = None) -> Qu
     recipe = read_recipe(folder / "recipe.yaml")
     if recipe is None:
         raise ValueError("budgets are measured on the data of a run, and there is no recipe.yaml; leave --budgets out.")
-    module: Any = made(LightningDataModule, recipe.get("data"))
+    module: Any = instantiate(LightningDataModule, recipe.get("data"))
     held_out = None if module is None else module.load_rows()[1]
     if not held_out:
         raise ValueError(

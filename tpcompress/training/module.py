@@ -1,8 +1,8 @@
-"""The LightningModule: a base model, a plan in its loop, and the losses that adapt one to the other.
+"""The LightningModule: fine-tunes a base model with a pruning plan in the loop.
 
 With a learned pruner a run has two phases. Phase one trains the pruner alone, at full length, through its gates
-(mode `mask`). Phase two trains the rest on truly shorter sequences (mode `drop`). Without one there is only phase two.
-Which phase a step belongs to follows from its number, so a resumed run cannot lose it.
+(mode `mask`). Phase two trains the rest on the pruned sequences (mode `drop`). Without a learned pruner there is only
+phase two. The phase is derived from the step number, so it needs no state in a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,18 +17,15 @@ from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, controller_of
 from tpcompress.models import load_base, load_processor
 from tpcompress.training.checkpoints.state import KEY, check_settings, check_weights, trained_state
-from tpcompress.training.distributed.blank_image import with_picture
-from tpcompress.training.distributed.sharding import (
-    average_whole,
-    calls_alike,
-    check_ddp,
-    clip_norm,
-    shard,
-    whole_weights,
-)
+from tpcompress.training.context import StepContext
+from tpcompress.training.distributed.blank_image import ranks_call_same_modules, with_blank_image
+from tpcompress.training.distributed.ddp import check_ddp
+from tpcompress.training.distributed.fsdp2 import shard
+from tpcompress.training.distributed.gradients import average_unsharded, clip_norm
+from tpcompress.training.distributed.zero import unsharded_weights
 from tpcompress.training.losses import Loss
 from tpcompress.training.losses.label import Label
-from tpcompress.training.nan_guard import NonFiniteLoss, check_gradients, check_loss
+from tpcompress.training.nan_guard import check_gradients, check_loss
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
 from tpcompress.training.passes import Pass
 from tpcompress.training.phases import (
@@ -41,7 +38,7 @@ from tpcompress.training.phases import (
     steps_alone,
 )
 from tpcompress.training.schedules import Schedule, draw_for
-from tpcompress.training.steps import check_reached, finish, student_passes
+from tpcompress.training.steps import check_gradient_reaches_pruner, set_progress_done, student_passes
 from tpcompress.training.teachers import Teacher
 from tpcompress.training.trainable import add_lora, check_losses, check_packing, check_train, read_plan
 
@@ -51,27 +48,28 @@ class PruningModule(L.LightningModule):
 
     Args:
         base: folder or hub id of the model, or `tiny_llava`, which ships with tpcompress.
-        plan: a pruning plan as a mapping, or the path of a plan file. null trains the dense model (the control).
-        train: parts that train: any of vision_tower, projector, language_model, or full; and pruner, to train a learned
-            one jointly with the rest. With LoRA, `projector` becomes one of PEFT's modules_to_save.
-        lora: fields of peft.LoraConfig, or of another tuner that `peft_type` names; target_modules defaults to the
-            language model's projections.
-        quantize: fields of transformers' BitsAndBytesConfig, for QLoRA; needs bitsandbytes.
-        losses: what is minimised; null takes the label loss alone.
-        teacher: whose answers some losses imitate.
-        schedule: how the budget falls to the plan's over the main phase.
-        full_every: 0 gathers the retained tokens in every step; 1 trains at full length, through gates; m in one step
-            of m.
-        pruner_phase: how a learned pruner is trained alone, in phase one.
-        optimizer: learning rates, decay and warm-up.
-        reproduction: this recipe repeats a published one, defects and all: no warning of what is known not to learn.
-        dtype: in which the weights are loaded: float32, bfloat16, float16 or auto.
-        attention: attention implementation of transformers; null takes its default.
+        plan: pruning plan as a mapping, or the path of a plan file; null trains the dense model (the control).
+        train: parts that train: vision_tower, projector, language_model, or full; and pruner, to train a learned pruner
+            jointly with the rest. With LoRA, `projector` becomes one of PEFT's modules_to_save.
+        lora: fields of peft.LoraConfig, or of another tuner named by `peft_type`; target_modules defaults to the
+            projections of the language model.
+        quantize: fields of transformers' BitsAndBytesConfig, for QLoRA; requires bitsandbytes.
+        losses: terms of the objective; null for the label loss alone.
+        teacher: teacher of the distillation losses.
+        schedule: budget schedule of the main phase; null for the plan's budgets.
+        full_every: 0 trains on the pruned sequence in every step, 1 at full length through gates, m at full length in
+            one step of m.
+        pruner_phase: settings of phase one, in which a learned pruner trains alone.
+        optimizer: learning rates, weight decay and warm-up.
+        reproduction: the recipe reproduces a published one, including its defects; suppresses the warning about
+            estimators that are known not to learn.
+        dtype: dtype in which weights are loaded: float32, bfloat16, float16 or auto.
+        attention: attention implementation of transformers; null for its default.
         gradient_checkpointing: recompute decoder layers in the backward pass.
-        seed: of everything drawn in a step: budgets, noise, dropout.
+        seed: seed of everything that is drawn in a step: budgets, noise, dropout.
 
     Raises:
-        ValueError: a plan, part, LoRA field or schedule that cannot be.
+        ValueError: an invalid plan, part, LoRA field, loss or schedule.
     """
 
     def __init__(
@@ -114,27 +112,27 @@ class PruningModule(L.LightningModule):
             "dtype": dtype,
             "attention": attention,
         }
-        # Checkpoints hold what trains; everything else is the base's, which is loaded anyway.
+        # Checkpoints contain the trained weights only; all others are loaded from the base.
         self.strict_loading = False
         self.processor = load_processor(base)
         self.model: nn.Module | None = None
         self.parts: Parts | None = None
         self.trainable: list[nn.Parameter] = []
-        self.in_step = False  # weights, scheduler and step count do not belong together at the moment
+        self.in_step = False  # between optimizer and scheduler step, where a checkpoint would be inconsistent
         self._phases: list[Phase] | None = None
-        self._resumed: dict[str, Any] = {}  # what the checkpoint says of its run
+        self._resumed: dict[str, Any] = {}  # the checkpoint's entry about its run
 
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
-        """Refuse packed data that the plan or the attention cannot take, before anything large is loaded."""
+        """Refuse packed data that the plan or the attention does not support, before the base is loaded."""
         if getattr(self.trainer.datamodule, "pack", False):  # type: ignore[attr-defined]
             check_packing(self.plan, self.attention)
 
     def configure_model(self) -> None:
         """Load the base, then LoRA, then the plan; called by Lightning on every rank, and idempotent."""
         if self.model is None:
-            with whole_weights(self._trainer):
+            with unsharded_weights(self._trainer):
                 self._make_model()
 
     def _make_model(self) -> None:
@@ -143,7 +141,7 @@ class PruningModule(L.LightningModule):
             parameter.requires_grad_(False)
         self.parts = resolve(model)
         if self.teacher is not None:
-            self.teacher.prepare(self, model)
+            self.teacher.prepare(model, self.parts, self.plan, self.lora)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None:
@@ -154,17 +152,17 @@ class PruningModule(L.LightningModule):
         for name, parameter in model.named_parameters():
             if group_of(name, self.parts) in trained and (self.lora is None or "pruner" in name):
                 parameter.requires_grad_(True)
-        # Loaded in eval mode, and Lightning leaves modes alone: no dropout, no gate, no checkpointing otherwise.
+        # transformers loads in eval mode and Lightning keeps it, which would disable dropout, gates and checkpointing.
         self.model = model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if self._trainer is not None and "mixed" in str(self._trainer.precision):
-            for parameter in self.trainable:  # a half-precision weight rounds small updates away
+            for parameter in self.trainable:  # half-precision weights round small updates to zero
                 parameter.data = parameter.data.float()
         for loss in [*self.losses, *(self.pruner_phase.losses or [])]:
-            loss.prepare(self)
+            loss.prepare(model, self.parts, self.plan)
         if self.device_mesh is not None:
             shard(model, self.parts, self.device_mesh["data_parallel"])
-            self.trainable = [p for p in model.parameters() if p.requires_grad]  # sharding makes new ones
+            self.trainable = [p for p in model.parameters() if p.requires_grad]  # sharding creates new parameters
 
     @property
     def total_steps(self) -> int:
@@ -181,12 +179,18 @@ class PruningModule(L.LightningModule):
         return self._phases
 
     @property
+    def context(self) -> StepContext:
+        """What losses, teachers and diagnostics may read at the current step."""
+        assert self.model is not None and self.parts is not None
+        return StepContext(self.model, self.parts, self.plan, self.global_step, self.device)
+
+    @property
     def phase(self) -> Phase:
-        """The phase of the step at hand."""
+        """The phase of the current step."""
         return next((phase for phase in self.phases if self.global_step < phase.end), self.phases[-1])
 
     def configure_optimizers(self) -> Any:
-        """AdamW with groups and the warm-up-cosine of each phase."""
+        """AdamW with parameter groups, and a warm-up-cosine learning rate per phase."""
         assert self.model is not None
         assert self.parts is not None
         optimizer = build_optimizer(self.model, self.parts, self.optimizer_settings)
@@ -203,21 +207,22 @@ class PruningModule(L.LightningModule):
     # ------------------------------------------------------------------ a step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step and choose what trains in it."""
-        # One seed per step instead of saved generator states: a resumed run draws what the uninterrupted one drew.
+        """Seed the step and set which weights train in it."""
+        # One seed per step instead of saved generator states, so a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(draw_for(self.seed, self.global_step, batch_idx, self.global_rank).getrandbits(62))
         phase, pruners = self.phase, {id(p) for p in self.pruner_parameters()}
         for parameter in self.trainable:
             parameter.requires_grad_(phase.pruner if id(parameter) in pruners else phase.rest)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The losses of one batch, pruned as the step's phase, mode and budgets say; a mean over passes."""
+        """The losses of one batch with the phase, mode and budgets of the step; mean over its passes."""
         phase = self.phase
-        batch, added = self._with_picture(batch)
-        # Shared by the ranks: the budget decides how long the sequences are.
+        batch, blank_image = self._with_blank_image(batch)
+        # Equal on all ranks, because budgets set the sequence lengths.
         draw = draw_for(self.seed, self.global_step, batch_idx).random()
         terms: dict[str, Tensor] = {}
-        passes = student_passes(self, phase, batch, draw, blind=added)
+        ctx = self.context
+        passes = student_passes(ctx, phase, self.teacher, batch, draw, blank_image)
         for _, losses in passes:
             for name, value in losses.items():
                 share = value.float() / len(passes)
@@ -225,38 +230,38 @@ class PruningModule(L.LightningModule):
         loss = torch.stack(list(terms.values())).sum() if terms else torch.zeros((), device=self.device)
         check_loss(self.trainer, loss, terms)
         self._log_step(terms, loss, passes[-1][0], phase, len(batch["input_ids"]))
-        if not loss.requires_grad:  # a batch without images, and only what sees images trains
-            check_reached(self, phase, passes)
+        if not loss.requires_grad:  # a batch without images, where only the vision side trains
+            check_gradient_reaches_pruner(ctx, phase, passes)
             loss = loss + sum((p.sum() * 0.0).float() for p in self.trainable if p.requires_grad)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Label loss with the plan's own budget and truly shorter sequences, as after export."""
+        """Label loss with the plan's own budget on the pruned sequences, as after export."""
         assert self.model is not None
         size = len(batch["input_ids"])
-        batch = {k: v for k, v in self._with_picture(batch)[0].items() if k != "meta"}
-        finish(self.model)
+        batch = {k: v for k, v in self._with_blank_image(batch)[0].items() if k != "meta"}
+        set_progress_done(self.model)
         loss = self.model(**batch, use_cache=False).loss
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
 
-    def _with_picture(self, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Where every process must call the same modules, one that has no picture gets one."""
+    def _with_blank_image(self, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Where all ranks must call the same modules, add a blank image to a batch without images."""
         collator = getattr(self.trainer.datamodule, "collator", None)  # type: ignore[attr-defined]
-        if collator is None or not calls_alike(self.trainer):
+        if collator is None or not ranks_call_same_modules(self.trainer):
             return batch, False
-        return with_picture(batch, collator)
+        return with_blank_image(batch, collator)
 
-    def _log_step(self, terms: dict[str, Tensor], loss: Tensor, here: Pass, phase: Phase, size: int) -> None:
+    def _log_step(self, terms: dict[str, Tensor], loss: Tensor, student: Pass, phase: Phase, size: int) -> None:
         self.log_dict({f"loss/{name}": value.detach() for name, value in terms.items()}, batch_size=size)
         self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
-        if here.trace is not None and here.trace.stages and not phase.full(self.global_step):
-            last = here.trace.stages[-1]
+        if student.trace is not None and student.trace.stages and not phase.full(self.global_step):
+            last = student.trace.stages[-1]
             self.log("vision_tokens", sum(last.vision_out) / len(last.total), batch_size=size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop before a step that would spread a NaN. From here until the scheduler has followed, nothing is saved."""
+        """Stop before the step if a gradient is not finite. Until the scheduler step, no checkpoint is written."""
         if self.device_mesh is not None:
-            average_whole(self.trainable)
+            average_unsharded(self.trainable)
         check_gradients(self.trainer, self.trainable)
         self.in_step = True
 
@@ -266,34 +271,31 @@ class PruningModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning's, which cannot clip weights of which some are cut over the processes and some are not."""
+        """Clip by norm over sharded and unsharded weights together, which Lightning does not support."""
         if self.device_mesh is None or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_norm(self.trainable, gradient_clip_val)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """As Lightning's; the step is complete."""
+        """Run the scheduler step; afterwards the optimizer step is complete."""
         super().lr_scheduler_step(scheduler, metric)
         self.in_step = False
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains, and say whether the run is finished."""
-        for parameter in self.trainable:  # DeepSpeed saves what requires a gradient, in whichever phase
+        """Reduce the checkpoint to the trained weights, and add steps and settings of the run."""
+        for parameter in self.trainable:  # DeepSpeed saves weights that require a gradient, in every phase
             parameter.requires_grad_(True)
         checkpoint["state_dict"] = trained_state(self, self.trainable, checkpoint["state_dict"])
         checkpoint[KEY] = {"step": self.global_step, "steps": self.total_steps, "settings": self.settings}
         checkpoint[KEY]["alone"] = steps_alone(self.phases)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another recipe: Lightning would load what fits and train on."""
+        """Refuse a checkpoint of another recipe, of which Lightning would load the matching part."""
         if "state_dict" in checkpoint:  # DeepSpeed loads the weights itself
             check_weights(self, self.trainable, checkpoint["state_dict"])
         if self.trainer.state.fn == "fit":
             check_settings(self.settings, checkpoint[KEY]["settings"])
             self._resumed = checkpoint[KEY]
-
-
-__all__ = ["NonFiniteLoss", "PruningModule", "load_base", "load_processor"]

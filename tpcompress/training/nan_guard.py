@@ -1,4 +1,4 @@
-"""Stop at the first loss or gradient that is not a number, before the step that would spread it."""
+"""Stops training at the first loss or gradient that is NaN or infinite, before the optimizer step."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tpcompress.training.distributed.sharding import gradient_norm
+from tpcompress.training.distributed.gradients import gradient_norm
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Loss or gradient became NaN or infinite; training stops before the step that would spread it."""
+    """The loss or the gradient is NaN or infinite; raised before the optimizer step, so the weights are unchanged."""
 
 
 def check_loss(trainer: L.Trainer, loss: Tensor, losses: dict[str, Tensor]) -> None:
-    """Stop all ranks if one has a loss that is not finite.
+    """Stop all ranks if the loss of one is not finite.
 
     Raises:
-        NonFiniteLoss: with the terms of the loss.
+        NonFiniteLoss: the loss is not finite; the message lists its terms.
     """
     finite = bool(torch.isfinite(loss))
     if trainer.world_size > 1:
@@ -31,10 +31,10 @@ def check_loss(trainer: L.Trainer, loss: Tensor, losses: dict[str, Tensor]) -> N
 
 
 def check_gradients(trainer: L.Trainer, parameters: Sequence[nn.Parameter]) -> None:
-    """A finite loss can have a gradient that is not; fp16's scaler expects that and skips the step.
+    """Check the gradient norm, which can be infinite for a finite loss. The fp16 scaler skips such steps by itself.
 
     Raises:
-        NonFiniteLoss: with the norm of the gradient.
+        NonFiniteLoss: the norm is not finite.
     """
     if trainer.scaler is None and any(p.grad is not None for p in parameters):
         norm = float(gradient_norm(parameters))
@@ -44,6 +44,6 @@ def check_gradients(trainer: L.Trainer, parameters: Sequence[nn.Parameter]) -> N
 
 def _message(what: str, step: int, values: str) -> str:
     return (
-        f"The {what} is not finite at step {step} ({values}); the last checkpoint is untouched. Resume from it with a "
+        f"The {what} is not finite at step {step} ({values}); the last checkpoint is intact. Resume from it with a "
         f"lower learning rate, or train in bf16 or fp32 instead of fp16."
     )

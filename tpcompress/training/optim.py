@@ -1,4 +1,4 @@
-"""AdamW with one group per part of the model, and a warm-up-cosine learning rate per phase."""
+"""AdamW with one parameter group per part of the model, and a warm-up-cosine learning rate per phase."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ GROUPS = ("pruner", "projector", "vision_tower", "language_model")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Learning rates and schedule.
+    """Settings of AdamW and of its learning rate.
 
     Attributes:
-        lr: peak learning rate of the language model, or of its adapters.
-        projector_lr: peak learning rate of the projector; None takes `lr`.
-        vision_tower_lr: peak learning rate of the vision tower; None takes `lr`.
+        lr: peak learning rate of the language model or its adapters.
+        projector_lr: peak learning rate of the projector; null for `lr`.
+        vision_tower_lr: peak learning rate of the vision tower; null for `lr`.
         pruner_lr: peak learning rate of a learned pruner.
-        weight_decay: decoupled decay of matrices; vectors (norms, biases) and the pruner have none.
-        betas: AdamW's averages.
+        weight_decay: decoupled weight decay of matrices; vectors (norms, biases) and the pruner have none.
+        betas: beta 1 and beta 2 of AdamW.
         warmup: steps of linear warm-up at the start of each phase.
-        final: share of the peak that the cosine ends at.
+        final: learning rate at the end of the cosine, as a share of the peak.
     """
 
     lr: float = 2e-5
@@ -49,7 +49,7 @@ class Optimizer:
 
 
 def group_of(name: str, parts: Parts) -> str:
-    """The part of the model that a parameter belongs to, by its dotted name."""
+    """The part of the model to which a parameter belongs, from its dotted name."""
     if "token_pruners." in name:
         return "pruner"
     for group in ("projector", "vision_tower"):
@@ -59,10 +59,10 @@ def group_of(name: str, parts: Parts) -> str:
 
 
 def build_optimizer(model: nn.Module, parts: Parts, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW over everything that will ever train, in groups named `<part>` and `<part>.no_decay`.
+    """AdamW over all weights that train in some phase, in groups named `<part>` and `<part>.no_decay`.
 
     Raises:
-        ValueError: nothing trains.
+        ValueError: no weight requires a gradient.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -85,7 +85,7 @@ def build_optimizer(model: nn.Module, parts: Parts, settings: Optimizer) -> torc
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, settings: Optimizer, phases: Sequence[Phase]) -> LambdaLR:
-    """For every group, one warm-up and cosine over each phase in which it trains, and 0 elsewhere."""
+    """One warm-up and cosine per phase for every group that trains in it; learning rate 0 in other phases."""
 
     def curve(phase: Phase, step: int) -> float:
         done = (step - phase.start) / max(1, phase.end - phase.start)

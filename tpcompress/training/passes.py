@@ -1,6 +1,6 @@
-"""What one forward call of the model left behind, and how it is made; losses and teachers speak in these terms.
+"""Runs one forward call and collects logits, hidden states and stage traces at the answer tokens.
 
-B samples, S columns of the batch, N columns behind the last stage, A answer tokens of the whole batch, C vocabulary,
+B samples, S columns of the batch, N columns after the last stage, A answer tokens of the whole batch, C vocabulary,
 D hidden size.
 """
 
@@ -22,21 +22,21 @@ from tpcompress.insertion.trace import Trace
 
 @dataclass
 class Pass:
-    """One forward call. The A answer tokens come sample by sample, in the order of the text.
+    """Results of one forward call. The A answer tokens are ordered by sample, then by position.
 
     Attributes:
-        logits_AC: logits that predict the answer tokens: those of the position before each.
-        hidden_AD: what the output head was given there; None from a cache.
-        targets_A: the answer tokens themselves.
-        sample_A: int64, the sample of each.
+        logits_AC: logits that predict the answer tokens, at the position before each.
+        hidden_AD: input of the output head at these positions; None from a cache.
+        targets_A: ids of the answer tokens.
+        sample_A: int64, sample of each answer token.
         num_samples: B.
-        trace: what the stages did; None without a plan.
-        budgets: of the stages in this call; at full length the trace's counts do not fall.
-        labels_BS: labels of the batch as it came, before any stage; None from a cache.
-        own_AC: logits at the answer tokens themselves, which predict what follows them; only where asked for.
-        top_indices_AT: None; from a cache, the vocabulary ids that the T columns of `logits_AC` stand for. These
-            columns are then logarithms of probabilities.
-        tail_A: log probability of all other tokens together, beside `top_indices_AT`.
+        trace: trace of the stages; None without a plan.
+        budgets: budgets of the stages in this call. At full length the counts in the trace do not fall.
+        labels_BS: labels of the batch before any stage; None from a cache.
+        own_AC: logits at the answer tokens themselves, which predict the tokens after them; None unless requested.
+        top_indices_AT: vocabulary ids of the T columns of `logits_AC` from a cache, which are then log probabilities;
+            None otherwise.
+        tail_A: log probability of all other tokens together, if `top_indices_AT` is given.
     """
 
     logits_AC: Tensor
@@ -55,19 +55,19 @@ class Pass:
 def run_pass(
     model: nn.Module, batch: Mapping[str, Any], values: Sequence[Budget] | None = None, own: bool = False
 ) -> Pass:
-    """Call the model on a batch and keep what its answers need.
+    """Call the model on a batch and collect the results at its answer tokens.
 
     Args:
-        model: with or without a plan; its mode, its training flags and autograd are the caller's.
-        batch: what the collator made, with `labels`; `meta` may be in it.
-        values: budgets of this call; None takes those that are set.
-        own: also keep the logits at the answer tokens themselves; all logits of the call exist then for a moment.
+        model: model with or without a plan; mode, training flags and autograd are set by the caller.
+        batch: output of the collator, with `labels`, and possibly `meta`.
+        values: budgets of this call; None for the current ones.
+        own: also collect the logits at the answer tokens themselves, which computes the logits of the whole sequence.
 
     Raises:
         ValueError: the batch has no labels.
     """
     if batch.get("labels") is None:
-        raise ValueError("A batch without labels has no answers to learn; use a collator that makes labels.")
+        raise ValueError("A batch without labels has no answers to train on; use a collator that makes labels.")
     inputs = {name: value for name, value in batch.items() if name != "meta"}
     call = functools.partial(model, **inputs, use_cache=False)
     trace, used = None, []
@@ -77,14 +77,14 @@ def run_pass(
                 stack.enter_context(budgets(model, values))
             used = list(controller_of(model).settings.budgets)
             trace = stack.enter_context(record(model))
-        run = _whole if own else _answers_only
-        here = run(model, call, inputs["labels"], count_answers(batch), trace)
-    here.trace, here.budgets = trace, used
-    return here
+        run = _all_positions if own else _answers_only
+        result = run(model, call, inputs["labels"], count_answers(batch), trace)
+    result.trace, result.budgets = trace, used
+    return result
 
 
 def count_answers(batch: Mapping[str, Any]) -> int | None:
-    """How many answer tokens a batch has, if its collator says so."""
+    """Number of answer tokens of a batch, if its collator counted them (spares a host-device sync)."""
     known: int | None = getattr(batch.get("meta"), "num_answers", None)
     return known
 
@@ -92,7 +92,7 @@ def count_answers(batch: Mapping[str, Any]) -> int | None:
 def _answers_only(
     model: nn.Module, call: Callable[[], Any], labels_BS: Tensor, count: int | None, trace: Trace | None
 ) -> Pass:
-    """The head runs on the positions that predict an answer token, and on no other."""
+    """Run the output head only at the positions that predict an answer token."""
     with answers(model, num_answers=count) as found:
         call()
     assert found.logits_AC is not None and found.targets_A is not None and found.sample_A is not None
@@ -100,10 +100,10 @@ def _answers_only(
     return Pass(found.logits_AC, found.hidden_AD, found.targets_A, found.sample_A, B, labels_BS=labels_BS)
 
 
-def _whole(
+def _all_positions(
     model: nn.Module, call: Callable[[], Any], labels_BS: Tensor, count: int | None, trace: Trace | None
 ) -> Pass:
-    """The head runs everywhere, for a loss that reads more positions."""
+    """Run the output head at every position."""
     with _HeadInput(model) as heads:
         logits_BNC = call().logits
     labels_BN = labels_BS if trace is None or trace.labels_BN is None else trace.labels_BN
@@ -122,18 +122,18 @@ def _whole(
 
 
 class _HeadInput:
-    """Holds what the output head was given while a block runs."""
+    """Records the input of the output head while a block runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.head: Any = base_of(model).get_output_embeddings()
         self.hidden_BND: Tensor
 
     def __enter__(self) -> _HeadInput:
-        self.handle = self.head.register_forward_pre_hook(self._note)
+        self.handle = self.head.register_forward_pre_hook(self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.handle.remove()
 
-    def _note(self, module: nn.Module, args: tuple) -> None:
+    def _record(self, module: nn.Module, args: tuple) -> None:
         self.hidden_BND = args[0]

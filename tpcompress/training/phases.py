@@ -1,4 +1,4 @@
-"""The two phases of a run: first a learned pruner alone, then everything else with the pruner in its loop."""
+"""The two phases of a run: first a learned pruner trains alone, then the rest trains with the pruner in the loop."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from tpcompress.training.losses import Loss
 from tpcompress.training.schedules import Constant, Schedule, progress_at
 
 NO_GRADIENT_REACHES_PRUNER = (
-    "The pruner trains, but no loss depends on its choice: its selector and applier carry no gradient. Take applier "
-    "gather_value or noise, or a loss on choices such as Imitate, or ScoreFunction with gumbel_topk."
+    "The pruner trains, but no loss depends on its selection: its selector and applier carry no gradient. Use applier "
+    "gather_value or noise, or a loss on selections such as Imitate, or ScoreFunction with gumbel_topk."
 )
 
 
 @dataclass(frozen=True)
 class PrunerPhase:
-    """Phase one: the learned pruner, alone, through gates that a gradient passes.
+    """Phase one: the learned pruner trains alone, with everything else frozen.
 
     Attributes:
-        steps: optimizer steps of the phase, or its share of the run if below 1; null takes half the run if the plan has
-            something to learn (all of it if nothing else trains, none if `train` names the pruner), else none.
-        schedule: budgets of the phase; null keeps the plan's. Random budgets help a question-conditioned scorer.
-        losses: of the phase; null takes the model's.
-        full_every: as the model's; null takes 1, or 0 for a pruner that learns on gathered tokens.
+        steps: optimizer steps of the phase, or its share of the run if below 1. null: half of the run if the plan has
+            a learned pruner (the whole run if nothing else trains, 0 if `train` contains `pruner`), else 0.
+        schedule: budget schedule of the phase; null for the plan's budgets. Random budgets help a question-conditioned
+            scorer.
+        losses: losses of the phase; null for those of the model.
+        full_every: as in the model; null for 1, or 0 for a pruner that trains on the pruned sequence.
 
     Raises:
-        ValueError: steps that are no count and no share, an empty list of losses, or an impossible `full_every`.
+        ValueError: `steps` that is neither a count nor a share, an empty list of losses, or an invalid `full_every`.
     """
 
     steps: int | float | None = None
@@ -48,14 +49,14 @@ class PrunerPhase:
         """Optimizer steps of phase one in a run of `total`.
 
         Args:
-            plan: of the run.
-            total: optimizer steps.
-            train: the parts that train in phase two.
-            rest: whether anything but the pruner trains at all.
+            plan: pruning plan of the run.
+            total: optimizer steps of the run.
+            train: parts that train in phase two.
+            rest: whether weights other than the pruner's train.
 
         Raises:
-            ValueError: more steps than the run has, none although a pruner must learn and phase two does not train
-                it, or a phase two in which nothing trains.
+            ValueError: more steps than the run has, 0 steps for a learned pruner that phase two does not train, or a
+                phase two in which nothing trains.
         """
         if not is_learned(plan):
             return 0
@@ -71,23 +72,24 @@ class PrunerPhase:
         if steps < total and not rest and not jointly:
             raise ValueError(
                 f"Nothing trains from step {steps} of {total} on: train is empty and there is no lora; leave "
-                f"model.pruner_phase.steps out, or say what else trains."
+                f"model.pruner_phase.steps out, or set model.train."
             )
         return steps
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run.
+    """Consecutive steps of a run in which the same weights train.
 
     Attributes:
-        start, end: its optimizer steps, `end` excluded.
+        start: first optimizer step.
+        end: last optimizer step, excluded.
         pruner: whether the pruner trains.
-        rest: whether everything else does that the recipe trains.
-        full_every: 0 gathers the retained tokens in every step, 1 trains at full length through gates, m does so in
+        rest: whether the other trainable weights of the recipe train.
+        full_every: 0 trains on the pruned sequence in every step, 1 at full length through gates, m at full length in
             every m-th step.
-        schedule: of the budgets.
-        losses: what is minimised; none that needs a pruner which trains, where none does.
+        schedule: budget schedule.
+        losses: losses of the phase, without losses on gates if the pruner does not train.
     """
 
     start: int
@@ -103,7 +105,7 @@ class Phase:
         return progress_at(step - self.start, self.end - self.start)
 
     def full(self, step: int) -> bool:
-        """Whether a step sees the full length. The first of every `full_every` does."""
+        """Whether a step runs at full length: the first of every `full_every` steps."""
         return self.full_every > 0 and (step - self.start) % self.full_every == 0
 
 
@@ -115,19 +117,18 @@ def phases_of(
     pruner_phase: PrunerPhase,
     main: tuple[int, Schedule | None, list[Loss]],
 ) -> list[Phase]:
-    """The phases of a run; none is empty.
+    """The phases of a run that have steps.
 
     Args:
-        plan: of the run.
-        total: optimizer steps.
-        train: the parts that train.
-        rest: whether anything but the pruner trains at all.
+        plan: pruning plan of the run.
+        total: optimizer steps of the run.
+        train: parts that train in phase two.
+        rest: whether weights other than the pruner's train.
         pruner_phase: settings of phase one.
         main: full_every, schedule and losses of phase two.
 
     Raises:
-        ValueError: impossible numbers of steps, a phase in which nothing would reach the pruner that trains, or one
-            without a loss.
+        ValueError: invalid numbers of steps, a phase without a loss, or one in which no gradient reaches the pruner.
     """
     first, (full_every, schedule, losses) = pruner_phase.count(plan, total, train, rest), main
     alone = int(wants_full_length(plan)) if pruner_phase.full_every is None else pruner_phase.full_every
@@ -142,7 +143,7 @@ def phases_of(
         if phase.pruner and wants_full_length(plan) and phase.full_every == 0:
             raise ValueError(
                 "The pruner trains, but its gates carry a gradient at full length only and full_every is 0; set "
-                "full_every to 1, or to 4 for one step in four, or take applier gather_value."
+                "full_every to 1, or to 4 for one step in four, or use applier gather_value."
             )
         idle = plan is not None and any(
             stage.pruner.learned and not stage.pruner.trains_through_model for stage in plan.stages
@@ -153,32 +154,32 @@ def phases_of(
 
 
 def steps_alone(phases: list[Phase]) -> int:
-    """Steps of the phase in which the pruner trains alone."""
+    """Optimizer steps in which the pruner trains alone."""
     return sum(phase.end - phase.start for phase in phases if phase.pruner and not phase.rest)
 
 
 def check_alone(phases: list[Phase], resumed: Mapping[str, Any]) -> None:
-    """See that the steps a checkpoint has done belong to the phases in which they were done.
+    """Check that a resumed run assigns the steps that are done to the same phases.
 
-    A share of the run, such as the half that is the default, is another number of steps in a longer run.
+    A share of the run, such as the default of one half, gives another number of steps in a longer run.
 
     Args:
-        phases: of the run that goes on.
-        resumed: `step` done and `alone`, the pruner's steps, of the checkpoint's run; empty for a new run.
+        phases: phases of the run that resumes.
+        resumed: `step` done, and steps `alone` of the pruner, in the checkpoint; empty for a new run.
 
     Raises:
-        ValueError: the pruner's phase ends elsewhere.
+        ValueError: the pruner phase ends at another step.
     """
     then, now, done = resumed.get("alone"), steps_alone(phases), resumed.get("step", 0)
     if then is not None and min(then, done) != min(now, done):
         raise ValueError(
-            f"The checkpoint is of a run whose pruner trained alone for {then} steps, this one has {now} of "
-            f"{phases[-1].end}; set model.pruner_phase.steps: {then} to go on with it."
+            f"In the checkpoint's run the pruner trained alone for {then} steps, in this one for {now} of "
+            f"{phases[-1].end}; set model.pruner_phase.steps: {then} to resume it."
         )
 
 
 def _without_gates(phase: Phase) -> Phase:
-    """A phase without the losses on choices: of a pruner that does not train they would move what it reads instead."""
+    """A phase without losses on gates, which would train the hidden states that a frozen pruner reads instead."""
     left = [loss for loss in phase.losses if "gate" not in loss.needs]
     if phase.losses and not left and phase.end > phase.start:
         raise ValueError(
@@ -194,15 +195,15 @@ def is_learned(plan: PruningPlan | None) -> bool:
 
 
 def wants_full_length(plan: PruningPlan | None) -> bool:
-    """Whether a learned pruner of the plan gets its gradient at full length only."""
+    """Whether a learned pruner of the plan gets a gradient at full length only."""
     return plan is not None and any(s.pruner.learned and not s.pruner.trainable_when_cut for s in plan.stages)
 
 
 def check_full_every(value: int) -> int:
-    """See that it is a count of steps.
+    """The value, if it is a number of steps.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is negative or not an integer.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"full_every is a whole number of at least 0, got {value!r}; 4 is one step in four.")

@@ -19,7 +19,7 @@ CLASSES = {
     "Several": "Matryoshka",
     "tpcompress.training.datamodule.BenchmarkData": "BenchmarkData",
     "tpcompress.training.datamodule.ChatData": "ChatData",
-    "tpcompress.training.sharding.FSDP2": "tpcompress.training.distributed.sharding.FSDP2",
+    "tpcompress.training.sharding.FSDP2": "tpcompress.training.distributed.fsdp2.FSDP2",
 }
 """Old class names and dotted paths, each with what a recipe writes now."""
 

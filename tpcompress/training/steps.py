@@ -1,119 +1,130 @@
-"""One training step: the mode, budgets and layers it runs with, its forward calls, and the losses of each."""
+"""One training step: mode, budgets and layers of its forward calls, and the losses of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tpcompress.insertion.attach import controller_of, is_attached, layers, mode
-from tpcompress.insertion.plan import Budget
+from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.training.context import StepContext
 from tpcompress.training.losses import needs_of, weighed
 from tpcompress.training.losses.base import at
 from tpcompress.training.passes import Pass, run_pass
 from tpcompress.training.phases import NO_GRADIENT_REACHES_PRUNER, Phase
-
-if TYPE_CHECKING:
-    from tpcompress.training.module import PruningModule
+from tpcompress.training.schedules import Schedule
+from tpcompress.training.teachers import Teacher
 
 
 def student_passes(
-    module: PruningModule, phase: Phase, batch: Mapping[str, Any], draw: float, blind: bool = False
+    ctx: StepContext,
+    phase: Phase,
+    teacher: Teacher | None,
+    batch: Mapping[str, Any],
+    draw: float,
+    blank_image: bool = False,
 ) -> list[tuple[Pass, dict[str, Tensor]]]:
-    """The forward calls of a step, one for each budget of its schedule, each with its weighted losses.
+    """The forward calls of a step, one per budget of its schedule, each with its weighted losses.
 
     Args:
-        module: the LightningModule, its model standing.
-        phase: of the step.
-        batch: what the collator made.
-        draw: random number of the step, the same on all ranks.
-        blind: the batch's only picture is a dummy, whose choice is nobody's business.
+        ctx: the run at this step.
+        phase: phase of the step.
+        teacher: teacher of the run.
+        batch: output of the collator.
+        draw: random number in [0, 1) of the step, equal on all ranks.
+        blank_image: the only image of the batch was added by `with_blank_image`; losses must not see its selection.
     """
-    assert module.model is not None
-    progress = phase.progress(module.global_step)
+    progress = phase.progress(ctx.step)
     needs, done = needs_of(phase.losses, progress), []
-    for values in step_budgets(module, phase, progress, draw):
-        with pruning(module, phase, progress):
-            here = run_pass(module.model, batch, values, own="own" in needs)
-        if blind:
-            here = replace(here, trace=None)
+    for values in step_budgets(ctx.plan, phase.schedule, progress, draw):
+        with pruning(ctx, phase, progress):
+            student = run_pass(ctx.model, batch, values, own="own" in needs)
+        if blank_image:
+            student = replace(student, trace=None)
         taught = None
-        if "teacher" in needs and module.teacher is not None:
-            taught = module.teacher(module, batch, here, progress)
-        done.append((here, weighed(phase.losses, here, taught, progress)))
+        if "teacher" in needs and teacher is not None:
+            taught = teacher(ctx, batch, student, progress)
+        done.append((student, weighed(phase.losses, student, taught, progress)))
     return done
 
 
-def check_reached(module: PruningModule, phase: Phase, passes: list[tuple[Pass, dict[str, Tensor]]]) -> None:
-    """See that a loss without a gradient is not that of a learned pruner which chose, and trains alone.
+def check_gradient_reaches_pruner(
+    ctx: StepContext, phase: Phase, passes: Sequence[tuple[Pass, dict[str, Tensor]]]
+) -> None:
+    """Refuse a loss without a gradient in a step in which a learned pruner trains alone and made a selection.
+
+    Args:
+        ctx: the run at this step.
+        phase: phase of the step.
+        passes: results of `student_passes`, none of whose losses requires a gradient.
 
     Raises:
-        ValueError: it is: nothing would ever be learnt.
+        ValueError: the pruner would never be trained.
     """
-    waits = phase.full_every > 1 or not all(
-        at(loss.weight, phase.progress(module.global_step)) for loss in phase.losses
-    )
-    if not phase.pruner or phase.rest or waits or not any(losses for _, losses in passes):
+    progress = phase.progress(ctx.step)
+    # Steps that gather, and losses whose weight is 0 for now, have no gradient by design.
+    may_come = phase.full_every > 1 or not all(at(loss.weight, progress) for loss in phase.losses)
+    if not phase.pruner or phase.rest or may_come or not any(losses for _, losses in passes):
         return
-    assert module.model is not None
-    pruners = controller_of(module.model).pruners
-    stages = [stage for here, _ in passes if here.trace is not None for stage in here.trace.stages]
+    pruners = controller_of(ctx.model).pruners
+    stages = [stage for student, _ in passes if student.trace is not None for stage in student.trace.stages]
     if any(stage.selection is not None and any(stage.vision_in) and pruners[stage.stage].learned for stage in stages):
         raise ValueError(NO_GRADIENT_REACHES_PRUNER)
 
 
-def step_budgets(module: PruningModule, phase: Phase, progress: float, draw: float) -> list[list[Budget] | None]:
-    """Budgets of the stages in each forward call of a step; None without a plan."""
-    if module.plan is None:
+def step_budgets(
+    plan: PruningPlan | None, schedule: Schedule, progress: float, draw: float
+) -> list[list[Budget] | None]:
+    """Budgets of the stages in each forward call of a step; [None] without a plan."""
+    if plan is None:
         return [None]
-    each = [phase.schedule.budgets(stage.budget, progress, draw) for stage in module.plan.stages]
+    each = [schedule.budgets(stage.budget, progress, draw) for stage in plan.stages]
     return [list(values) for values in zip(*each, strict=True)]
 
 
-def step_layers(module: PruningModule, phase: Phase, progress: float) -> list[int]:
-    """Layers of the stages at a step: rising, and within the model."""
-    assert module.plan is not None and module.parts is not None
-    depth = len(module.parts.layers)
-    found = [phase.schedule.layer(stage.layer, depth, progress) for stage in module.plan.stages]
+def step_layers(plan: PruningPlan, schedule: Schedule, num_layers: int, progress: float) -> list[int]:
+    """Layers of the stages at a step: strictly rising, and below `num_layers`."""
+    found = [schedule.layer(stage.layer, num_layers, progress) for stage in plan.stages]
     for number in range(len(found) - 2, -1, -1):
         found[number] = min(found[number], found[number + 1] - 1)
     return found
 
 
-def finish(model: nn.Module) -> None:
-    """Tell the pruners that training is over, as it is in an export: one that follows a schedule is at its end.
+def set_progress_done(model: nn.Module) -> None:
+    """Set the progress of all pruners to 1, as in an export, so that pruners with a schedule are at its end.
 
-    The next step tells them again how far they are.
+    The next training step sets the progress again.
     """
     for pruner in controller_of(model).pruners if is_attached(model) else []:
         pruner.set_progress(1.0)  # type: ignore[operator]
 
 
 @contextmanager
-def pruning(module: PruningModule, phase: Phase, progress: float, full: bool | None = None) -> Iterator[None]:
-    """Run a block as the step is run: pruners told how far they are, mode and layers set.
+def pruning(ctx: StepContext, phase: Phase, progress: float, full: bool | None = None) -> Iterator[None]:
+    """Run a block with the mode, the layers and the pruners' progress of a training step.
 
     Args:
-        module: the LightningModule, its model standing.
-        phase: of the step.
+        ctx: the run at this step.
+        phase: phase of the step.
         progress: share of the phase that is done.
-        full: whether it sees the full length; None goes by the number of the step.
+        full: run at full length, through gates; None to derive it from the step.
     """
-    if module.plan is None:
+    if ctx.plan is None:
         yield
         return
-    assert module.model is not None
-    for pruner in controller_of(module.model).pruners:
-        # One that has learnt chooses as in the export; one that follows a schedule goes along with what trains.
+    for pruner in controller_of(ctx.model).pruners:
+        # A trained pruner that is frozen selects as in the export; a pruner with a schedule follows this phase.
         learning = phase.pruner or not pruner.learned
         pruner.set_progress(progress if learning else 1.0)  # type: ignore[operator]
         pruner.train(learning)
     with ExitStack() as stack:
-        full = phase.full(module.global_step) if full is None else full
-        stack.enter_context(mode(module.model, "mask" if full else "drop"))
+        full = phase.full(ctx.step) if full is None else full
+        stack.enter_context(mode(ctx.model, "mask" if full else "drop"))
         if phase.schedule.moves:
-            stack.enter_context(layers(module.model, step_layers(module, phase, progress)))
+            values = step_layers(ctx.plan, phase.schedule, len(ctx.parts.layers), progress)
+            stack.enter_context(layers(ctx.model, values))
         yield

@@ -64,7 +64,7 @@ class Kill(Callback):
             os.kill(os.getpid(), self.number)
 
     def _watch_saves(self) -> None:
-        save, place = torch.save, durable.put_in_place
+        save, place = torch.save, durable.replace_atomically
 
         def half(value: Any, file: Any) -> None:
             self.saves += 1
@@ -81,7 +81,7 @@ class Kill(Callback):
             if self.where == "renamed" and self.saves == self.batch:
                 os.kill(os.getpid(), self.number)
 
-        torch.save, durable.put_in_place = half, placed
+        torch.save, durable.replace_atomically = half, placed
 
 
 class Room(Callback):

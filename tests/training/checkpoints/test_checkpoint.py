@@ -81,7 +81,7 @@ def test_checkpoints_that_cannot_be(work, tmp_path):
     middle = len(whole) // 2
     for damaged in (whole[:middle], b"", b"nonsense", whole[:middle] + b"\xff" * 4096 + whole[middle + 4096 :]):
         broken.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"^\S*broken.ckpt is damaged \(\w+\); take an earlier checkpoint.$"):
+        with pytest.raises(ValueError, match=r"^\S*broken.ckpt is damaged \(\w+\); use an earlier checkpoint.$"):
             load_trained(broken)
     for foreign in ({"state_dict": {}}, [1, 2], torch.zeros(2)):
         torch.save(foreign, broken)

@@ -114,7 +114,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(run, kind, batch, wh
     code, said = run("stopped", kind, breaks=breaks)
     assert code == 143
     (line,) = [line for line in said.splitlines() if "Terminated" in line]
-    assert line == f"Terminated; go on with the same command and --ckpt_path {run.work.last('stopped')}."
+    assert line == f"Terminated; resume with the same command and --ckpt_path {run.work.last('stopped')}."
     assert run.work.saved("stopped")["tpcompress"]["step"] == batch + 1
     run.goes_on("stopped", kind)
 
@@ -125,7 +125,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(run):
     (line,) = [line for line in said.splitlines() if "error" in line]
     last = run.work.last("full")
     assert line.startswith(f"error: The checkpoint {last} could not be saved (File too large). Training stops,")
-    assert line.endswith(f"Make room, then go on with the same command and --ckpt_path {last}.")
+    assert line.endswith(f"Free disk space, then resume with the same command and --ckpt_path {last}.")
     assert run.files("full") == ["last.ckpt"]
     assert run.work.saved("full")["tpcompress"]["step"] == 3
     run.goes_on("full", "full")

@@ -78,7 +78,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(work, wholes, name):
     sections = sections | {"trainer": TRAINER | sections.get("trainer", {})}
     broken = {"callbacks": [callback(Interrupt, batch=batch, where=where, kind=kind)]}
     message = (
-        r"^Interrupted; go on with[^\n]*--ckpt_path \S*last.ckpt\.$" if kind == "KeyboardInterrupt" else "broken off"
+        r"^Interrupted; resume with[^\n]*--ckpt_path \S*last.ckpt\.$" if kind == "KeyboardInterrupt" else "broken off"
     )
     with pytest.raises((KeyboardInterrupt, RuntimeError), match=message):
         work.fit(**sections | {"trainer": sections["trainer"] | broken})
@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(work, wholes, name):
 def test_an_interruption_within_an_optimizer_step_keeps_the_checkpoint_before(work, wholes):
     settings = {"checkpoints": {"every": 2}}
     broken = {"callbacks": [callback(Interrupt, batch=3, where="step")]}
-    with pytest.raises(KeyboardInterrupt, match="go on with"):
+    with pytest.raises(KeyboardInterrupt, match="resume with"):
         work.fit("resumed", trainer=TRAINER | broken, **settings)
     assert work.saved("resumed")["tpcompress"]["step"] == 2
     whole, _ = wholes({"trainer": TRAINER})
@@ -132,7 +132,7 @@ def test_a_finished_run_goes_on_to_more_steps(work):
 
 def test_a_longer_run_does_not_go_back_to_the_pruners_phase(work):
     work.fit(model={"plan": GATE}, trainer={"max_steps": 2})
-    with pytest.raises(ValueError, match=r"^The checkpoint is of a run whose pruner trained alone for 1 steps[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^In the checkpoint's run the pruner trained alone for 1 steps[^\n]*$"):
         work.fit("run", "--ckpt_path", "last", model={"plan": GATE}, trainer={"max_steps": 6})
     how = {"plan": GATE, "pruner_phase": {"steps": 1}}
     longer = work.fit("run", "--ckpt_path", "last", model=how, trainer={"max_steps": 6})

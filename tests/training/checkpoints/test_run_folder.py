@@ -8,10 +8,10 @@ from transformers.utils import is_bitsandbytes_available
 
 from tpcompress.export import verify
 from tpcompress.insertion.plan import Budget
-from tpcompress.training import schedules
 from tpcompress.training.checkpoints.load import load_trained
 from tpcompress.training.checkpoints.run_folder import _range
 from tpcompress.training.recipe.export import export_run
+from tpcompress.training.schedules import list_schedules
 
 GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}
 DRAWN = {
@@ -22,9 +22,9 @@ DRAWN = {
 RAMPS = {"Constant": {}, "Linear": {}, "Cosine": {}, "Steps": {"factors": [4, 2]}, "LayerRamp": {}}
 
 
-@pytest.mark.parametrize("name", [n for n in schedules.__all__ if n[0].isupper() and n != "Schedule"])
+@pytest.mark.parametrize("name", list_schedules())
 def test_the_range_at_the_end_of_every_schedule(name):
-    made = getattr(schedules, name)(**(DRAWN | RAMPS).get(name, {}))
+    made = list_schedules()[name](**(DRAWN | RAMPS).get(name, {}))
     low, high = _range(made, Budget(keep_tokens=16))
     if name in DRAWN:
         assert (low.keep_tokens, high.keep_tokens) == (8, 32)

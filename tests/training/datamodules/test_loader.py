@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training.datamodules.toy import NUM_ROWS, Interrupt, Toy, make_processor, trainer_for, write_chat
 
-from tpcompress.training.datamodules import chat_benchmark as datamodule_module
-from tpcompress.training.datamodules.chat_benchmark import BenchmarkData, ChatData
-from tpcompress.training.datamodules.samplers import BatchOrder, BucketOrder
+from tpcompress.training.datamodules import chat as datamodule_module
+from tpcompress.training.datamodules.benchmark import BenchmarkData
+from tpcompress.training.datamodules.chat import ChatData
+from tpcompress.training.datamodules.samplers import LengthBucketSampler, ResumableBatchSampler
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +109,9 @@ def test_the_order_depends_on_seed_and_epoch_alone(processor, chat, tmp_path):
 
 
 ORDERS = {
-    "shuffled": lambda n, *where: BatchOrder(n, 2, 1, *where),
-    "bucketed": lambda n, *where: BucketOrder(np.arange(n)[::-1] % 5, 2, 2, 1, *where),
-    "in order": lambda n, *where: BatchOrder(n, 2, 1, *where, shuffle=False),
+    "shuffled": lambda n, *where: ResumableBatchSampler(n, 2, 1, *where),
+    "bucketed": lambda n, *where: LengthBucketSampler(np.arange(n)[::-1] % 5, 2, 2, 1, *where),
+    "in order": lambda n, *where: ResumableBatchSampler(n, 2, 1, *where, shuffle=False),
 }
 
 
@@ -139,10 +140,10 @@ def test_one_rank_sees_every_row_once_in_buckets_of_similar_length():
         assert sorted(sum(batches, [])) == list(range(403))
         return sum(int((lengths[b].max() - lengths[b]).sum()) for b in batches)
 
-    plain, bucketed = BatchOrder(403, 8, 3), BucketOrder(lengths, 10, 8, 3)
+    plain, bucketed = ResumableBatchSampler(403, 8, 3), LengthBucketSampler(lengths, 10, 8, 3)
     assert padding(bucketed) < padding(plain) / 5
     first = list(bucketed)
-    assert first == list(BucketOrder(lengths, 10, 8, 3))
+    assert first == list(LengthBucketSampler(lengths, 10, 8, 3))
     means = [lengths[b].mean() for b in first]
     assert means != sorted(means)  # the batches' order is drawn again
     bucketed.start(epoch=1, skip=0)
@@ -156,8 +157,8 @@ def test_ranks_have_similar_lengths_at_the_same_step():
         longest = np.array([[lengths[batch].max() for batch in make(rank)] for rank in range(4)])
         return float((longest.max(0) - longest.min(0)).mean())
 
-    bucketed = gaps(lambda rank: BucketOrder(lengths, 10, 8, 3, rank, 4))
-    assert bucketed < gaps(lambda rank: BatchOrder(403, 8, 3, rank, 4)) / 4
+    bucketed = gaps(lambda rank: LengthBucketSampler(lengths, 10, 8, 3, rank, 4))
+    assert bucketed < gaps(lambda rank: ResumableBatchSampler(403, 8, 3, rank, 4)) / 4
 
 
 def test_rows_that_turn_out_bad_give_way_and_are_counted(processor, chat, tmp_path, caplog):
@@ -212,7 +213,7 @@ def test_errors_are_one_line(processor, chat, tmp_path):
 def test_an_empty_data_set_is_refused(processor, chat, tmp_path, monkeypatch):
     empty = datasets.Dataset.from_dict({"images": [], "conversations": [], "families": []})
     monkeypatch.setattr(datamodule_module, "load_chat", lambda *a, **k: (empty, datamodule_module.BadRows()))
-    with pytest.raises(ValueError, match="^The train data of ChatData is empty[^\n]*$"):
+    with pytest.raises(ValueError, match="^The train data of ChatData are empty[^\n]*$"):
         run(processor, chat, tmp_path, data=ChatData(str(chat)))
 
 

@@ -11,7 +11,7 @@ from training.datamodules.toy import NUM_ROWS, Interrupt, Toy, make_processor, r
 from tpcompress.data.stream import START
 from tpcompress.training.datamodules import stream_loader
 from tpcompress.training.datamodules.base import data_rank
-from tpcompress.training.datamodules.chat_benchmark import ChatData
+from tpcompress.training.datamodules.chat import ChatData
 from tpcompress.training.datamodules.stream_loader import StreamPosition
 
 

@@ -11,7 +11,7 @@ from training.helpers import found, weights
 from tpcompress.insertion.attach import controller_of
 from tpcompress.pruners import Pruner, Selection
 from tpcompress.pruners.topk import keep_topk
-from tpcompress.training.diagnostics.probe import Findings, choosing_at_random, look
+from tpcompress.training.diagnostics.probe import Findings, random_selection, take_snapshot
 from tpcompress.training.passes import run_pass
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
@@ -62,7 +62,7 @@ def test_runs_without_anything_to_see(work, how):
 def test_random_choice_is_random_and_goes_away(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}})
     own = list(controller_of(run.model.model).pruners)
-    with choosing_at_random(run.model.model):
+    with random_selection(run.model.model):
         inside = list(controller_of(run.model.model).pruners)
         assert [p.name for p in inside] == ["random"]
     assert all(a is b for a, b in zip(own, controller_of(run.model.model).pruners, strict=True))
@@ -81,9 +81,9 @@ class Corner(Pruner):
 def test_a_pruner_that_looks_at_places_alone_is_noticed(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}}, data={"batch_size": 4})
     module = run.model
-    seen = look(module, module.phases[-1], probe(run)).findings
+    seen = take_snapshot(module.context, module.phases[-1], probe(run)).findings
     controller_of(module.model).pruners[0] = Corner()
-    blind = look(module, module.phases[-1], probe(run)).findings
+    blind = take_snapshot(module.context, module.phases[-1], probe(run)).findings
     assert blind.overlap_images == 1.0
     assert blind.never_kept == pytest.approx(1 - 16 / 144)
     assert seen.overlap_images < 0.9
@@ -94,10 +94,10 @@ def test_a_pruner_that_looks_at_places_alone_is_noticed(work):
 def test_rows_of_one_picture_say_nothing_about_the_image(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}}, data={"batch_size": 4})
     (batch,), module = probe(run), run.model
-    assert not math.isnan(look(module, module.phases[-1], [batch]).findings.overlap_images), "control"
+    assert not math.isnan(take_snapshot(module.context, module.phases[-1], [batch]).findings.overlap_images), "control"
     batch = {k: v[:1].expand(4, *v.shape[1:]) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     batch.pop("meta")  # it counts the answers of four others
-    assert math.isnan(look(module, module.phases[-1], [batch]).findings.overlap_images)
+    assert math.isnan(take_snapshot(module.context, module.phases[-1], [batch]).findings.overlap_images)
 
 
 def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
@@ -107,9 +107,9 @@ def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
     with torch.no_grad():
         controller_of(model).pruners[0].selector.level.sub_(0.5)
     own = run_pass(model, batch)
-    with choosing_at_random(model, own.trace):
+    with random_selection(model, own.trace):
         random = run_pass(model, batch)
-    with choosing_at_random(model):
+    with random_selection(model):
         budget = run_pass(model, batch)
     assert own.trace.stages[0].vision_out == random.trace.stages[0].vision_out != budget.trace.stages[0].vision_out
     assert not torch.equal(own.trace.stages[0].retained_RV, random.trace.stages[0].retained_RV)
@@ -142,7 +142,7 @@ def test_what_follows_a_schedule_is_measured_at_its_end(work):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"behind_random": 0.3}, "falls under random"),
+        ({"behind_random": 0.3}, "is worse than random"),
         ({"overlap_images": 0.99}, "ignores the image"),
         ({"training_accuracy": 0.95}, "drift apart"),
         ({"accuracy": 0.4}, "drift apart"),
@@ -164,9 +164,9 @@ def test_what_is_no_alarm():
 def test_alarms_are_said_at_the_end(work, capsys):
     run = work.fit(model={"plan": GATE, "pruner_phase": {"steps": 1}})
     callback = found(run, type("Diagnostics", (), {}))
-    callback.alarms = ["the pruner falls under random"]
+    callback.alarms = ["the pruner is worse than random"]
     callback.on_train_end(run.trainer, run.model)
-    assert "ALARM the pruner falls under random" in capsys.readouterr().err
+    assert "ALARM the pruner is worse than random" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_the_looks_before(work):
@@ -193,6 +193,6 @@ def test_an_estimator_that_does_not_learn_is_warned_of(work, capsys, reproductio
     plan = {"pruner": COLD, "keep_tokens": 16}
     work.fit(model={"plan": plan, "pruner_phase": {"steps": 1}, "reproduction": reproduction}, trainer={"max_steps": 2})
     said = capsys.readouterr().err
-    assert ("straight_through with gather_value, gathered, was found not to teach a scorer" in said) != reproduction
+    assert ("straight_through with gather_value, gathered, did not train a scorer" in said) != reproduction
     work.fit("fine", model={"plan": GATE, "pruner_phase": {"steps": 1}}, trainer={"max_steps": 2})
     assert "found not to teach" not in capsys.readouterr().err

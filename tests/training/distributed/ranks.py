@@ -20,7 +20,7 @@ from tpcompress.training import module
 
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp_find_unused_parameters_true",
-    "fsdp2": {"class_path": "tpcompress.training.distributed.sharding.FSDP2"},
+    "fsdp2": {"class_path": "tpcompress.training.distributed.fsdp2.FSDP2"},
     "zero2": {"class_path": "training.distributed.ranks.DeepSpeedOnCPU", "init_args": {"stage": 2}},
     "zero3": {"class_path": "training.distributed.ranks.DeepSpeedOnCPU", "init_args": {"stage": 3}},
 }

@@ -10,7 +10,7 @@ from training.distributed.ranks import STRATEGIES, note, on_ranks
 
 from tpcompress.training.checkpoints.load import load_trained
 from tpcompress.training.checkpoints.state import read_checkpoint
-from tpcompress.training.distributed.sharding import FSDP2
+from tpcompress.training.distributed.fsdp2 import FSDP2
 from tpcompress.training.recipe.run import RecipeCLI
 
 RECIPES = Path(__file__).parents[3] / "recipes/llava15_7b"

@@ -11,7 +11,7 @@ from tpcompress.families.layout import plain
 from tpcompress.insertion.plan import Budget
 from tpcompress.insertion.trace import StageTrace, Trace
 from tpcompress.pruners import Selection, TokenView
-from tpcompress.training.losses.base import Loss
+from tpcompress.training.losses import Loss, list_losses
 from tpcompress.training.passes import Pass
 
 R, V, D, B, C, S = 3, 6, 4, 3, 11, 20
@@ -79,71 +79,64 @@ def everything(dtype: torch.dtype = torch.float32, ratio: float = 0.5) -> tuple[
     return here, leaves
 
 
-class Told:
-    """What losses ask of a LightningModule when they prepare: a decoder of four layers and a head."""
+class Head(torch.nn.Module):
+    """A model of which losses read the output head alone."""
 
-    plan = None
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(D, C)
 
-    class parts:
-        class text_config:
-            hidden_size, intermediate_size, num_attention_heads, num_key_value_heads = D, 6, 2, 1
-            num_hidden_layers, vocab_size = 4, C
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
 
-            @classmethod
-            def get_text_config(cls) -> Any:
-                return cls
 
-        layers = [None] * 4
-        final_norm = torch.nn.LayerNorm(D)
+class parts:
+    """What losses read of a decoder of four layers."""
+
+    class text_config:
+        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads = D, 6, 2, 1
+        num_hidden_layers, vocab_size = 4, C
+
+        @classmethod
+        def get_text_config(cls) -> Any:
+            return cls
+
+    model = Head()
+    layers = [None] * 4
+    final_norm = torch.nn.LayerNorm(D)
 
 
 def made(cls: type[Loss], **arguments: Any) -> Loss:
-    """A loss, prepared without a model."""
+    """A loss, prepared without a plan."""
     loss = cls(**arguments)
-    if loss.name == "twig":
-        torch.manual_seed(0)
-        loss.norm, loss.head = Told.parts.final_norm, torch.nn.Linear(D, C)
-    else:
-        loss.prepare(Told)
+    loss.prepare(parts.model, parts, None)
     return loss
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Losses with the arguments that take another way through them."""
-    return [
-        ("label", {}),
-        ("kl", {"temperature": 2.0}),
-        ("kl", {"shifted": False}),
-        ("jsd", {"beta": 0.3}),
-        ("hidden", {}),
-        ("hidden", {"metric": "mse"}),
-        ("budget", {"floor": 0.7}),
-        ("budget", {"below": "linear"}),
-        ("budget", {"below": "zero", "pooled": True}),
-        ("flops", {"target": 0.2}),
-        ("flops", {"target": 0.9, "one_sided": False}),
-        ("sparsity", {}),
-        ("bce", {}),
-        ("entropy", {}),
-        ("entropy", {"of": "score", "spread": True}),
-        ("imitate", {}),
-        ("imitate", {"of": "scores", "pruner": "novelty"}),
-        ("reconstruct", {}),
-        ("reconstruct", {"through": "values"}),
-        ("score_function", {}),
-        ("score_function", {"baseline": "teacher"}),
-        ("twig", {}),
-    ]
+    """Every loss by class name, with the arguments that its class gives for tests."""
+    return [(name, dict(each)) for name, cls in list_losses().items() for each in cls.test_arguments]
 
 
 GRADIENT = {
     "label": "logits", "kl": "logits", "jsd": "logits", "hidden": "hidden", "score_function": "log_prob",
     "twig": "text",
 }  # fmt: skip
-"""The leaf that a loss moves; all others move the scores."""
+"""Losses on gates train the scores, except these; losses of other files train whichever leaf gets a gradient."""
 
 
 def moved_leaf(loss: Loss) -> str:
+    """The one leaf of `everything` that a loss trains."""
     if "own" in loss.needs:
         return "own"
-    return "vision" if getattr(loss, "through", "") == "values" else GRADIENT.get(loss.name, "scores")
+    if getattr(loss, "through", "") == "values":
+        return "vision"
+    if loss.name in GRADIENT or "gate" in loss.needs:
+        return GRADIENT.get(loss.name, "scores")
+    student, leaves = everything()
+    term = loss(student, answered(7))
+    assert term is not None
+    term.backward()
+    (moved,) = [name for name, leaf in leaves.items() if leaf.grad is not None and leaf.grad.abs().sum() > 0]
+    return moved

@@ -3,7 +3,6 @@
 import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +16,11 @@ from training.losses.gate_passes import (
     D,
     R,
     S,
-    Told,
     V,
     answered,
     everything,
     made,
+    parts,
     stage_of,
     valid_rows,
     variants,
@@ -47,8 +46,8 @@ from tpcompress.training.losses.sparsity import Sparsity
 from tpcompress.training.losses.twig import Twig
 from tpcompress.training.passes import run_pass
 
-GATE_LOSSES = [pair for pair in variants() if "gate" in list_losses()[pair[0]](**pair[1]).needs and pair[0] != "twig"]
-SUMS = [pair for pair in GATE_LOSSES if pair[0] not in ("flops", "score_function")]
+GATE_LOSSES = [pair for pair in variants() if "gate" in list_losses()[pair[0]](**pair[1]).needs and pair[0] != "Twig"]
+SUMS = [pair for pair in GATE_LOSSES if pair[0] not in ("Flops", "ScoreFunction")]
 """What the others make of two stages has tests of its own."""
 COUNTS = [3, 3, 2]
 """What `Budget(keep_ratio=0.5)` gives the rows."""
@@ -141,7 +140,7 @@ def test_at_full_length_the_budget_is_what_is_aimed_at():
 
 
 def work(lengths):
-    return decoder_flops(Told.parts.text_config, [int(n) for n in lengths])
+    return decoder_flops(parts.text_config, [int(n) for n in lengths])
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -251,15 +250,15 @@ def test_a_guide_may_read_what_the_gate_reads():
 
     def plan(**scorer):
         gate = {"type": "learned_gate", "scorer": {"type": "local_global", **scorer}}
-        return SimpleNamespace(plan=PruningPlan([Stage(gate, 2, keep_tokens=3), Stage("fastv", 3, keep_tokens=2)]))
+        return PruningPlan([Stage(gate, 2, keep_tokens=3), Stage("fastv", 3, keep_tokens=2)])
 
-    Imitate("cdpruner").prepare(plan(question=True))
+    Imitate("cdpruner").prepare(parts.model, parts, plan(question=True))
     with pytest.raises(
         ValueError, match=r"^Loss 'imitate': pruner 'cdpruner' needs text, which 'learned_gate' at [^\n]*$"
     ):
-        Imitate("cdpruner").prepare(plan())
+        Imitate("cdpruner").prepare(parts.model, parts, plan())
     with pytest.raises(ValueError, match="needs attention, which 'learned_gate' at layer 2 does not read"):
-        Imitate("fastv").prepare(plan(question=True))
+        Imitate("fastv").prepare(parts.model, parts, plan(question=True))
     here, _ = everything()
     stage = here.trace.stages[0]
     words = torch.ones(R, S, dtype=torch.bool)
@@ -400,7 +399,7 @@ def test_a_teacher_as_baseline():
     known = sample_losses(taught.logits_AC, taught.targets_A, taught.sample_A, B)[0]
     gap = ((cost - known) / 2).tolist()
     assert leaves["log_prob"].grad.tolist() == pytest.approx([gap[0], gap[0], gap[1]])
-    with pytest.raises(ValueError, match=r"^Loss 'score_function' with baseline teacher needs [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Loss 'score_function' cannot use a cached teacher as baseline[^\n]*$"):
         ScoreFunction("teacher")(here, None)
 
 
@@ -432,7 +431,7 @@ def test_a_twig_behind_another_stage_is_refused():
     short = replace(stage.selection, text_BSD=torch.randn(B, S - 4, D))
     here.trace = Trace([replace(stage, stage=1, selection=short)])
     here.budgets = here.budgets * 2
-    with pytest.raises(ValueError, match=r"^Loss 'twig' needs a scorer that sees the whole sequence: stage 1 [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^Loss 'twig' needs a scorer that reads the whole sequence: stage 1 [^\n]*$"):
         made(Twig)(here, None)
 
 
@@ -451,10 +450,10 @@ def test_a_gate_that_a_pruner_gave_in_mode_drop_counts_as_well():
 
 def test_losses_read_what_they_need_of_a_real_model():
     model = tiny_model()
-    module = SimpleNamespace(model=model, parts=resolve(model))
+    found = resolve(model)
     text = model.config.get_text_config()
     flops = Flops()
-    flops.prepare(module)
+    flops.prepare(model, found, None)
     a, b = flops.cost
     assert flops.num_layers == text.num_hidden_layers
     assert 2 * (a * 50 + b * 50**2) * flops.num_layers == decoder_flops(text, [50] * flops.num_layers)
@@ -462,12 +461,12 @@ def test_losses_read_what_they_need_of_a_real_model():
     here = run_pass(model, inputs | {"labels": answer_labels(inputs)})
     # A scorer that carries the states which reach the last norm answers as the model does.
     before = []
-    handle = module.parts.final_norm.register_forward_pre_hook(lambda norm, args: before.append(args[0]))
+    handle = found.final_norm.register_forward_pre_hook(lambda norm, args: before.append(args[0]))
     model(**inputs)
     handle.remove()
     selection = Selection(valid_rows([4]), torch.zeros(1, V), text_BSD=before[0])
     here.trace = Trace([stage_of(view_of([4]), selection, [4], [0])])
     here.budgets = [Budget(keep_tokens=2)]
     twig = Twig()
-    twig.prepare(module)
+    twig.prepare(model, found, None)
     torch.testing.assert_close(twig(here, None), Label()(here, None))

@@ -153,7 +153,9 @@ def phases(module) -> list:
 
 def kept(module, phase, progress: float, draw: float) -> list[list[int]]:
     """Tokens of 576 that each stage retains, in each forward call of a step."""
-    return [[budget.count(V) for budget in values] for values in step_budgets(module, phase, progress, draw)]
+    return [
+        [budget.count(V) for budget in values] for values in step_budgets(module.plan, phase.schedule, progress, draw)
+    ]
 
 
 def gate(module):

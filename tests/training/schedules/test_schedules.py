@@ -19,6 +19,7 @@ from tpcompress.training.schedules import (
     Schedule,
     Steps,
     draw_for,
+    list_schedules,
     progress_at,
 )  # fmt: skip
 
@@ -90,8 +91,10 @@ def test_every_schedule_of_the_folder_has_a_name_in_recipes():
             for n, v in vars(module).items()
             if isinstance(v, type) and issubclass(v, Schedule) and v.__module__ == module.__name__
         }
-    assert found <= set(schedules.__all__)
-    assert all(getattr(schedules, name).__name__ == name for name in found)
+    assert found - {"Schedule"} == set(list_schedules())
+    assert all(getattr(schedules, name) is cls for name, cls in list_schedules().items())
+    with pytest.raises(AttributeError, match="has no attribute 'Several'"):
+        _ = schedules.Several
 
 
 def test_steps_fall_in_equal_parts():

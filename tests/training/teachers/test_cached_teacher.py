@@ -8,8 +8,9 @@ import torch
 from support import answer_labels, batch, scramble, tiny_model
 
 from tpcompress.data import ChatCollator
+from tpcompress.families import resolve
 from tpcompress.models import load_processor
-from tpcompress.training.datamodules.chat_benchmark import BenchmarkData
+from tpcompress.training.datamodules.benchmark import BenchmarkData
 from tpcompress.training.losses.jsd import JSD
 from tpcompress.training.losses.kl import KL
 from tpcompress.training.passes import run_pass
@@ -39,7 +40,8 @@ def student(inputs):
 
 def reader(folder, base=None):
     teacher = Cached(str(folder))
-    teacher.prepare(SimpleNamespace(), base or tiny_model())
+    base = base or tiny_model()
+    teacher.prepare(base, resolve(base), None, None)
     return teacher
 
 
@@ -162,7 +164,7 @@ def refused(message):
 def test_a_sequence_that_is_not_there(folder):
     (inputs,) = batches(1)
     inputs["meta"].ids[1] = "unseen"
-    with refused(r"The cache \S+ of 9 sequences lacks unseen;"):
+    with refused(r"The cache \S+ has no sequence unseen among its 9;"):
         reader(folder)(None, inputs, student(inputs), 0.0)
     inputs["meta"] = SimpleNamespace(num_answers=6)
     with refused("A cached teacher finds answers by meta.ids"):
@@ -175,7 +177,7 @@ def test_another_base_or_vocabulary(folder):
     (inputs,) = batches(1)
     here = student(inputs)
     here.logits_AC = here.logits_AC[:, :-1]
-    with refused(r"The cache \S+ holds a vocabulary of 128, the model has 127"):
+    with refused(r"The cache \S+ has a vocabulary of 128, the model has 127"):
         reader(folder)(None, inputs, here, 0.0)
 
 
@@ -190,7 +192,7 @@ def test_answers_that_are_not_as_many(folder):
 def test_folders_that_hold_something_else(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^No cached answers in [^\n]*$"):
         reader(tmp_path / "nothing")
-    with refused(r"\S+ holds a cache with another top"):
+    with refused(r"\S+ contains a cache with another top"):
         write_answers(tiny_model(), batches(), folder, top=7)
     with refused("top must be at least 1 and below the vocabulary of 128, got 128"):
         write_answers(tiny_model(), batches(), tmp_path / "all", top=128)

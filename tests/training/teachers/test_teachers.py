@@ -10,8 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import answer_labels, batch, tiny_model
 
+from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, budgets, controller_of, layers, mode, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
+from tpcompress.training.context import StepContext
 from tpcompress.training.losses import Ramp
 from tpcompress.training.passes import run_pass
 from tpcompress.training.teachers import Teacher, list_teachers
@@ -29,10 +31,10 @@ def make_batch(samples=SAMPLES):
 
 
 def make_module(teacher, plan, lora=False):
-    """What a teacher sees of a LightningModule; LoRA and projector are well away from the base."""
+    """The context of a step; LoRA and projector are well away from the base."""
     base = tiny_model().requires_grad_(False)
-    module = SimpleNamespace(lora={"r": 2} if lora else None, plan=plan, device=torch.device("cpu"), model=None)
-    teacher.prepare(module, base)
+    parts = resolve(base)
+    teacher.prepare(base, parts, plan, {"r": 2} if lora else None)
     if lora:
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"])
         base = get_peft_model(base, config)
@@ -42,8 +44,7 @@ def make_module(teacher, plan, lora=False):
     for name, parameter in base.named_parameters():
         if "lora_" in name or "modules_to_save" in name or not lora:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    module.model = base.train()
-    return module
+    return StepContext(base.train(), parts, plan, 0, torch.device("cpu"))
 
 
 def plan_of(*stages):

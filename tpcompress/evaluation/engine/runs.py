@@ -19,7 +19,7 @@ from tpcompress.insertion.attach import controller_of, detach, is_attached
 from tpcompress.pruners import Pruner
 from tpcompress.training.checkpoints.load import load_trained
 from tpcompress.training.checkpoints.state import KEY, checkpoint_file, read_checkpoint
-from tpcompress.training.datamodules.chat_benchmark import BenchmarkData
+from tpcompress.training.datamodules.benchmark import BenchmarkData
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 Kept = dict[tuple[Any, ...], list[EncodedSequence]]

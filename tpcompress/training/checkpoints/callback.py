@@ -1,4 +1,4 @@
-"""What accompanies a run: checkpoints that survive interruption, and a line or bar of progress."""
+"""Callbacks of every run: checkpoints that survive interruption, and a progress bar or progress lines."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tpcompress.training.checkpoints.signals import Stopped
 from tpcompress.training.checkpoints.storage import (
     PART,
+    AtomicCheckpointIO,
     CheckpointNotSaved,
-    DurableFile,
-    is_fault_of_disk,
-    not_saved,
-    put_in_place,
+    is_disk_error,
+    not_saved_message,
     remove,
+    replace_atomically,
 )
 from tpcompress.training.module import PruningModule
 from tpcompress.training.nan_guard import NonFiniteLoss
@@ -30,20 +30,19 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Saves `<default_root_dir>/checkpoints/last.ckpt` as training goes, at its end, and when it is interrupted.
+    """Saves `<default_root_dir>/checkpoints/last.ckpt` during training, at its end, and when it is interrupted.
 
-    A checkpoint always lies between two optimizer steps. It is written beside the one before, forced to the disk and
-    renamed, so that neither a killed process nor a full disk costs the one before. A loss that is not finite saves
-    nothing: the last good checkpoint stays. Neither does an exception in a run on several devices, whose ranks may be
-    at different batches.
+    A checkpoint always lies between two optimizer steps. It is written beside the previous one, flushed and renamed, so
+    that neither a killed process nor a full disk destroys the previous one. Nothing is saved after a loss that is not
+    finite, or after an exception in a run on several devices, whose ranks may be at different batches.
 
     Args:
         every: optimizer steps between two checkpoints.
 
     Raises:
-        ValueError: `every` is not positive.
-        CheckpointNotSaved: the disk did not take it. Training stops: a run that cannot save may lose all it goes on to
-            do. While another exception ends the run this is a warning.
+        ValueError: `every` below 1.
+        CheckpointNotSaved: the disk could not take the checkpoint, and training stops. If another exception ended the
+            run, this is a warning.
     """
 
     def __init__(self, every: int = 100) -> None:
@@ -57,14 +56,14 @@ class Checkpoints(Checkpoint):
         self.path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if stage == "validate" and hasattr(trainer.strategy, "zero_stage_3"):
             raise ValueError(
-                "Lightning takes all hooks off a model that DeepSpeed validates, and with them the plan; validate with "
-                "another strategy, or within fit."
+                "Lightning removes all hooks of a model that DeepSpeed validates, and the plan with them; use another "
+                "strategy, or validate within fit."
             )
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin that the user chose
-            trainer.strategy.checkpoint_io = DurableFile()
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.saved = trainer.global_step  # nothing to save before the first step
+        self.saved = trainer.global_step  # nothing to save before the next step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,14 +77,14 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         together = trainer.world_size == 1 or isinstance(exception, Stopped)
-        torn = isinstance(pl_module, PruningModule) and pl_module.in_step
+        within_step = isinstance(pl_module, PruningModule) and pl_module.in_step
         refused = isinstance(exception, NonFiniteLoss | CheckpointNotSaved)
-        if self.saved is None or refused or torn or not together:
+        if self.saved is None or refused or within_step or not together:
             return
         _rewind(trainer)
         try:
             self._save(trainer)
-        except CheckpointNotSaved as error:  # the exception that ends the run is what the user must see
+        except CheckpointNotSaved as error:  # the user must see the exception that ended the run
             log.warning("%s", error)
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -95,26 +94,28 @@ class Checkpoints(Checkpoint):
         failure: BaseException | None = None
         try:
             trainer.save_checkpoint(part)
-        except BaseException as error:  # torch's sharded checkpoints raise no Exception
+        except BaseException as error:  # torch's sharded checkpoints raise a BaseException
             failure = error
-            trainer.strategy.barrier()  # where those whose part of it went well are waiting
+            trainer.strategy.barrier()  # ranks that succeeded wait here
         if failure is None and trainer.is_global_zero:
             try:
-                put_in_place(self.path)
+                replace_atomically(self.path)
             except OSError as error:
                 failure = error
-        # All ranks stop: one alone would leave the others waiting for it.
+        # All ranks stop together, because the others would wait for a rank that stops alone.
         if not trainer.strategy.reduce_boolean_decision(failure is None, all=True):
             if trainer.is_global_zero:
                 remove(part)
-            if failure is not None and not is_fault_of_disk(failure):
+            if failure is not None and not is_disk_error(failure):
                 raise failure
-            raise CheckpointNotSaved(not_saved(self.path, failure or OSError("another process failed"))) from failure
+            raise CheckpointNotSaved(
+                not_saved_message(self.path, failure or OSError("another rank failed"))
+            ) from failure
         self.saved = trainer.global_step
 
 
 class StepProgress(ProgressBar):
-    """Optimizer steps, loss and vision tokens: a bar on a terminal, a line per `log_every_n_steps` elsewhere."""
+    """Shows steps, loss and vision tokens: a bar on a terminal, otherwise a line every `log_every_n_steps`."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class StepProgress(ProgressBar):
         self.enabled = True
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls it on all ranks but the first."""
+        """Hide progress; Lightning calls this on all ranks but the first."""
         self.enabled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,7 +180,7 @@ def _describe(trainer: L.Trainer) -> str:
 
 
 def _rewind(trainer: L.Trainer) -> None:
-    """Count batches since the last optimizer step as not done: gradients are not saved, so they are done again."""
+    """Count batches since the last optimizer step as not done, because their gradients are not in the checkpoint."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.processed
     if done < trainer.num_training_batches:

@@ -1,4 +1,4 @@
-"""A finished run's checkpoint, made a model again."""
+"""Loads a trained model from the checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from torch import nn
 
 from tpcompress.export.budgets import Range
-from tpcompress.training.checkpoints.run_folder import facts_of, final_ranges, read_recipe
+from tpcompress.training.checkpoints.run_folder import final_ranges, manifest_entry, read_recipe
 from tpcompress.training.checkpoints.state import KEY, check_weights, checkpoint_file, read_checkpoint
 from tpcompress.training.module import PruningModule
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a checkpoint holds.
+    """A model and the settings of its run.
 
     Attributes:
-        model: in eval mode, plan attached with its own budgets, LoRA not yet merged.
-        processor: of its base.
-        recipe: path of the recipe beside the checkpoint, if it is there.
-        trained_with: what the manifest of an export says of the training.
-        trained_budgets: lowest and highest budget of each stage that the run ended with; None without a recipe or plan.
+        model: model in eval mode, with the plan attached at its own budgets and LoRA not yet merged.
+        processor: processor of the base.
+        recipe: path of the recipe beside the checkpoint; None if there is none.
+        trained_with: settings and results of the training, for the manifest of an export.
+        trained_budgets: lowest and highest budget of each stage at the end of the run; None without a recipe or plan.
     """
 
     model: nn.Module
@@ -33,17 +33,18 @@ class TrainedModel:
     trained_budgets: list[Range] | None = None
 
 
-def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, whole: bool = False) -> TrainedModel:
+def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquantised: bool = False) -> TrainedModel:
     """Rebuild the model of a run from its checkpoint.
 
     Args:
         checkpoint: a .ckpt file, or the run's folder (its last checkpoint).
         allow_unfinished: accept a run that was stopped before its last step.
-        whole: load a base that was quantised in training in its own weights, into which adapters can be merged.
+        unquantised: load the full-precision weights of a base that was quantised in training, so that adapters can be
+            merged into them.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: not a tpcompress checkpoint, damaged, or of an unfinished run.
+        FileNotFoundError: no checkpoint.
+        ValueError: a checkpoint that is damaged, of an unfinished run, or not of tpcompress.
     """
     path, saved = checkpoint_file(checkpoint), read_checkpoint(checkpoint)
     done, steps, settings = saved[KEY]["step"], saved[KEY]["steps"], saved[KEY]["settings"]
@@ -53,7 +54,7 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, whole: 
             f"or export it as it is with --allow_unfinished true."
         )
     quantised = settings.get("quantize")
-    module = PruningModule(**settings | ({"quantize": None} if whole else {}))
+    module = PruningModule(**settings | ({"quantize": None} if unquantised else {}))
     module.configure_model()
     check_weights(module, module.trainable, saved["state_dict"])
     module.load_state_dict(saved["state_dict"], strict=False)
@@ -70,7 +71,7 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, whole: 
     if quantised is not None:
         trained_with["quantize"] = quantised
     ranges = final_ranges(module, recipe, steps) if recipe is not None else None
-    trained_with |= facts_of(path.parent.parent, recipe)
+    trained_with |= manifest_entry(path.parent.parent, recipe)
     return TrainedModel(
         module.model.eval(), module.processor, None if recipe is None else path_of_recipe, trained_with, ranges
     )

@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C end a run between two steps: saved, on all processes at the same step, with a word how to go on.
+"""SIGTERM and Ctrl-C end a run between two steps, saved, at the same step on all ranks.
 
-Lightning saves on SIGTERM as well, but leaves with exit code 0 and no word; and its signal handler broadcasts from
-wherever the first process is, which meets the other processes within another collective.
+Lightning saves on SIGTERM as well, but exits with code 0 and without a message, and its signal handler broadcasts from
+any point of the first rank, while the other ranks are in another collective.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import lightning as L
 import torch
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a run that SIGTERM ended: that of the shell for a process that the signal killed."""
+"""Exit code of a run ended by SIGTERM, as the shell reports it for a process killed by the signal."""
 
 
 class Stopped(BaseException):
-    """The run ends on all processes at the same step."""
+    """The run ends on all ranks at the same step."""
 
 
 class Terminated(Stopped, SystemExit):
-    """SIGTERM came; its exit code is 143."""
+    """SIGTERM was received; the exit code is 143."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
@@ -31,27 +31,27 @@ class Terminated(Stopped, SystemExit):
 
 
 class InterruptedTogether(Stopped, KeyboardInterrupt):
-    """Ctrl-C came, in a run of several processes, or was lost to a destructor."""
+    """Ctrl-C was received in a run on several ranks, or was swallowed by a destructor."""
 
 
 class Stopping(L.Callback):
-    """Ends training at the next optimizer step (or batch of validation) after SIGTERM.
+    """Ends training at the next optimizer step (or validation batch) after SIGTERM.
 
-    In a run of several processes it is enough that one got the signal, and Ctrl-C is treated alike; a second Ctrl-C
-    ends the process at once. In a run of one process Ctrl-C acts at once, as everywhere; and at the end of the batch if
-    Python lost it, as it does in destructors.
+    With several ranks, one rank that received the signal is enough, and Ctrl-C is treated alike; a second Ctrl-C ends
+    the process at once. With one rank, Ctrl-C acts at once, or at the end of the batch if it was swallowed by a
+    destructor, whose exceptions Python ignores.
     """
 
     def __init__(self) -> None:
-        self.came = 0
+        self.received = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replace Lightning's handlers; it puts back the earlier ones itself when the run is over."""
-        self.came = 0
-        if threading.current_thread() is not threading.main_thread():  # Python takes no signals elsewhere
+        """Replace Lightning's handlers. Lightning restores the previous ones after the run."""
+        self.received = 0
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
             return
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note if trainer.world_size > 1 else self._note_and_raise)
+        signal.signal(signal.SIGTERM, self._record)
+        signal.signal(signal.SIGINT, self._record if trainer.world_size > 1 else self._record_and_raise)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,21 +66,21 @@ class Stopping(L.Callback):
         if trainer.state.fn == "fit" and trainer.world_size == 1:
             self._stop(trainer)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self.came == signal.SIGINT:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:
             signal.default_int_handler(number, frame)
-        self.came = max(self.came, number)
+        self.received = max(self.received, number)
 
-    def _note_and_raise(self, number: int, frame: FrameType | None) -> None:
-        self.came = max(self.came, number)
+    def _record_and_raise(self, number: int, frame: FrameType | None) -> None:
+        self.received = max(self.received, number)
         signal.default_int_handler(number, frame)
 
     def _stop(self, trainer: L.Trainer) -> None:
-        came = self.came
+        received = self.received
         if trainer.world_size > 1:
-            agreed = torch.tensor(came, device=trainer.strategy.root_device)
-            came = int(trainer.strategy.reduce(agreed, reduce_op="max"))
-        if came == signal.SIGTERM:
+            agreed = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(agreed, reduce_op="max"))
+        if received == signal.SIGTERM:
             raise Terminated
-        if came:
+        if received:
             raise InterruptedTogether

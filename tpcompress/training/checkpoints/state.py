@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside Lightning's own: the trained weights, and the settings that rebuild their model."""
+"""Content of a checkpoint: the trained weights, and the settings from which their model is rebuilt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tpcompress.training.checkpoints.storage import recover
 
 KEY = "tpcompress"
-"""Entry of a checkpoint: `step` done, `steps` of the run, `settings` of the model."""
+"""Entry of a checkpoint with `step` done, `steps` of the run, and `settings` of the model."""
 
 
 def trained_state(module: nn.Module, trained: list[nn.Parameter], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a state dict that trains, and the pruners' buffers; everything else is the base's."""
+    """The trained weights of a state dict, and the buffers of the pruners; everything else comes from the base."""
     ours = {id(parameter) for parameter in trained}
     names = {name for name, parameter in module.named_parameters() if id(parameter) in ours}
     names |= {name for name, _ in module.named_buffers() if "token_pruners." in name}
@@ -26,30 +26,30 @@ def trained_state(module: nn.Module, trained: list[nn.Parameter], state: dict[st
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this package.
+    """Read a checkpoint.
 
     Args:
         path: a .ckpt file, a folder written by DeepSpeed, or the folder of a run (its last checkpoint).
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or not of this package.
+        FileNotFoundError: no checkpoint.
+        ValueError: a checkpoint that is damaged, or not of tpcompress.
     """
     found = checkpoint_file(path)
     try:
         saved = _from_deepspeed(found) if found.is_dir() else _from_file(found)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
-        raise ValueError(f"{found} is damaged ({type(error).__name__}); take an earlier checkpoint.") from error
+        raise ValueError(f"{found} is damaged ({type(error).__name__}); use an earlier checkpoint.") from error
     if not isinstance(saved, dict) or KEY not in saved:
         raise ValueError(f"{found} is not a tpcompress checkpoint; it must come from `tpcompress fit`.")
     return saved
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the last one of a run's folder.
+    """The path of a checkpoint: the given one, or the last checkpoint of a run's folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no checkpoint.
     """
     given = Path(path)
     found = given / "checkpoints" / "last.ckpt" if given.is_dir() and not _is_deepspeed(given) else given
@@ -60,10 +60,10 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def check_weights(module: nn.Module, trained: list[nn.Parameter], state: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint whose weights are not those that train here.
+    """Refuse a checkpoint that lacks weights which train in this run.
 
     Raises:
-        ValueError: a weight is missing, superfluous, or of another shape.
+        ValueError: a weight is missing or has another shape.
     """
     ours = {id(parameter) for parameter in trained}
     wanted = {name: p.shape for name, p in module.named_parameters() if id(p) in ours}
@@ -76,29 +76,29 @@ def check_weights(module: nn.Module, trained: list[nn.Parameter], state: dict[st
 
 
 def check_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Refuse to go on with a run under other settings.
+    """Refuse to resume a run under other settings.
 
     Raises:
-        ValueError: base, plan, parts that train or LoRA have changed.
+        ValueError: base, plan, trained parts or LoRA have changed.
     """
     changed = [name for name in ("base", "plan", "train", "lora") if now[name] != then.get(name)]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"The checkpoint was trained with {name} {then.get(name)}, the recipe says {now[name]}; go on with the "
-            f"recipe.yaml beside it, or train anew without --ckpt_path."
+            f"The checkpoint was trained with {name} {then.get(name)}, the recipe has {now[name]}; resume with the "
+            f"recipe.yaml beside it, or start again without --ckpt_path."
         )
 
 
 def _is_deepspeed(path: Path) -> bool:
-    """DeepSpeed writes a folder per checkpoint, with its shards in a folder of the tag that Lightning gives it."""
+    """Whether a path is a DeepSpeed checkpoint: a folder with its shards in a subfolder named by Lightning's tag."""
     return (path / "checkpoint").is_dir()
 
 
 def _from_file(path: Path) -> Any:
     with ZipFile(path) as archive:
-        if archive.testzip() is not None:  # torch would load flipped bits as weights
-            raise BadZipFile(f"{path} does not have its checksums.")
+        if archive.testzip() is not None:  # torch does not check the checksums itself
+            raise BadZipFile(f"{path} has wrong checksums.")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -106,4 +106,4 @@ def _from_deepspeed(path: Path) -> dict[str, Any]:
     from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
     with tempfile.TemporaryDirectory() as folder:
-        return convert_zero_checkpoint_to_fp32_state_dict(path, str(Path(folder) / "whole.ckpt"))
+        return convert_zero_checkpoint_to_fp32_state_dict(path, str(Path(folder) / "full.ckpt"))

@@ -1,4 +1,10 @@
-"""What the data modules share: loaders over rows that are shuffled by (seed, epoch) and resumed at the same batch."""
+"""Base class of the data modules: loaders over rows, shuffled by (seed, epoch) and resumable within an epoch.
+
+Images and text are encoded by the `processor` attribute of the run's LightningModule. The order depends only on seed
+and epoch, so a run that is resumed within an epoch gets the batches of an uninterrupted run.
+"""
+
+from __future__ import annotations
 
 import logging
 from abc import abstractmethod
@@ -14,16 +20,29 @@ from tpcompress.data import BadRow, BadRows, ChatCollator, GoodRows
 from tpcompress.data.lengths import estimate_lengths
 from tpcompress.data.rows import OnBadRow
 from tpcompress.training.datamodules.loader import Position, ResumableLoader
-from tpcompress.training.datamodules.samplers import BatchOrder, BucketOrder
+from tpcompress.training.datamodules.samplers import LengthBucketSampler, ResumableBatchSampler
 from tpcompress.training.datamodules.stream_loader import StreamLoader
 
 log = logging.getLogger(__name__)
 
 
 class RowsData(LightningDataModule):
-    """Loaders over rows; a subclass says which rows.
+    """Loaders over rows; a subclass defines `load_rows`.
 
-    `bad_rows` counts what was left out: by the reader, and, by data set index, what turned out bad in training.
+    Args:
+        batch_size: rows per batch and rank.
+        num_workers: worker processes.
+        on_bad_row: `skip` or `raise`.
+        max_length: maximum sequence length in tokens; None for no limit.
+        pack: pack the conversations of a row into one sequence.
+        seed: seed of the order.
+        bucket: batches per pool of `LengthBucketSampler`; 0 disables it.
+
+    Attributes:
+        bad_rows: rows that were skipped, by the reader or in training.
+
+    Raises:
+        ValueError: a batch size below 1, or a negative bucket.
     """
 
     def __init__(
@@ -40,7 +59,7 @@ class RowsData(LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if bucket < 0:
-            raise ValueError(f"bucket must be a number of batches, or 0 for none, got {bucket}.")
+            raise ValueError(f"bucket must be a number of batches, or 0 for no grouping, got {bucket}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.on_bad_row = on_bad_row
@@ -57,13 +76,13 @@ class RowsData(LightningDataModule):
 
     @abstractmethod
     def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
-        """Rows to train on, None if a stream has them, and rows to validate on."""
+        """Training rows (None for a stream) and validation rows (None without validation)."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the rows, once.
+        """Read the rows once.
 
         Raises:
-            ValueError: If there are none, or the LightningModule has no processor.
+            ValueError: no rows, or a LightningModule without a processor.
         """
         module = None if self.trainer is None else self.trainer.lightning_module
         processor = getattr(module, "processor", None)
@@ -75,7 +94,7 @@ class RowsData(LightningDataModule):
             self._loaded = True
         for name, rows in (("train", self.train_rows), ("val", self.val_rows)):
             if rows is not None and not len(rows):
-                raise ValueError(f"The {name} data of {type(self).__name__} is empty; give at least one row.")
+                raise ValueError(f"The {name} data of {type(self).__name__} are empty; give at least one row.")
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled by (seed, epoch); each rank gets its share."""
@@ -85,42 +104,44 @@ class RowsData(LightningDataModule):
         rank, num_ranks = data_rank(self.trainer)
         shape = {"rows": len(rows), "batch_size": self.batch_size, "world_size": num_ranks, "seed": self.seed}
         self._position.check(**shape, bucket=self.bucket)
-        order = self._order(rank, num_ranks)
-        return ResumableLoader(rows, order, position=self._position, on_bad_rows=self._note_bad, **self._map_options())
+        sampler = self._sampler(rank, num_ranks)
+        return ResumableLoader(
+            rows, sampler, position=self._position, on_bad_rows=self._count_bad, **self._map_options()
+        )
 
     def val_dataloader(self) -> ResumableLoader | list:
-        """In the order of the rows, shared out over the ranks; no loader if there is nothing to validate on."""
+        """In the order of the data, split over the ranks; an empty list without validation data."""
         if self.val_rows is None:
             return []
         assert self.trainer is not None
         rows = GoodRows(self.val_rows, self.collator.encode, self.on_bad_row)
-        order = BatchOrder(len(rows), self.batch_size, 0, *data_rank(self.trainer), shuffle=False)
-        return ResumableLoader(rows, order, on_bad_rows=self._note_bad, **self._map_options())
+        sampler = ResumableBatchSampler(len(rows), self.batch_size, 0, *data_rank(self.trainer), shuffle=False)
+        return ResumableLoader(rows, sampler, on_bad_rows=self._count_bad, **self._map_options())
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data, for the checkpoint; on several devices to be called on all of them."""
+        """The position in the training data, for the checkpoint; with several ranks to be called on all of them."""
         processed, batches = self._progress()
         state = self._position.state_dict()
         return state if processed is None else state | {"batch": processed, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the place in the training data."""
+        """Restore the position in the training data."""
         self._position = Position(**state_dict, fresh=False)
 
-    def _order(self, rank: int, num_ranks: int) -> BatchOrder:
-        """Which rows make this rank's batches."""
+    def _sampler(self, rank: int, num_ranks: int) -> ResumableBatchSampler:
+        """The sampler of this rank's batches."""
         assert self.train_rows is not None
         assert self.trainer is not None
         shape = (self.batch_size, self.seed, rank, num_ranks)
-        same = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # every epoch is to be the first one's
+        same = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # every epoch repeats the first
         if self.bucket and not same:
-            return BucketOrder(estimate_lengths(self.train_rows, self.collator.encoder), self.bucket, *shape)
-        return BatchOrder(len(self.train_rows), *shape, shuffle=not same)
+            return LengthBucketSampler(estimate_lengths(self.train_rows, self.collator.encoder), self.bucket, *shape)
+        return ResumableBatchSampler(len(self.train_rows), *shape, shuffle=not same)
 
     def _progress(self) -> tuple[int | None, int]:
-        """Batches of the epoch that training is done with, None outside of training, and the epoch's length.
+        """Batches of the epoch that are trained on (None outside of training), and the length of the epoch.
 
-        Lightning's own count: a batch that was fetched but failed is done again.
+        Lightning counts them, so a batch that was fetched but failed is repeated.
         """
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return None, 0
@@ -134,23 +155,23 @@ class RowsData(LightningDataModule):
         lasting = {"persistent_workers": self.num_workers > 0, "collate_fn": self.collator.pad}
         return self._options() | lasting
 
-    def _note_bad(self, bad_rows: list[tuple[str, BadRow]]) -> None:
-        """Count rows that turned out bad in training; warn at the first."""
+    def _count_bad(self, bad_rows: list[tuple[str, BadRow]]) -> None:
+        """Count rows that could not be used in training; warn at the first."""
         for row_id, bad in bad_rows:
             if row_id in self._seen_bad:
                 continue
             if not self._seen_bad:
                 log.warning(
-                    "Row %s cannot be used: %s. Another takes its place; more such rows are counted.", row_id, bad
+                    "Row %s cannot be used: %s. It is replaced by another row; further ones are counted.", row_id, bad
                 )
             self._seen_bad.add(row_id)
             self.bad_rows.add(row_id, bad)
 
 
 def data_rank(trainer: L.Trainer) -> tuple[int, int]:
-    """This process's rank among those that see different data, and their number.
+    """Rank of this process among those that get different data, and their number.
 
-    Under tensor parallelism several processes see the same data: their strategy knows.
+    With tensor parallelism several processes get the same data, which the strategy reports.
     """
     known = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
     return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)

@@ -1,4 +1,6 @@
-"""A training loader that keeps its place, and goes on in the middle of an epoch."""
+"""A data loader that tracks its position and resumes within an epoch."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -7,17 +9,25 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from tpcompress.data import BadRow
-from tpcompress.training.datamodules.samplers import BatchOrder
+from tpcompress.training.datamodules.samplers import ResumableBatchSampler
 
 OnBadRows = Callable[[list[tuple[str, BadRow]]], None]
 
 
 @dataclass
 class Position:
-    """Where training is in its data: `batch` batches of `epoch` are done. The rest identifies the loader's shape.
+    """Position in the training data, and the settings under which it is valid.
 
-    `batches` is the epoch's length in batches as trained (``limit_train_batches`` included). `fresh` is False from
-    when a checkpoint is loaded until the loader starts.
+    Attributes:
+        epoch: current epoch.
+        batch: batches of the epoch that are done.
+        batches: length of the epoch in batches, with `limit_train_batches`.
+        rows: rows of the data set.
+        batch_size: rows per batch and rank.
+        world_size: ranks that get different data.
+        seed: seed of the order.
+        bucket: batches per pool of similar lengths.
+        fresh: False from the loading of a checkpoint to the start of the loader.
     """
 
     epoch: int = 0
@@ -35,10 +45,10 @@ class Position:
         return {name: value for name, value in asdict(self).items() if name != "fresh"}
 
     def check(self, **now: int) -> None:
-        """Refuse another shape in the middle of an epoch: only the same batches can be counted off. Then take it on.
+        """Store the settings, and refuse changed ones within an epoch, whose batches would be different ones.
 
         Raises:
-            ValueError: If one of the values that identify the shape has changed.
+            ValueError: a setting has changed within an epoch.
         """
         then = {name: getattr(self, name) for name in now}
         if not self.fresh and 0 < self.batch < self.batches and then != now:
@@ -48,62 +58,62 @@ class Position:
             setattr(self, name, value)
 
 
-class KeepsPlace:
-    """What the loaders of rows and of streams share.
+class StatefulLoader:
+    """Base class of the loaders of rows and of streams, which Lightning recognises as resumable.
 
     Args:
-        on_bad_rows: Called in the main process with the bad rows that a batch left out, or had others stand in for.
+        on_bad_rows: called in the main process with the bad rows of a batch, which were skipped or replaced.
     """
 
     def __init__(self, on_bad_rows: OnBadRows | None) -> None:
         self.on_bad_rows = on_bad_rows
 
-    def told(self, batch: dict) -> dict:
-        """The batch, once its bad rows are told."""
+    def report_bad_rows(self, batch: dict) -> dict:
+        """Call `on_bad_rows` with the bad rows of a batch, and return the batch."""
         if self.on_bad_rows is not None and batch["meta"].bad_rows:
             self.on_bad_rows(batch["meta"].bad_rows)
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Empty: the data module stores the position. Lightning takes a loader with this method for resumable."""
+        """Empty, because the data module stores the position."""
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing: see `state_dict`."""
+        """No effect; see `state_dict`."""
 
 
-class ResumableLoader(KeepsPlace):
-    """Batches of a data set that keeps its place in a `Position`.
+class ResumableLoader(StatefulLoader):
+    """Batches of a data set, whose position is tracked in a `Position`.
 
-    Every iteration is an epoch; the first after a checkpoint is the rest of the interrupted one. Workers start when the
-    first batch is asked for, so that they do not prefetch of a wrong epoch. It holds a `DataLoader` and is none:
-    Lightning leaves it alone, instead of giving it a sampler of its own in a run on several devices.
+    Every iteration is an epoch; the first one after a checkpoint is the rest of the interrupted epoch. Workers start
+    with the first batch, so they do not prefetch from a wrong epoch. The class wraps a `DataLoader` instead of being
+    one, so that Lightning does not replace its sampler in runs on several devices.
 
     Args:
         dataset: `GoodRows`.
-        order: Which rows make this rank's batches.
-        position: Kept up to date, and started from. None for validation.
-        on_bad_rows: Called in the main process with the bad rows that a batch's rows stood in for.
-        **options: Those of `DataLoader`.
+        sampler: sampler of this rank's batches.
+        position: updated, and the start of the first epoch; None for validation.
+        on_bad_rows: called in the main process with the bad rows of a batch, which were replaced.
+        **options: options of `DataLoader`.
 
     Raises:
-        ValueError: One line, if a row is bad and the data set raises.
+        ValueError: a bad row, if the data set raises; one line.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        order: BatchOrder,
+        sampler: ResumableBatchSampler,
         position: Position | None = None,
         on_bad_rows: OnBadRows | None = None,
         **options: Any,
     ) -> None:
         super().__init__(on_bad_rows)
         self.dataset = dataset
-        self.batch_sampler = order  # DeepSpeed's strategy asks it for the batch size
-        self.batch_size = order.batch_size
+        self.batch_sampler = sampler  # DeepSpeed's strategy reads its batch size
+        self.batch_size = sampler.batch_size
         self.position = position
-        self._loader = DataLoader(dataset, batch_sampler=order, **options)
+        self._loader = DataLoader(dataset, batch_sampler=sampler, **options)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -114,26 +124,26 @@ class ResumableLoader(KeepsPlace):
         for batch in one_line_errors(self._loader):
             if self.position is not None:
                 self.position.batch += 1
-            yield self.told(batch)
+            yield self.report_bad_rows(batch)
 
     def _start(self, position: Position) -> None:
-        """Go to the next epoch, or back to the place of a checkpoint."""
-        over = position.batch >= position.batches if not position.fresh else position.batch > 0
-        if over:
+        """Move to the next epoch, or to the position of a checkpoint."""
+        done = position.batch >= position.batches if not position.fresh else position.batch > 0
+        if done:
             position.epoch, position.batch = position.epoch + 1, 0
         position.fresh = True
         self.batch_sampler.start(position.epoch, position.batch)
 
 
 def one_line_errors(loader: DataLoader) -> Iterator[Any]:
-    """A loader's batches; a ValueError of a worker, which comes with its traceback as text, gets its message back."""
+    """The batches of a loader; a worker's ValueError, whose message is a traceback, is reduced to its last line."""
     try:
         yield from loader
     except ValueError as error:
         raise type(error)(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def changed_since(then: dict[str, int], now: dict[str, int], where: str, way_out: str = "") -> str:
-    """The message for a checkpoint of a loader of another shape."""
+def changed_since(then: dict[str, int], now: dict[str, int], where: str, alternative: str = "") -> str:
+    """Error message for a checkpoint whose data settings have changed."""
     changed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name])
-    return f"The checkpoint lies {where}: {changed} since; resume with what it was trained with{way_out}."
+    return f"The checkpoint lies {where}, and since then {changed}; resume with the settings of that run{alternative}."

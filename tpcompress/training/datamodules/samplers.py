@@ -1,4 +1,6 @@
-"""In which order rows are trained on: one rank's batches of an epoch, from the seed and the epoch alone."""
+"""Batch samplers whose order depends only on seed and epoch, so that an epoch can be resumed at any batch."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -6,20 +8,21 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-SEED_STRIDE = 1_000_003  # keeps (seed, epoch) pairs apart: seed + epoch would give neighbouring seeds shared epochs
+SEED_STRIDE = 1_000_003  # with seed + epoch, neighbouring seeds would share epochs
 
 
-class BatchOrder(Sampler[list[int]]):
+class ResumableBatchSampler(Sampler[list[int]]):
     """Batches of row indices, shuffled by (seed, epoch); every rank takes every `num_ranks`-th row.
 
-    Where the rows do not divide by the ranks, the first of the order are used twice: ranks have equally many batches.
+    If the rows do not divide by the ranks, the first of the order are used twice, so that ranks have equally many
+    batches.
 
     Args:
-        num_rows: Rows of the data set.
-        batch_size: Rows per batch and rank.
-        seed: Of the order.
-        rank: Which rank this is,
-        num_ranks: of how many that see different data.
+        num_rows: rows of the data set.
+        batch_size: rows per batch and rank.
+        seed: seed of the order.
+        rank: rank of this process among those that get different data.
+        num_ranks: number of processes that get different data.
         shuffle: False keeps the order of the rows in every epoch.
     """
 
@@ -31,7 +34,7 @@ class BatchOrder(Sampler[list[int]]):
         self._epoch = self._skip = 0
 
     def start(self, epoch: int, skip: int) -> None:
-        """Set what the next iteration yields: `epoch` without its first `skip` batches."""
+        """Set the next iteration to `epoch` without its first `skip` batches."""
         self._epoch, self._skip = epoch, skip
 
     def __len__(self) -> int:
@@ -42,7 +45,7 @@ class BatchOrder(Sampler[list[int]]):
         return iter(self._batches()[self._skip :])
 
     def _batches(self) -> list[list[int]]:
-        return self._shared_out(self._filled(self._shuffled()))
+        return self._of_this_rank(self._filled(self._shuffled()))
 
     def _shuffled(self) -> list[int]:
         """The epoch's order of all rows."""
@@ -54,33 +57,33 @@ class BatchOrder(Sampler[list[int]]):
         return torch.Generator().manual_seed(self.seed * SEED_STRIDE + self._epoch)
 
     def _filled(self, order: list[int]) -> list[int]:
-        """The order with rows repeated until the ranks' shares are equal."""
+        """The order, with rows repeated until the ranks' shares are equal."""
         total = -(-self.num_rows // self.num_ranks) * self.num_ranks
         return (order * -(-total // self.num_rows))[:total]
 
-    def _shared_out(self, order: list[int]) -> list[list[int]]:
+    def _of_this_rank(self, order: list[int]) -> list[list[int]]:
         """This rank's batches of an order."""
-        mine = order[self.rank :: self.num_ranks]
-        return [mine[at : at + self.batch_size] for at in range(0, len(mine), self.batch_size)]
+        own = order[self.rank :: self.num_ranks]
+        return [own[at : at + self.batch_size] for at in range(0, len(own), self.batch_size)]
 
 
-class BucketOrder(BatchOrder):
-    """Batches of rows of similar length, so that little of a batch is padding.
+class LengthBucketSampler(ResumableBatchSampler):
+    """Batches of rows of similar length, to reduce padding.
 
-    The epoch's order is cut into pools of `bucket` batches of all ranks; each pool is sorted by length and cut into
-    batches again, of which every rank takes its n-th rows; then the batches of the epoch are shuffled. So ranks have
-    similar lengths at the same step, and every row comes once an epoch, as in `BatchOrder`.
+    The shuffled order is divided into pools of `bucket` batches of all ranks. Each pool is sorted by length and divided
+    into batches, of which every rank takes its share; then the batches of the epoch are shuffled. Ranks thus have
+    similar lengths at the same step, and every row occurs once per epoch.
 
     Args:
-        lengths: Estimated tokens of every row, the same on all ranks.
-        bucket: Batches in a pool; more gives less padding and batches that are less random.
-        batch_size: Rows per batch and rank.
-        seed: Of the order.
-        rank: Which rank this is,
-        num_ranks: of how many that see different data.
+        lengths: estimated tokens of every row, equal on all ranks.
+        bucket: batches per pool; larger pools give less padding and less random batches.
+        batch_size: rows per batch and rank.
+        seed: seed of the order.
+        rank: rank of this process among those that get different data.
+        num_ranks: number of processes that get different data.
 
     Raises:
-        ValueError: If `bucket` is not positive.
+        ValueError: `bucket` below 1.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class BucketOrder(BatchOrder):
     ) -> None:
         super().__init__(len(lengths), batch_size, seed, rank, num_ranks)
         if bucket < 1:
-            raise ValueError(f"bucket must be at least 1 batch, got {bucket}; 0 in a recipe means none.")
+            raise ValueError(f"bucket must be at least 1 batch, got {bucket}; set 0 in a recipe to disable grouping.")
         self.lengths, self.bucket = lengths, bucket
 
     def _batches(self) -> list[list[int]]:

@@ -1,4 +1,6 @@
-"""The loader of streamed data: endless, shared out over ranks and workers, and resumed at the same row."""
+"""The loader of streamed data: endless, split over ranks and workers, and resumable at the same row."""
+
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
@@ -9,18 +11,21 @@ import torch
 from torch.utils.data import DataLoader
 
 from tpcompress.data.stream import START, ChatStream, Place
-from tpcompress.training.datamodules.loader import KeepsPlace, OnBadRows, changed_since, one_line_errors
+from tpcompress.training.datamodules.loader import OnBadRows, StatefulLoader, changed_since, one_line_errors
 
 HISTORY = 1024
-"""Batches whose places are kept: more than are fetched ahead of training, or done again after an interruption."""
+"""Number of batches whose positions are stored; larger than any prefetch or gradient accumulation."""
 
 
 @dataclass
 class StreamPosition:
-    """Where training is in a stream: `done` batches of the run were trained on before the current epoch.
+    """Position in a stream. A Lightning epoch is endless here, unless `limit_train_batches` is given.
 
-    An epoch is what Lightning takes for one: endless, unless ``limit_train_batches`` is given. `places` has the place
-    of every worker's part before the oldest batch in the history; `shape` identifies how the data are shared out.
+    Attributes:
+        done: batches that were trained on before the current epoch.
+        places: position of every worker's part before the oldest batch of the history.
+        shape: settings that determine how the data are split.
+        loaded: state of a checkpoint that has not been applied yet.
     """
 
     done: int = 0
@@ -32,11 +37,11 @@ class StreamPosition:
 
     @property
     def fetched(self) -> int:
-        """Batches handed out so far."""
+        """Batches returned so far."""
         return self._oldest + len(self._history)
 
-    def note(self, slot: int, place: Place) -> None:
-        """One more batch was handed out; its slot is behind it now."""
+    def record(self, slot: int, place: Place) -> None:
+        """Record a returned batch and the position of its slot after it."""
         self._history.append((slot, place))
         if len(self._history) > HISTORY:
             oldest_slot, oldest_place = self._history.popleft()
@@ -44,43 +49,43 @@ class StreamPosition:
             self._oldest += 1
 
     def before(self, number: int) -> list[Place]:
-        """The places as they were after `number` batches."""
+        """The positions after `number` batches."""
         places = list(self.places)
         for slot, place in list(self._history)[: number - self._oldest]:
             places[slot] = place
         return places
 
     def set(self, number: int, places: list[Place]) -> None:
-        """Be at a place."""
+        """Move to a position."""
         self.places, self._oldest = list(places), number
         self._history.clear()
 
     def state_dict(self, processed: int, batches: int) -> dict[str, Any]:
-        """Plain numbers for the checkpoint, of all ranks; to be called on every one.
+        """Plain numbers of all ranks for the checkpoint; to be called on every rank.
 
         Args:
-            processed: Batches of the current epoch that training is done with.
-            batches: Batches in an epoch.
+            processed: batches of the current epoch that are trained on.
+            batches: batches in an epoch.
         """
-        mine, number = self.before(self.done + processed), self.done + processed
+        own, number = self.before(self.done + processed), self.done + processed
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        everyone: list[Any] = [mine] * (torch.distributed.get_world_size() if together else 1)
-        if together:  # a checkpoint is written by one rank, but each reads its own part
-            torch.distributed.all_gather_object(everyone, mine)
+        all_ranks: list[Any] = [own] * (torch.distributed.get_world_size() if together else 1)
+        if together:  # one rank writes the checkpoint, but each needs its own position
+            torch.distributed.all_gather_object(all_ranks, own)
         return {
-            "number": number, "processed": processed if processed < batches else 0, "places": everyone,
+            "number": number, "processed": processed if processed < batches else 0, "places": all_ranks,
             "shape": self.shape,
         }  # fmt: skip
 
     def check(self, rank: int, shape: dict[str, int]) -> None:
-        """Take up what was loaded, if anything.
+        """Apply the loaded state, if there is one.
 
         Args:
-            rank: Of all processes.
-            shape: How the data are shared out now.
+            rank: global rank.
+            shape: settings that determine how the data are split now.
 
         Raises:
-            ValueError: If they were shared out otherwise: the places would not fit.
+            ValueError: settings that differ from those of the checkpoint, whose positions would not fit.
         """
         self.shape = shape
         if self.loaded is None:
@@ -89,20 +94,20 @@ class StreamPosition:
             return
         then = self.loaded["shape"]
         if then != shape:
-            raise ValueError(changed_since(then, shape, f"within a stream, behind batch {self.loaded['number']}"))
+            raise ValueError(changed_since(then, shape, f"within a stream, after batch {self.loaded['number']}"))
         self.done = self.loaded["number"] - self.loaded["processed"]
         self.set(self.loaded["number"], self.loaded["places"][rank])
         self.loaded = None
 
 
-class StreamLoader(KeepsPlace):
-    """Endless batches of a `ChatStream`; every iteration goes on where training is.
+class StreamLoader(StatefulLoader):
+    """Endless batches of a `ChatStream`; every iteration continues at the current position.
 
     Args:
-        stream: What to read.
-        position: Kept up to date, and started from.
-        on_bad_rows: Called in the main process with the rows that were left out.
-        **options: Those of `DataLoader`.
+        stream: the stream.
+        position: updated, and the start of the first iteration.
+        on_bad_rows: called in the main process with the rows that were skipped.
+        **options: options of `DataLoader`.
     """
 
     def __init__(
@@ -110,7 +115,7 @@ class StreamLoader(KeepsPlace):
     ) -> None:
         super().__init__(on_bad_rows)
         self.stream = stream
-        self.batch_sampler = stream  # DeepSpeed's strategy asks it for the batch size
+        self.batch_sampler = stream  # DeepSpeed's strategy reads its batch size
         self.batch_size = stream.batch_size
         self.position = position
         self.options = options
@@ -118,17 +123,17 @@ class StreamLoader(KeepsPlace):
 
     def __iter__(self) -> Iterator[dict]:
         position, stream = self.position, self.stream
-        if self._started:  # Lightning's next epoch; all that was handed out was trained on
+        if self._started:  # the next epoch of Lightning; all returned batches were trained on
             position.done = position.fetched
         self._started = True
         position.set(position.fetched, position.before(position.fetched))
         stream.places, stream.first = position.places, position.fetched % stream.sharing.slots
-        # A new one each time: workers that live on could not be told their places.
-        loader = DataLoader(stream, batch_size=None, collate_fn=_as_it_is, **self.options)
+        # A new loader each time, because persistent workers would keep their old positions.
+        loader = DataLoader(stream, batch_size=None, collate_fn=_identity, **self.options)
         for slot, place, batch in one_line_errors(loader):
-            position.note(slot, place)
-            yield self.told(batch)
+            position.record(slot, place)
+            yield self.report_bad_rows(batch)
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item

@@ -1,4 +1,4 @@
-"""The callback that looks at the pruner while it trains, logs what it finds, and says at the end what is wrong."""
+"""Callback that measures the pruner during training, logs the measurements, and prints warnings at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tpcompress.pruners.learned_gate import LearnedGate
 from tpcompress.training.diagnostics.estimator_results import DOES_NOT_LEARN, mark_of, training_of
-from tpcompress.training.diagnostics.probe import Look, look
+from tpcompress.training.diagnostics.probe import Snapshot, take_snapshot
 from tpcompress.training.module import PruningModule
 from tpcompress.training.phases import is_learned
 
@@ -21,18 +21,18 @@ FILE = "diagnostics.json"
 
 
 class Diagnostics(L.Callback):
-    """Compares training with export and the pruner's choice with a random one, on the same batches over a run.
+    """Compares training with export, and the pruner's selection with a random one, on the same batches over a run.
 
-    Findings go to the logger as `diagnostics/<name>`, and with their alarms to `diagnostics.json` in the run's folder.
-    The probe is the first validation batches, or, without validation data, the first training batches. With sharded
-    weights (FSDP, ZeRO-3) it does not look: ranks would have to look in step.
+    Measurements are logged as `diagnostics/<name>` and written, with their alarms, to `diagnostics.json` in the run's
+    folder. The probe is the first validation batches, or without validation data the first training batches. Disabled
+    for sharded weights (FSDP, ZeRO-3), where all ranks would have to take part.
 
     Args:
-        every: optimizer steps between two looks; there is one at the end of each phase in any case. 0 never looks.
-        batches: of the probe.
+        every: optimizer steps between two snapshots; one is also taken at the end of each phase. 0 disables them.
+        batches: number of probe batches.
 
     Raises:
-        ValueError: negative numbers, or a probe of nothing.
+        ValueError: negative numbers, or a probe without batches.
     """
 
     def __init__(self, every: int = 200, batches: int = 2) -> None:
@@ -41,7 +41,7 @@ class Diagnostics(L.Callback):
         self.every, self.batches = every, batches
         self.console = Console(stderr=True)
         self.probe: list[Any] = []
-        self.last: Look | None = None
+        self.last: Snapshot | None = None
         self.history: list[dict[str, float | None]] = []
         self.alarms: list[str] = []
 
@@ -59,7 +59,7 @@ class Diagnostics(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Complete, or closed by the first look: later looks compare with it.
+        # The first snapshot fixes the probe, because later ones are compared with it.
         if self.active and len(self.probe) < self.batches and self.last is None and not _has_val(trainer):
             self.probe.append(batch)
 
@@ -70,17 +70,17 @@ class Diagnostics(L.Callback):
         step = trainer.global_step
         if not self.active or not self.probe or (self.last is not None and self.last.findings.step == step):
             return
-        # The end of a phase is looked at as that phase trains, so with its last step.
+        # At the end of a phase the snapshot is taken in the mode of that phase.
         over = next((phase for phase in pl_module.phases if phase.end == step), None)
         if over is None and (step == 0 or step % self.every):
             return
         batches = [pl_module.transfer_batch_to_device(one, pl_module.device, 0) for one in self.probe]
-        with trainer.precision_plugin.forward_context():  # hooks run outside of mixed precision
-            self.last = look(pl_module, over or pl_module.phase, batches, self.last)
+        with trainer.precision_plugin.forward_context():  # callbacks run outside of autocast
+            self.last = take_snapshot(pl_module.context, over or pl_module.phase, batches, self.last)
         found = self.last.findings.to_dict()
         pl_module.log_dict({f"diagnostics/{k}": float(v) for k, v in found.items() if k != "step"}, batch_size=1)
         self.alarms = self.last.findings.alarms(is_learned(pl_module.plan))
-        self.history = [one for one in self.history if one["step"] != step]  # a resumed run may look again
+        self.history = [one for one in self.history if one["step"] != step]  # a resumed run may repeat a step
         self.history.append({k: None if math.isnan(v) else v for k, v in found.items()})
         if trainer.is_global_zero:
             self._write(Path(trainer.default_root_dir))
@@ -91,11 +91,11 @@ class Diagnostics(L.Callback):
                 self.console.print(f"[bold red]ALARM[/bold red] {alarm}", highlight=False, soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Snapshots and alarms so far."""
         return {"history": self.history, "alarms": self.alarms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the looks of the run that was broken off."""
+        """Restore the snapshots of the interrupted run."""
         self.history, self.alarms = list(state_dict["history"]), list(state_dict["alarms"])
 
     def _write(self, folder: Path) -> None:
@@ -104,17 +104,17 @@ class Diagnostics(L.Callback):
 
 
 def known_not_to_learn(module: PruningModule) -> list[str]:
-    """What the table of estimators says against the way in which a recipe trains its pruners.
+    """Warnings for selectors and appliers that did not learn in the estimator measurements.
 
-    A recipe that repeats a published one, defects and all, is not warned of.
+    Empty for recipes with `reproduction: true`, which repeat published settings including their defects.
     """
     gates = [s.pruner for s in module.plan.stages if isinstance(s.pruner, LearnedGate)] if module.plan else []
     found = [
-        f"{rule.selector.name} with {rule.applier.name}, {training_of(phase.full_every)}, was found not to teach a "
-        f"scorer (tpcompress estimators); take another selector or applier, or set model.reproduction: true."
+        f"{gate.selector.name} with {gate.applier.name}, {training_of(phase.full_every)}, did not train a scorer in "
+        f"`tpcompress estimators`; use another selector or applier, or set model.reproduction: true."
         for phase in module.phases
-        for rule in gates
-        if phase.pruner and mark_of(rule.selector.name, rule.applier.name, phase.full_every) == DOES_NOT_LEARN
+        for gate in gates
+        if phase.pruner and mark_of(gate.selector.name, gate.applier.name, phase.full_every) == DOES_NOT_LEARN
     ]
     return [] if module.reproduction else found
 

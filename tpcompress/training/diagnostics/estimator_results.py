@@ -1,6 +1,6 @@
-"""Which ways to carry a gradient through a choice of tokens were found to teach a scorer, and which were not.
+"""Measured results of gradient estimators: which selectors and appliers train a scorer, and which do not.
 
-The table is measured by `tpcompress estimators --marks`, on a task that takes seconds: see `evaluation.retrieval`.
+The table is written by `tpcompress estimators --marks`, from a toy task that takes seconds (`lab/estimators`).
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ TRAININGS = ("gathered", "full length", "mixed")
 
 
 def training_of(full_every: int) -> str:
-    """The word for a phase's `full_every`: 0 is gathered, 1 full length, more is mixed."""
+    """Name of a phase's `full_every`: 0 is gathered, 1 is full length, more is mixed."""
     return TRAININGS[min(full_every, 2)]
 
 
 def mark_of(selector: str, applier: str, full_every: int) -> str:
-    """What was found for a selector and an applier in such a phase: learns, does not learn, or unknown.
+    """Measured result of a selector and an applier: learns, does not learn, or unknown.
 
     Args:
-        selector, applier: their names.
-        full_every: of the phase.
+        selector: name of the selector.
+        applier: name of the applier.
+        full_every: `full_every` of the phase.
     """
     return _marks().get((selector, applier, training_of(full_every)), UNKNOWN)
 
 
 @cache
 def _marks() -> dict[tuple[str, str, str], str]:
-    """Of entries that differ in arguments alone, one that does not learn speaks for all."""
+    """Results by selector, applier and training; does not learn if any entry of them (other arguments) does not."""
     marks: dict[tuple[str, str, str], str] = {}
     for entry in json.loads(FILE.read_text()):
         key = entry["selector"], entry["applier"], entry["training"]
@@ -42,11 +43,11 @@ def _marks() -> dict[tuple[str, str, str], str]:
 
 
 def write_marks(entries: Sequence[dict[str, Any]], path: Path = FILE) -> None:
-    """Write the table, one entry a line.
+    """Write the table, one entry per line.
 
     Args:
-        entries: each with selector, applier, training, mark, and what it was found by.
-        path: where to.
+        entries: results with selector, applier, training, mark and measurements.
+        path: output file.
     """
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     path.write_text(f"[\n{lines}\n]\n")

@@ -1,4 +1,4 @@
-"""What can silently go wrong with a pruner in training, measured on a few batches that stay the same over a run.
+"""Measures how well a pruner selects during training, on a few batches that stay the same over a run.
 
 A answer tokens, C vocabulary, R budget rows, V vision tokens of a row.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,41 +18,40 @@ from tpcompress.inference import inference
 from tpcompress.insertion.attach import controller_of, mode
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Pruner, Selection, TokenView, create
+from tpcompress.training.context import StepContext
 from tpcompress.training.losses.entropy import gate_entropy
 from tpcompress.training.losses.kl import kl_to_teacher
 from tpcompress.training.losses.label import sample_losses
 from tpcompress.training.passes import Pass, run_pass
-from tpcompress.training.steps import finish, pruning
+from tpcompress.training.phases import Phase
+from tpcompress.training.steps import pruning, set_progress_done
 
-if TYPE_CHECKING:
-    from tpcompress.training.module import PruningModule
-    from tpcompress.training.phases import Phase
-
-SAME_EVERYWHERE = 0.95
-"""Overlap of the sets retained of different pictures from which a learned pruner is said to ignore them."""
-SAME_PICTURE = 0.01
-"""Relative distance of the vision tokens of two rows up to which they show the same picture."""
+IGNORES_IMAGE = 0.95
+"""Overlap of retained sets between different images above which a learned pruner ignores the image."""
+SAME_IMAGE = 0.01
+"""Relative distance of the vision tokens of two rows up to which they show the same image."""
 DRIFT = 0.1
-"""Difference of the shares of right answer tokens from which training and export are said to drift apart."""
+"""Difference of the token accuracy between training mode and export above which the two drift apart."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """One look at the pruner. Shares lie in [0, 1]; a nan says that there was nothing to measure.
+    """Measurements at one step. Shares are in [0, 1]; nan if there was nothing to measure.
 
     Attributes:
         step: optimizer steps done.
-        accuracy: share of answer tokens that are right as after export: hard choices, truly shorter sequences.
-        loss: mean label loss of these, nats.
-        training_accuracy: the same as the phase trains: at full length, if it has such steps.
-        training_kl: KL from the exported answers to those of the training mode, nats per answer token.
-        random_accuracy, random_loss: as `accuracy` and `loss`, with as many tokens chosen at random.
-        behind_random: label loss above that of the random choice, mean over samples, nats; negative is good.
-        behind_random_error: its standard error.
-        entropy: mean entropy of soft gates, bits per token: 0 is decided, 1 is undecided.
-        overlap_before: Jaccard overlap of the retained sets with those of the look before, mean over rows.
-        overlap_images: the same between rows of different pictures in one look.
-        never_kept: share of the places in a picture that no row retains.
+        accuracy: share of correct answer tokens as after export: hard selection, pruned sequence.
+        loss: mean label loss as after export, nats.
+        training_accuracy: accuracy in the mode of the phase: at full length, if it has such steps.
+        training_kl: KL from the answers of the export mode to those of the training mode, nats per answer token.
+        random_accuracy: as `accuracy`, with equally many random tokens.
+        random_loss: as `loss`, with equally many random tokens.
+        behind_random: label loss minus that of the random selection, mean over samples, nats; negative is good.
+        behind_random_error: standard error of `behind_random`.
+        entropy: mean entropy of soft gates, bits per token: 0 for decided gates, 1 for undecided ones.
+        overlap_before: Jaccard overlap of the retained sets with those of the previous snapshot, mean over rows.
+        overlap_images: Jaccard overlap of the retained sets between rows of different images in one snapshot.
+        never_kept: share of the positions in an image that no row retains.
     """
 
     step: int
@@ -70,24 +69,24 @@ class Findings:
     never_kept: float
 
     def alarms(self, learned: bool) -> list[str]:
-        """What should worry whoever trains; `learned` pruners alone can be blamed for their choice."""
+        """Warnings about these measurements. Only a `learned` pruner is warned about its selection."""
         found = []
         if learned and self.behind_random > 2 * self.behind_random_error:
             found.append(
-                f"the pruner falls under random: its answers cost {self.behind_random:.3f} nats more "
-                f"(+-{self.behind_random_error:.3f}) than those of as many random tokens; it learns to drop what "
-                f"matters. Take another estimator, or a warm start."
+                f"the pruner is worse than random: its label loss is {self.behind_random:.3f} nats higher "
+                f"(+-{self.behind_random_error:.3f}) than that of equally many random tokens; it learns to drop what "
+                f"matters. Use another selector or applier, or a warm start with loss Imitate."
             )
-        if learned and self.overlap_images > SAME_EVERYWHERE and self.never_kept > 0:
+        if learned and self.overlap_images > IGNORES_IMAGE and self.never_kept > 0:
             found.append(
-                f"selection ignores the image: sets retained of different pictures overlap by "
-                f"{self.overlap_images:.2f}; the scorer has learnt places, not contents."
+                f"selection ignores the image: the retained sets of different images overlap by "
+                f"{self.overlap_images:.2f}; the scorer has learned positions, not contents."
             )
         if abs(self.accuracy - self.training_accuracy) > DRIFT:
             found.append(
-                f"training and export drift apart: {self.training_accuracy:.2f} of the answer tokens are right in "
+                f"training and export drift apart: {self.training_accuracy:.2f} of the answer tokens are correct in "
                 f"training mode, {self.accuracy:.2f} after export (KL {self.training_kl:.2f} nats); lower the final "
-                f"temperature, or train a phase on gathered tokens."
+                f"temperature, or train a phase on the pruned sequence."
             )
         return found
 
@@ -97,51 +96,55 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Look:
-    """Findings, and the sets that the next look compares with: bool (R, V), one per probe batch."""
+class Snapshot:
+    """Measurements at one step, and the retained sets that the next snapshot compares with.
+
+    Attributes:
+        findings: the measurements.
+        retained: bool (R, V) per probe batch.
+    """
 
     findings: Findings
     retained: list[Tensor]
 
 
-def look(
-    module: PruningModule,
+def take_snapshot(
+    ctx: StepContext,
     phase: Phase,
     batches: Sequence[Mapping[str, Any]],
-    before: Look | None = None,
-) -> Look:
-    """Measure. Nothing is trained, and random numbers and modes are afterwards as they were.
+    before: Snapshot | None = None,
+) -> Snapshot:
+    """Measure the pruner. Nothing is trained; random number generators and modes are restored.
 
     Args:
-        module: the LightningModule, its model standing, with a plan.
-        phase: of the step.
-        batches: the probe, on the model's device.
-        before: the look before; None at the first.
+        ctx: the run at this step, with a plan.
+        phase: phase of the step.
+        batches: probe batches, on the model's device.
+        before: previous snapshot; None for the first.
     """
-    model = module.model
-    assert model is not None
-    progress, devices = phase.progress(module.global_step), []
-    if module.device.type == "cuda":
-        devices = [module.device]
+    model = ctx.model
+    progress, devices = phase.progress(ctx.step), []
+    if ctx.device.type == "cuda":
+        devices = [ctx.device]
     with torch.random.fork_rng(devices), inference(model):
         torch.manual_seed(0)
-        here, random, training = [], [], []
+        exported, random, training = [], [], []
         for batch in batches:
             with mode(model, "drop"):
-                finish(model)
-                here.append(run_pass(model, batch))
-                with choosing_at_random(model, here[-1].trace):
+                set_progress_done(model)
+                exported.append(run_pass(model, batch))
+                with random_selection(model, exported[-1].trace):
                     random.append(run_pass(model, batch))
-            with pruning(module, phase, progress, full=phase.full_every > 0):
+            with pruning(ctx, phase, progress, full=phase.full_every > 0):
                 training.append(run_pass(model, batch))
-    retained = [_retained(one.trace) for one in here]
-    gap, error = _paired(here, random)
+    retained = [_retained(one.trace) for one in exported]
+    gap, error = _paired(exported, random)
     findings = Findings(
-        step=module.global_step,
-        accuracy=_accuracy(here),
-        loss=_mean([_loss(one) for one in here]),
+        step=ctx.step,
+        accuracy=_accuracy(exported),
+        loss=_mean([_loss(one) for one in exported]),
         training_accuracy=_accuracy(training),
-        training_kl=_mean([_kl(a, b) for a, b in zip(training, here, strict=True)]),
+        training_kl=_mean([_kl(a, b) for a, b in zip(training, exported, strict=True)]),
         random_accuracy=_accuracy(random),
         random_loss=_mean([_loss(one) for one in random]),
         behind_random=gap,
@@ -150,21 +153,21 @@ def look(
         overlap_before=math.nan if before is None else _mean(
             [float(_jaccard(a, b).mean()) for a, b in zip(retained, before.retained, strict=True) if len(a)]
         ),
-        overlap_images=_mean([_between(_retained(one.trace), _other_pictures(one.trace)) for one in here]),
+        overlap_images=_mean([_between(_retained(one.trace), _other_images(one.trace)) for one in exported]),
         never_kept=_mean([float((~one.any(0)).float().mean()) for one in retained if len(one)]),
     )  # fmt: skip
-    return Look(findings, retained)
+    return Snapshot(findings, retained)
 
 
-class AsMany(Pruner):
-    """Random tokens, in each row as many as somebody retained; which ones does not depend on the row.
+class RandomOfSameSize(Pruner):
+    """Random tokens, with given counts per row; the ranking is the same for all rows.
 
     Args:
-        counts: of each row.
-        seed: of the choice.
+        counts: number of tokens of each row.
+        seed: seed of the selection.
     """
 
-    name = "as_many"
+    name = "random_of_same_size"
     exact_count = False
 
     def __init__(self, counts: list[int], seed: int) -> None:
@@ -177,18 +180,18 @@ class AsMany(Pruner):
 
 
 @contextmanager
-def choosing_at_random(model: nn.Module, trace: Trace | None = None) -> Iterator[None]:
-    """Run a block in which every pruner that retains something gives way to a random choice of as many tokens.
+def random_selection(model: nn.Module, trace: Trace | None = None) -> Iterator[None]:
+    """Run a block in which every pruner that retains tokens is replaced by a random selection of equally many tokens.
 
     Args:
-        model: with a plan.
-        trace: of a call of the same batch, from which the counts of pruners are that count for themselves.
+        model: model with a plan.
+        trace: trace of a call on the same batch, for the counts of pruners with a variable budget.
     """
     pruners, stages = controller_of(model).pruners, {} if trace is None else {one.stage: one for one in trace.stages}
     own = list(pruners)
     for number, pruner in enumerate(own):
         if not pruner.exact_count and number in stages:
-            pruners[number] = AsMany(stages[number].vision_out, number).eval()
+            pruners[number] = RandomOfSameSize(stages[number].vision_out, number).eval()
         elif not pruner.keeps_none:
             pruners[number] = create({"type": "random", "seed": number}).eval()
     try:
@@ -199,7 +202,7 @@ def choosing_at_random(model: nn.Module, trace: Trace | None = None) -> Iterator
 
 
 def _retained(trace: Trace | None) -> Tensor:
-    """bool (R, V) behind the last stage; no rows without one."""
+    """Retained tokens after the last stage, bool (R, V); no rows without a stage."""
     return trace.stages[-1].retained_RV if trace is not None and trace.stages else torch.zeros(0, 1, dtype=torch.bool)
 
 
@@ -208,27 +211,27 @@ def _jaccard(a_RV: Tensor, b_RV: Tensor) -> Tensor:
 
 
 def _between(retained_RV: Tensor, other_RR: Tensor) -> float:
-    """Mean overlap of all pairs of rows that show different pictures; nan without such a pair."""
+    """Mean overlap over all pairs of rows with different images; nan without such a pair."""
     pairs = _jaccard(retained_RV[:, None], retained_RV[None])[other_RR]
     return float(pairs.mean()) if len(pairs) else math.nan
 
 
-def _other_pictures(trace: Trace | None) -> Tensor:
-    """bool (R, R): which rows show different pictures, by the tokens that reach the first stage that looked at them.
+def _other_images(trace: Trace | None) -> Tensor:
+    """Pairs of rows with different images, bool (R, R), compared by the vision tokens at the first stage that ran.
 
-    Data of several questions to a picture often come in order: the same tokens are rightly retained then.
+    Several questions about one image often follow each other in a data set; retaining equal sets is correct then.
     """
-    asked = [stage.view for stage in trace.stages if stage.view is not None] if trace is not None else []
-    if not asked:
+    views = [stage.view for stage in trace.stages if stage.view is not None] if trace is not None else []
+    if not views:
         rows = len(_retained(trace))
         return ~torch.eye(rows, dtype=torch.bool)
-    x_RVD = asked[0].vision_BVD.float().masked_fill(~asked[0].valid_BV[..., None], 0.0)
+    x_RVD = views[0].vision_BVD.float().masked_fill(~views[0].valid_BV[..., None], 0.0)
     x_RM = x_RVD.flatten(1)
-    return torch.stack([(x_RM - one_M).norm(dim=1) > SAME_PICTURE * one_M.norm() for one_M in x_RM])
+    return torch.stack([(x_RM - one_M).norm(dim=1) > SAME_IMAGE * one_M.norm() for one_M in x_RM])
 
 
 def _entropy(trace: Trace | None) -> float:
-    """Mean entropy of the gates, bits; nan without gates that are soft: 0 and 1 do not say how sure they are."""
+    """Mean entropy of soft gates, bits; nan without soft gates, because hard gates have entropy 0 by definition."""
     found = []
     for stage in trace.stages if trace is not None else []:
         if stage.selection is None or stage.view is None or stage.selection.gate_BV is None:
@@ -242,8 +245,8 @@ def _entropy(trace: Trace | None) -> float:
 
 
 def _accuracy(passes: Sequence[Pass]) -> float:
-    right = sum(int((one.logits_AC.argmax(-1) == one.targets_A).sum()) for one in passes)
-    return right / max(1, sum(len(one.targets_A) for one in passes))
+    correct = sum(int((one.logits_AC.argmax(-1) == one.targets_A).sum()) for one in passes)
+    return correct / max(1, sum(len(one.targets_A) for one in passes))
 
 
 def _loss(one: Pass) -> float:
@@ -255,14 +258,14 @@ def _kl(one: Pass, exported: Pass) -> float:
 
 
 def _samples(one: Pass) -> Tensor:
-    """Mean label loss of each sample that has an answer."""
+    """Label loss of each sample that has an answer, mean over its tokens."""
     loss_B, count_B = sample_losses(one.logits_AC, one.targets_A, one.sample_A, one.num_samples)
     return loss_B[count_B > 0]
 
 
-def _paired(here: Sequence[Pass], random: Sequence[Pass]) -> tuple[float, float]:
-    """Mean of the differences of the label losses sample by sample, and its standard error."""
-    gaps = torch.cat([_samples(a) - _samples(b) for a, b in zip(here, random, strict=True)])
+def _paired(exported: Sequence[Pass], random: Sequence[Pass]) -> tuple[float, float]:
+    """Mean difference of the label losses over samples, and its standard error."""
+    gaps = torch.cat([_samples(a) - _samples(b) for a, b in zip(exported, random, strict=True)])
     if len(gaps) < 2:
         return math.nan, math.nan
     return float(gaps.mean()), float(gaps.std() / len(gaps) ** 0.5)

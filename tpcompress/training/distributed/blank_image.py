@@ -1,4 +1,4 @@
-"""A picture for a batch without one, so that every process calls the same modules; no loss and no gradient sees it."""
+"""Adds a blank image to a batch without images where all ranks must call the same modules; losses never read it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
 from PIL import Image
 from torch import Tensor
 
@@ -17,23 +18,32 @@ from tpcompress.data.encode import IGNORED
 from tpcompress.insertion.encoded import has_pixels
 
 SIZE = 64
-"""Edge of the picture in pixels; processors resize it to what their model takes."""
+"""Height and width of the blank image in pixels, before the processor resizes it."""
 
 
-def with_picture(batch: dict[str, Any], collator: ChatCollator) -> tuple[dict[str, Any], bool]:
-    """A batch that brings a picture, and whether it had to be added.
+def ranks_call_same_modules(trainer: Trainer) -> bool:
+    """Whether all ranks must call the same modules: true for FSDP2 and DeepSpeed.
 
-    It comes as one more sequence, without an answer: vision tower, projector, pruners and decoder layers run on it,
-    and their gradients are exact zeros.
+    This includes stage 2, where weights are not sharded: a rank without a gradient for some weight would reduce other
+    buckets than the rest, which hangs, or sums gradients of different weights.
+    """
+    return trainer.lightning_module.device_mesh is not None or hasattr(trainer.strategy, "zero_stage_3")
+
+
+def with_blank_image(batch: dict[str, Any], collator: ChatCollator) -> tuple[dict[str, Any], bool]:
+    """A batch with at least one image, and whether a blank one was added.
+
+    The blank image is one more sequence without an answer: vision tower, projector, pruners and decoder layers run on
+    it, and its gradients are exactly 0.
 
     Args:
-        batch: what the collator made, on the device.
-        collator: of the run.
+        batch: output of the collator, on the device.
+        collator: collator of the run.
     """
     if has_pixels(batch):
         return batch, False
     device = batch["input_ids"].device
-    extra = _one_picture(collator)
+    extra = _one_image(collator)
     width = max(batch["input_ids"].shape[1], extra["input_ids"].shape[1])
     fillers = {"input_ids": collator.pad_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
     joined: dict[str, Any] = {name: value.to(device) for name, value in extra.items() if isinstance(value, Tensor)}
@@ -46,7 +56,7 @@ def with_picture(batch: dict[str, Any], collator: ChatCollator) -> tuple[dict[st
     return joined | {"meta": replace(batch["meta"], segments=segments)}, True
 
 
-def _one_picture(collator: ChatCollator) -> Mapping[str, Any]:
+def _one_image(collator: ChatCollator) -> Mapping[str, Any]:
     messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n."}, {"role": "assistant", "content": "."}]
     row = {"images": [Image.new("RGB", (SIZE, SIZE))], "conversations": [messages], "families": ["none"]}
     batch = collator([row])

@@ -1,20 +1,15 @@
-"""Losses: one file each, found by being here; a recipe names them by class."""
-
-import importlib
-import pkgutil
+"""Losses: one file each, found because it is in this folder; recipes name a loss by its class."""
 
 from tpcompress.training.losses.base import Loss, Ramp, needs_of, weighed
 from tpcompress.training.losses.label import Label
+from tpcompress.training.open_set import classes_in, import_files
 
-# Recipes know a class by its name alone once it is imported. A broken file breaks loudly.
-for _found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_found.name}")
+import_files(__name__, __path__)
 
 
 def list_losses() -> dict[str, type[Loss]]:
-    """Every loss of this folder by name."""
-    inside = [cls for cls in Loss.__subclasses__() if cls.__module__.startswith(f"{__name__}.")]
-    return {cls.name: cls for cls in sorted(inside, key=lambda cls: cls.name)}
+    """Every loss of this folder by class name."""
+    return classes_in(__name__, Loss)
 
 
 __all__ = ["Label", "Loss", "Ramp", "list_losses", "needs_of", "weighed"]

@@ -1,4 +1,4 @@
-"""What a loss is: a number from what one forward call left behind, and a weight over the phase's progress.
+"""The base class of losses, their weights over a phase, and what losses on gates and selections read.
 
 R budget rows, V vision tokens.
 """
@@ -6,13 +6,15 @@ R budget rows, V vision tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tpcompress.families import Parts
+from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.pruners import Selection, TokenView
 from tpcompress.training.passes import Pass
@@ -20,12 +22,15 @@ from tpcompress.training.passes import Pass
 
 @dataclass(frozen=True)
 class Ramp:
-    """A number that moves in a straight line while a phase goes on, and then stays.
+    """A value that moves linearly over a phase and then stays constant.
 
     Attributes:
-        start: at the first step of the phase.
-        end: from `until` on.
+        start: value at the first step of the phase.
+        end: value from `until` on.
         until: share of the phase, in (0, 1], at which `end` is reached.
+
+    Raises:
+        ValueError: a value that is not finite, or `until` outside (0, 1].
     """
 
     start: float
@@ -39,28 +44,31 @@ class Ramp:
             )
 
     def at(self, progress: float) -> float:
-        """The number when this share of the phase is done."""
+        """The value when this share of the phase is done."""
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
 
 
 def at(value: float | Ramp, progress: float) -> float:
-    """A number or ramp, when this share of the phase is done."""
+    """A number or a ramp, when this share of the phase is done."""
     return value.at(progress) if isinstance(value, Ramp) else float(value)
 
 
 class Loss:
-    """One term of what training minimises.
+    """One term of the training objective.
 
     Subclasses set `name`, the word in logs (`loss/<name>`), list what they read in `needs`, and define `__call__`.
 
     Args:
-        weight: what the term is multiplied by; a ramp over the phase's progress, or a number.
+        weight: factor on the term: a number, or a ramp over the phase.
 
     Raises:
         ValueError: a weight below 0.
     """
 
     name: ClassVar[str]
+
+    test_arguments: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Arguments with which the contract tests run the loss: one entry per branch through its code."""
 
     def __init__(self, weight: float | Ramp = 1.0) -> None:
         lowest = min(weight.start, weight.end) if isinstance(weight, Ramp) else weight
@@ -70,58 +78,67 @@ class Loss:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the training step must provide beside its own forward call: any of "teacher" (the pass of a teacher),
-        "gate" (a learned pruner whose gates, scores or draws carry a gradient) and "own" (`Pass.own_AC`)."""
+        """What the loss reads beside the student's logits and hidden states.
+
+        Any of "teacher" (the teacher's pass), "gate" (gates, scores or log probabilities of a learned pruner, with a
+        gradient) and "own" (`Pass.own_AC`).
+        """
         return frozenset()
 
-    def prepare(self, module: Any) -> None:
-        """Look at the LightningModule once its model stands. Most losses need not.
-
-        Raises:
-            ValueError: the loss cannot work with this model.
-        """
-
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        """The term without its weight, fp32 (); None where it has nothing to say.
+    def prepare(self, model: nn.Module, parts: Parts, plan: PruningPlan | None) -> None:
+        """Called once, before training. Most losses do not override it.
 
         Args:
-            here: the forward call that is trained.
-            taught: the teacher's; None without one.
+            model: the model that trains, with LoRA and the plan attached.
+            parts: its decoder layers, last norm and text config among them.
+            plan: the pruning plan; None for a dense run.
+
+        Raises:
+            ValueError: the loss does not work with this model or plan.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(here, taught) -> Tensor | None.")
+
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        """The term without its weight, fp32 (); None if the pass contains nothing that the loss measures.
+
+        Args:
+            student: the forward call that is trained.
+            teacher: the teacher's forward call on the same batch; None without "teacher" in `needs`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(student, teacher) -> Tensor | None.")
 
 
-def weighed(losses: Sequence[Loss], here: Pass, taught: Pass | None, progress: float) -> dict[str, Tensor]:
-    """Every term that counts at this point of the phase, times its weight, by name; equal names add up."""
+def weighed(losses: Sequence[Loss], student: Pass, teacher: Pass | None, progress: float) -> dict[str, Tensor]:
+    """Weighted terms by name, without those whose weight is 0 at this point of the phase; equal names are added."""
     terms: dict[str, Tensor] = {}
     for loss in losses:
         weight = at(loss.weight, progress)
-        term = loss(here, taught) if weight else None
+        term = loss(student, teacher) if weight else None
         if term is not None:
             terms[loss.name] = terms[loss.name] + weight * term if loss.name in terms else weight * term
     return terms
 
 
 def needs_of(losses: Sequence[Loss], progress: float) -> frozenset[str]:
-    """What the losses that count at this point of the phase need together."""
+    """Union of the `needs` of all losses whose weight is above 0 at this point of the phase."""
     return frozenset().union(*(loss.needs for loss in losses if at(loss.weight, progress)))
 
 
-# ------------------------------------------------------------------ what losses on gates and on choices read
+# ------------------------------------------------------------------ what losses on gates and selections read
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """One stage that asked its pruner. For a row without a vision token it saw a stand-in, which counts nowhere.
+class PrunedStage:
+    """One stage whose pruner ran. A row without a vision token holds a dummy token, which counts nowhere.
 
     Attributes:
-        trace: what the stage did.
-        view, selection: what the pruner saw and said.
+        trace: counts, layer and retained tokens of the stage.
+        view: what the pruner read.
+        selection: what the pruner returned.
         valid_RV: False on padding.
         real_R: False on rows without a vision token.
-        num_real: how many rows have one.
-        counts: how many tokens the budget gives each row.
-        num_keep_R: the same as int64 on the device.
+        num_real: number of rows with vision tokens.
+        counts: number of tokens that the budget gives each row.
+        num_keep_R: `counts` as int64 on the device.
     """
 
     trace: StageTrace
@@ -139,7 +156,7 @@ class Chosen:
         return self.selection.gate_BV.float().masked_fill(~self.valid_RV, 0.0)
 
     def expected(self) -> Tensor | None:
-        """How many tokens (R,) the pruner expects to retain, with a gradient: as it says, or the sum of its gates."""
+        """Expected number of retained tokens (R,), with a gradient: the selection's own, or the sum of the gates."""
         if self.selection.expected_B is not None:
             return self.selection.expected_B.float()
         return None if self.selection.gate_BV is None else self.gate_RV().sum(1)
@@ -154,21 +171,21 @@ class Chosen:
         return self.row_mean(value_RV.masked_fill(~self.valid_RV, 0.0).sum(1) / count_R)
 
 
-def chosen_stages(here: Pass) -> Iterator[Chosen]:
-    """The stages of a pass that asked their pruner, in order."""
-    for stage in here.trace.stages if here.trace is not None else []:
+def pruned_stages(student: Pass) -> Iterator[PrunedStage]:
+    """The stages of a pass whose pruner ran, in order."""
+    for stage in student.trace.stages if student.trace is not None else []:
         if stage.selection is None or stage.view is None or not any(stage.vision_in):
             continue
-        budget = here.budgets[stage.stage]
+        budget = student.budgets[stage.stage]
         counts = [min(budget.count(n), m) for n, m in zip(stage.total, stage.vision_in, strict=True)]
         valid_RV = stage.view.valid_BV
-        came_R = torch.tensor([n > 0 for n in stage.vision_in]).to(valid_RV.device, non_blocking=True)
-        yield Chosen(
+        real_R = torch.tensor([n > 0 for n in stage.vision_in]).to(valid_RV.device, non_blocking=True)
+        yield PrunedStage(
             trace=stage,
             view=stage.view,
             selection=stage.selection,
             valid_RV=valid_RV,
-            real_R=came_R,
+            real_R=real_R,
             num_real=sum(n > 0 for n in stage.vision_in),
             counts=counts,
             num_keep_R=torch.tensor(counts).to(valid_RV.device, non_blocking=True),
@@ -176,5 +193,5 @@ def chosen_stages(here: Pass) -> Iterator[Chosen]:
 
 
 def stage_sum(terms: Sequence[Tensor]) -> Tensor | None:
-    """Sum over stages; None if no stage had anything to say."""
+    """Sum over stages; None without a term."""
     return torch.stack([term.float() for term in terms]).sum() if terms else None

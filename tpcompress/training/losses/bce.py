@@ -1,4 +1,4 @@
-"""Sharpens soft gates towards the hard choice that they stand for.
+"""Binary cross-entropy between soft gates and their own top-k, which makes the gates decided.
 
 R rows, V vision tokens.
 """
@@ -8,24 +8,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpcompress.pruners.topk import keep_topk
-from tpcompress.training.losses.base import Loss, chosen_stages, stage_sum
+from tpcompress.training.losses.base import Loss, pruned_stages, stage_sum
 from tpcompress.training.passes import Pass
 
 SMALLEST = 1e-6
 
 
 def gate_cross_entropy(gate_RV: Tensor, keep_RV: Tensor) -> Tensor:
-    """-(h log m + (1 - h) log(1 - m)) (R, V) of gates m and the hard choice h, fp32; m is kept off 0 and 1 by 1e-6."""
+    """-(h log m + (1 - h) log(1 - m)) (R, V) of gates m and selection h, fp32; m is clamped to [1e-6, 1 - 1e-6]."""
     m_RV = gate_RV.float().clamp(SMALLEST, 1 - SMALLEST)
     return -(keep_RV * m_RV.log() + (~keep_RV) * (1 - m_RV).log())
 
 
 class BCE(Loss):
-    """Binary cross-entropy of the gates to their own top-k, which gets no gradient; mean over tokens, then rows.
+    """Binary cross-entropy of the gates to their own detached top-k; mean over tokens, then rows.
 
-    Source: VisionSelector (arXiv 2510.16598), whose weight rises from 0.1 to 2. It says how decided a scorer is, not
-    whether it decides well: beside embedding scaling it is the only pressure there is. For gates that are soft in the
-    forward pass; of 0/1 gates it is 0.
+    Source: VisionSelector (arXiv 2510.16598), with a weight that rises from 0.1 to 2. The term measures how decided the
+    gates are, not whether they select the right tokens. It applies to gates that are soft in the forward pass; for 0/1
+    gates it is 0.
     """
 
     name = "bce"
@@ -34,9 +34,9 @@ class BCE(Loss):
     def needs(self) -> frozenset[str]:
         return frozenset({"gate"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
         terms = []
-        for stage in chosen_stages(here):
+        for stage in pruned_stages(student):
             if stage.selection.gate_BV is not None:
                 gate_RV = stage.gate_RV()
                 hard_RV = keep_topk(gate_RV.detach(), stage.valid_RV, stage.num_keep_R)

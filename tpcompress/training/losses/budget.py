@@ -1,4 +1,4 @@
-"""Keeps gates on their budget where the selector does not do so by itself.
+"""Penalty on the distance between the mean gate and the keep ratio, for selectors without an exact count.
 
 R rows, V vision tokens.
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tpcompress.training.losses.base import Loss, Ramp, chosen_stages, stage_sum
+from tpcompress.training.losses.base import Loss, Ramp, pruned_stages, stage_sum
 from tpcompress.training.passes import Pass
 
 BELOW = ("quadratic", "linear", "zero")
 
 
 def budget_gap(mean_R: Tensor, ratio_R: Tensor, below: str = "quadratic", floor: float = 0.0) -> Tensor:
-    """Penalty (R,) on mean gates: (mean - ratio)^2 above the ratio, `below` it the same, ratio - mean, or nothing.
+    """Penalty (R,) on mean gates: (mean - ratio)^2 above the ratio, and the form named by `below` under it.
 
     Args:
         mean_R: mean gate of each row.
-        ratio_R: share of the tokens that the budget gives it.
-        below: `quadratic`, `linear` or `zero`.
-        floor: means under it cost (floor - mean)^2 more, against gates that all close (as in arXiv 2111.15668).
+        ratio_R: keep ratio of each row.
+        below: `quadratic` (mean - ratio)^2, `linear` ratio - mean, or `zero`.
+        floor: means under it add (floor - mean)^2, against gates that all close (as in arXiv 2111.15668).
     """
     gap_R = mean_R.float() - ratio_R
     penalty_R = gap_R.clamp(min=0).square()
@@ -34,20 +34,22 @@ def budget_gap(mean_R: Tensor, ratio_R: Tensor, below: str = "quadratic", floor:
 class OnBudget(Loss):
     """Distance of the mean gate from the keep ratio, mean over rows, summed over stages.
 
-    DynamicViT (arXiv 2106.02034) and Dynamic-LLaVA (arXiv 2412.00876) weigh the quadratic form by 2 and 100. Selectors
-    with exact budgets do not need it; where one says how many tokens it expects to retain, that number counts.
+    Source: DynamicViT (arXiv 2106.02034) and Dynamic-LLaVA (arXiv 2412.00876), which weight the quadratic form by 2
+    and 100. Selectors with exact budgets do not need it. If a selector returns an expected count, that count is used
+    instead of the sum of the gates.
 
     Args:
-        below: what being under the budget costs: `quadratic`, `linear` or `zero`.
-        floor: mean gate, in [0, 1), under which a second quadratic term pulls up; 0 leaves it out.
-        pooled: compare means over the batch instead of those of each row, so that images may differ.
-        weight: of the term.
+        below: penalty under the budget: `quadratic`, `linear` or `zero`.
+        floor: mean gate, in [0, 1), under which a second quadratic term is added; 0 disables it.
+        pooled: compare batch means instead of row means, so that images may have different counts.
+        weight: factor on the term.
 
     Raises:
         ValueError: unknown `below`, or a floor outside [0, 1).
     """
 
     name = "budget"
+    test_arguments = ({"floor": 0.7}, {"below": "linear"}, {"below": "zero", "pooled": True})
 
     def __init__(
         self, below: str = "quadratic", floor: float = 0.0, pooled: bool = False, weight: float | Ramp = 1.0
@@ -63,9 +65,9 @@ class OnBudget(Loss):
     def needs(self) -> frozenset[str]:
         return frozenset({"gate"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
         terms = []
-        for stage in chosen_stages(here):
+        for stage in pruned_stages(student):
             expected_R = stage.expected()
             if expected_R is None:
                 continue

@@ -1,4 +1,4 @@
-"""Distillation of hidden states: what the output head reads at the answers is what it reads without pruning.
+"""Distillation of the hidden states that the output head reads at answer tokens.
 
 A answer tokens, D hidden size.
 """
@@ -20,7 +20,7 @@ def cosine_gap(student_AD: Tensor, teacher_AD: Tensor) -> Tensor:
 
 
 def relative_error(student_AD: Tensor, teacher_AD: Tensor) -> Tensor:
-    """|student - teacher|^2 / |teacher|^2, mean over answer tokens, fp32: 1 is as far off as saying nothing."""
+    """|student - teacher|^2 / |teacher|^2, mean over answer tokens, fp32; 1 for a student of zeros."""
     teacher_AD = teacher_AD.float()
     gap_A = (student_AD.float() - teacher_AD).square().sum(-1)
     return (gap_A / teacher_AD.square().sum(-1).clamp(min=1e-12)).mean()
@@ -30,14 +30,15 @@ class Hidden(Loss):
     """Distance of the output head's input from the teacher's, at the positions that predict answer tokens.
 
     Args:
-        metric: `cosine` compares directions, `mse` the vectors, relative to the teacher's length.
-        weight: of the term.
+        metric: `cosine` compares directions; `mse` compares vectors, relative to the teacher's norm.
+        weight: factor on the term.
 
     Raises:
-        ValueError: unknown metric; at a call, a cached teacher, which keeps no hidden states.
+        ValueError: unknown metric; at a call, a cached teacher, which stores no hidden states.
     """
 
     name = "hidden"
+    test_arguments = ({}, {"metric": "mse"})
 
     def __init__(self, metric: str = "cosine", weight: float | Ramp = 1.0) -> None:
         super().__init__(weight)
@@ -49,10 +50,12 @@ class Hidden(Loss):
     def needs(self) -> frozenset[str]:
         return frozenset({"teacher"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        if taught is None or not len(here.targets_A):
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        if teacher is None or not len(student.targets_A):
             return None
-        if taught.hidden_AD is None or here.hidden_AD is None:
-            raise ValueError("Loss 'hidden' compares hidden states, which a cached teacher lacks; take another.")
+        if teacher.hidden_AD is None or student.hidden_AD is None:
+            raise ValueError(
+                "Loss 'hidden' compares hidden states, which a cached teacher does not store; use another."
+            )
         compare = cosine_gap if self.metric == "cosine" else relative_error
-        return compare(here.hidden_AD, taught.hidden_AD.detach())
+        return compare(student.hidden_AD, teacher.hidden_AD.detach())

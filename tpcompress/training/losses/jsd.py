@@ -1,4 +1,4 @@
-"""Distillation by Jensen-Shannon divergence: bounded, so a few tokens that the student cannot know do not rule it.
+"""Distillation by the Jensen-Shannon divergence, which is bounded, so single tokens do not dominate it.
 
 A answer tokens, C vocabulary.
 """
@@ -27,28 +27,29 @@ class JSD(Loss):
     At most log 2 per answer token for beta 0.5. Small beta acts like KL(p || q), large beta like KL(q || p).
 
     Args:
-        beta: in (0, 1), share of the teacher in the mixture.
-        temperature: softens both sides.
-        weight: of the term.
+        beta: share of the teacher in the mixture, in (0, 1).
+        temperature: softmax temperature of both distributions.
+        weight: factor on the term.
 
     Raises:
         ValueError: a beta outside (0, 1), or a temperature that is not above 0.
     """
 
     name = "jsd"
+    test_arguments = ({"beta": 0.3},)
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0, weight: float | Ramp = 1.0) -> None:
         super().__init__(weight)
         if not 0 < beta < 1:
-            raise ValueError(f"Loss 'jsd' has beta {beta}; give a number between 0 and 1, or take KL for its ends.")
+            raise ValueError(f"Loss 'jsd' has beta {beta}; give a number between 0 and 1, or use KL for its limits.")
         self.beta, self.temperature = beta, checked_temperature(temperature, self.name)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"teacher"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        if taught is None or not len(here.targets_A):
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        if teacher is None or not len(student.targets_A):
             return None
-        log_q_AC, log_p_AC = aligned(here, taught, self.temperature)
+        log_q_AC, log_p_AC = aligned(student, teacher, self.temperature)
         return jensen_shannon(log_p_AC.detach(), log_q_AC, self.beta) * self.temperature**2

@@ -1,6 +1,6 @@
-"""Distillation by KL: the student's answers have the teacher's distribution, not only its words.
+"""Distillation by KL divergence from the teacher's distribution over answer tokens.
 
-A answer tokens, C vocabulary, T tokens that a cache holds.
+A answer tokens, C vocabulary, T tokens stored by a cache.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ def kl_to_teacher(student_AC: Tensor, teacher_AC: Tensor, temperature: float = 1
     return kl_divergence(log_p_AC, log_q_AC) * temperature**2
 
 
-def aligned(here: Pass, taught: Pass, temperature: float, own: bool = False) -> tuple[Tensor, Tensor]:
+def aligned(student: Pass, teacher: Pass, temperature: float, own: bool = False) -> tuple[Tensor, Tensor]:
     """Log probabilities of student and teacher over the same outcomes, fp32.
 
-    The outcomes are the vocabulary. Against a cached teacher they are its T tokens and, at temperature 1, one more
-    that stands for all others: a KL over them is at most that over the vocabulary, and less by no more than what the
-    two disagree about within the rest. At other temperatures the rest is unknown, and both sides are conditioned on
-    the T tokens.
+    The outcomes are the vocabulary. For a cached teacher they are its T tokens and, at temperature 1, one outcome for
+    all other tokens: the KL over them is a lower bound of the KL over the vocabulary, and the difference is the
+    conditional KL within the other tokens. At other temperatures the mass of the other tokens is unknown, and both
+    distributions are conditioned on the T tokens.
 
     Args:
-        here: the student.
-        taught: the teacher, over the same answer tokens.
+        student: pass of the student.
+        teacher: pass of the teacher over the same answer tokens.
         temperature: divides the logits of both.
-        own: at the answer tokens themselves instead of before them.
+        own: use the logits at the answer tokens themselves instead of those before them.
 
     Raises:
-        ValueError: the logits asked for are not there, as a cache has none at the answer tokens.
+        ValueError: the requested logits are missing; a cache has none at the answer tokens.
     """
     if own:
-        if here.own_AC is None or taught.own_AC is None:
-            raise ValueError("KL with shifted: false needs logits that a cached teacher does not have; take another.")
-        return _log_softmax(here.own_AC, temperature), _log_softmax(taught.own_AC, temperature)
-    index_AT = taught.top_indices_AT
+        if student.own_AC is None or teacher.own_AC is None:
+            raise ValueError("KL with shifted: false needs logits that a cached teacher does not store; use another.")
+        return _log_softmax(student.own_AC, temperature), _log_softmax(teacher.own_AC, temperature)
+    index_AT = teacher.top_indices_AT
     if index_AT is None:
-        return _log_softmax(here.logits_AC, temperature), _log_softmax(taught.logits_AC, temperature)
+        return _log_softmax(student.logits_AC, temperature), _log_softmax(teacher.logits_AC, temperature)
     if temperature != 1:
-        student_AT = here.logits_AC.gather(1, index_AT)
-        return _log_softmax(student_AT, temperature), _log_softmax(taught.logits_AC, temperature)
-    assert taught.tail_A is not None
-    log_q_AC = _log_softmax(here.logits_AC, 1.0)
+        student_AT = student.logits_AC.gather(1, index_AT)
+        return _log_softmax(student_AT, temperature), _log_softmax(teacher.logits_AC, temperature)
+    assert teacher.tail_A is not None
+    log_q_AC = _log_softmax(student.logits_AC, 1.0)
     rest_A = log_q_AC.scatter(1, index_AT, -torch.inf).logsumexp(1)
     log_q_AK = torch.cat([log_q_AC.gather(1, index_AT), rest_A[:, None]], 1)
-    return log_q_AK, torch.cat([taught.logits_AC, taught.tail_A[:, None]], 1).float()
+    return log_q_AK, torch.cat([teacher.logits_AC, teacher.tail_A[:, None]], 1).float()
 
 
 class KL(Loss):
     """T^2 KL(teacher || student) on the answer tokens, mean over them (arXiv 1503.02531, section 2).
 
-    The pruned student is shorter than its teacher. Text is never dropped, so the answer tokens are the same ones in
-    the same order.
+    The pruned student has a shorter sequence than its teacher. Text is never dropped, so both have the same answer
+    tokens in the same order.
 
     Args:
-        temperature: softens both sides.
-        shifted: compare the logits that predict each answer token. `false` takes those at the tokens themselves, as
-            the code of EPIC does (arXiv 2510.00515): the first answer token is then never distilled, and what follows
-            the last one is. It also computes logits for the whole sequence.
+        temperature: softmax temperature of both distributions.
+        shifted: compare the logits that predict each answer token. `false` compares the logits at the tokens
+            themselves, as the code of EPIC does (arXiv 2510.00515): the first answer token is then not distilled, the
+            token after the last one is, and logits are computed for the whole sequence.
         weight: of the term.
 
     Raises:
@@ -77,6 +77,7 @@ class KL(Loss):
     """
 
     name = "kl"
+    test_arguments = ({"temperature": 2.0}, {"shifted": False})
 
     def __init__(self, temperature: float = 1.0, shifted: bool = True, weight: float | Ramp = 1.0) -> None:
         super().__init__(weight)
@@ -86,10 +87,10 @@ class KL(Loss):
     def needs(self) -> frozenset[str]:
         return frozenset({"teacher"} if self.shifted else {"teacher", "own"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        if taught is None or not len(here.targets_A):
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        if teacher is None or not len(student.targets_A):
             return None
-        log_q_AC, log_p_AC = aligned(here, taught, self.temperature, own=not self.shifted)
+        log_q_AC, log_p_AC = aligned(student, teacher, self.temperature, own=not self.shifted)
         return kl_divergence(log_p_AC.detach(), log_q_AC) * self.temperature**2
 
 

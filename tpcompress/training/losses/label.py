@@ -18,7 +18,7 @@ def label_loss(logits_AC: Tensor, targets_A: Tensor) -> Tensor:
 
 
 def sample_losses(logits_AC: Tensor, targets_A: Tensor, sample_A: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
-    """The label loss of each sample (B,), 0 where it has no answer, and its number of answer tokens (B,)."""
+    """The label loss of each sample (B,), 0 without an answer, and its number of answer tokens (B,)."""
     each_A = F.cross_entropy(logits_AC.float(), targets_A, reduction="none")
     zero_B = each_A.new_zeros(num_samples)
     count_B = zero_B.index_add(0, sample_A, each_A.new_ones(len(each_A)))
@@ -26,9 +26,9 @@ def sample_losses(logits_AC: Tensor, targets_A: Tensor, sample_A: Tensor, num_sa
 
 
 class Label(Loss):
-    """Cross-entropy of the answer tokens, mean over the tokens of the batch: what fine-tuning without a pruner uses."""
+    """Cross-entropy of the answer tokens, mean over the batch, as in fine-tuning without a pruner."""
 
     name = "label"
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        return label_loss(here.logits_AC, here.targets_A) if len(here.targets_A) else None
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        return label_loss(student.logits_AC, student.targets_A) if len(student.targets_A) else None

@@ -1,4 +1,4 @@
-"""What is dropped should be redundant: retained tokens must be able to say what it was.
+"""Error of dropped tokens when they are reconstructed from the retained ones.
 
 R rows, V vision tokens, D hidden size.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpcompress.training.losses.base import Loss, Ramp, chosen_stages, stage_sum
+from tpcompress.training.losses.base import Loss, Ramp, pruned_stages, stage_sum
 from tpcompress.training.losses.kl import checked_temperature
 from tpcompress.training.passes import Pass
 
@@ -19,18 +19,19 @@ THROUGH = ("gate", "values")
 def reconstruction_error(
     values_RVD: Tensor, target_RVD: Tensor, gate_RV: Tensor, valid_RV: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """Error (R,) of the dropped tokens, rebuilt from the retained ones by similarity, fp32.
+    """Error (R,) of the dropped tokens, reconstructed from the retained ones by similarity, fp32.
 
         w_dk = g_k exp(cos(t_d, t_k) / T) / sum_j g_j exp(cos(t_d, t_j) / T)       j, k other than d
         e_d  = |sum_k w_dk x_k - t_d|^2 / (mean_j |t_j - mean t|^2)
         loss = sum_d (1 - g_d) e_d / sum_d (1 - g_d)
 
-    so 1 is as far off as the mean of the row, and 0 is no loss at all. Neither similarities nor the last sum carry a
-    gradient: opening the gate of a token that nobody can rebuild must pay even if it is the only one.
+    1 is the error of the row mean, 0 is exact reconstruction. Neither the similarities nor the last sum carry a
+    gradient, so that opening the gate of a token that no other token resembles lowers the loss even if it is the only
+    one.
 
     Args:
-        values_RVD: x, what the retained tokens carry.
-        target_RVD: t, what the tokens were; no gradient reaches them.
+        values_RVD: x, hidden states of the retained tokens.
+        target_RVD: t, hidden states before pruning; they get no gradient.
         gate_RV: g in [0, 1], 0 on padding.
         valid_RV: False on padding.
         temperature: T.
@@ -51,35 +52,36 @@ def reconstruction_error(
 
 
 class Reconstruct(Loss):
-    """Normalised error of dropped tokens that are rebuilt from retained ones, at the stage; mean over rows.
+    """Normalised error of dropped tokens that are reconstructed from retained ones, at the stage; mean over rows.
 
-    Ours; parameter-free, O(V^2 D) per row.
+    Original to this package; without parameters, O(V^2 D) per row.
 
     Args:
-        through: `gate` moves the choice: the gates weigh who rebuilds and what is missing. `values` moves the hidden
-            states that reach the stage, and takes the choice as it is.
-        temperature: of the similarity; small means the nearest retained token alone.
-        weight: of the term.
+        through: `gate` trains the selection: gates weight both the sources and the missing tokens. `values` trains the
+            hidden states that reach the stage, at a fixed selection.
+        temperature: temperature of the similarity; a small one uses the nearest retained token only.
+        weight: factor on the term.
 
     Raises:
         ValueError: unknown `through`, or a temperature that is not above 0.
     """
 
     name = "reconstruct"
+    test_arguments = ({}, {"through": "values"})
 
     def __init__(self, through: str = "gate", temperature: float = 0.1, weight: float | Ramp = 1.0) -> None:
         super().__init__(weight)
         if through not in THROUGH:
-            raise ValueError(f"Loss 'reconstruct' goes through {' or '.join(THROUGH)}, got {through!r}.")
+            raise ValueError(f"Loss 'reconstruct' takes through: {' or '.join(THROUGH)}, got {through!r}.")
         self.through, self.temperature = through, checked_temperature(temperature, self.name)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"gate"} if self.through == "gate" else ())
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
         terms = []
-        for stage in chosen_stages(here):
+        for stage in pruned_stages(student):
             x_RVD = stage.view.vision_BVD
             if self.through == "gate":
                 if stage.selection.gate_BV is None:

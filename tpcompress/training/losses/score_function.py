@@ -1,4 +1,4 @@
-"""Learning by trial: a drawn set that answered better than the others becomes more likely.
+"""REINFORCE: sampled selections with a lower label loss than the baseline become more likely.
 
 B samples, R rows of them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcompress.training.losses.base import Loss, Ramp, chosen_stages
+from tpcompress.training.losses.base import Loss, Ramp, pruned_stages
 from tpcompress.training.losses.label import sample_losses
 from tpcompress.training.passes import Pass
 
@@ -18,13 +18,13 @@ BASELINES = ("others", "teacher")
 def score_function(cost_B: Tensor, log_prob_B: Tensor, counts_B: Tensor, baseline_B: Tensor | None = None) -> Tensor:
     """A surrogate whose gradient is that of the expected cost: mean of (cost - baseline) log p over samples.
 
-    The baseline of a sample does not depend on its own draw, so it lowers the variance and leaves the mean as it is.
+    The baseline of a sample does not depend on its own draw, so it lowers the variance without a bias.
 
     Args:
-        cost_B: what each draw cost; no gradient reaches it.
+        cost_B: cost of each draw; it gets no gradient.
         log_prob_B: log probability of each draw.
         counts_B: bool, the samples that count.
-        baseline_B: None takes the mean cost of the other samples (leave one out); nothing where there is no other.
+        baseline_B: None uses the mean cost of the other samples (leave one out), or 0 for a single sample.
     """
     cost_B = cost_B.detach().masked_fill(~counts_B, 0.0)
     num = counts_B.sum()
@@ -37,18 +37,19 @@ def score_function(cost_B: Tensor, log_prob_B: Tensor, counts_B: Tensor, baselin
 class ScoreFunction(Loss):
     """REINFORCE (Williams 1992) on the label loss of each sample, for selectors that draw their sets.
 
-    The value of the term means nothing, its gradient does. Samples without pictures or answers do not count.
+    Only the gradient of the term is meaningful, not its value. Samples without images or answers do not count.
 
     Args:
         baseline: `others` subtracts the mean loss of the other samples of the batch (leave one out, as in Kool et al.
-            2019), which needs two samples or more to help; `teacher` the teacher's loss on the same sample.
-        weight: of the term.
+            2019), which has an effect from two samples on; `teacher` subtracts the teacher's loss on the same sample.
+        weight: factor on the term.
 
     Raises:
         ValueError: unknown baseline; at a call, a cached teacher, which has no label loss.
     """
 
     name = "score_function"
+    test_arguments = ({}, {"baseline": "teacher"})
 
     def __init__(self, baseline: str = "others", weight: float | Ramp = 1.0) -> None:
         super().__init__(weight)
@@ -60,33 +61,34 @@ class ScoreFunction(Loss):
     def needs(self) -> frozenset[str]:
         return frozenset({"gate"} if self.baseline == "others" else {"gate", "teacher"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        drawn_B = drawn_log_prob(here)
-        if drawn_B is None or not len(here.targets_A):
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        drawn_B = drawn_log_prob(student)
+        if drawn_B is None or not len(student.targets_A):
             return None
         log_prob_B, has_draw_B = drawn_B
-        cost_B, count_B = sample_losses(here.logits_AC.detach(), here.targets_A, here.sample_A, here.num_samples)
-        baseline_B = self._taught(taught) if self.baseline == "teacher" else None
+        logits_AC = student.logits_AC.detach()
+        cost_B, count_B = sample_losses(logits_AC, student.targets_A, student.sample_A, student.num_samples)
+        baseline_B = self._teacher_cost(teacher) if self.baseline == "teacher" else None
         return score_function(cost_B, log_prob_B, has_draw_B & (count_B > 0), baseline_B)
 
-    def _taught(self, taught: Pass | None) -> Tensor:
-        if taught is None or taught.top_indices_AT is not None:
-            raise ValueError("Loss 'score_function' with baseline teacher needs one that is not cached; take others.")
-        return sample_losses(taught.logits_AC, taught.targets_A, taught.sample_A, taught.num_samples)[0]
+    def _teacher_cost(self, teacher: Pass | None) -> Tensor:
+        if teacher is None or teacher.top_indices_AT is not None:
+            raise ValueError("Loss 'score_function' cannot use a cached teacher as baseline; use baseline: others.")
+        return sample_losses(teacher.logits_AC, teacher.targets_A, teacher.sample_A, teacher.num_samples)[0]
 
 
-def drawn_log_prob(here: Pass) -> tuple[Tensor, Tensor] | None:
-    """Log probability (B,) of all that was drawn for each sample, and whether anything was; None if nothing was."""
-    stages = [stage for stage in chosen_stages(here) if stage.selection.log_prob_B is not None]
+def drawn_log_prob(student: Pass) -> tuple[Tensor, Tensor] | None:
+    """Log probability (B,) of all draws for each sample, and whether it has a draw; None without any draw."""
+    stages = [stage for stage in pruned_stages(student) if stage.selection.log_prob_B is not None]
     if not stages:
         return None
-    log_prob_B = torch.zeros(here.num_samples, device=here.targets_A.device)
+    log_prob_B = torch.zeros(student.num_samples, device=student.targets_A.device)
     drawn = set()
     for stage in stages:
         log_prob_R, owner = stage.selection.log_prob_B, stage.trace.owner
         assert log_prob_R is not None
         owner_R = torch.tensor(owner).to(log_prob_R.device, non_blocking=True)
         log_prob_B = log_prob_B.index_add(0, owner_R, log_prob_R.float().masked_fill(~stage.real_R, 0.0))
-        drawn |= {b for b, came in zip(owner, stage.trace.vision_in, strict=True) if came}
-    has_draw_B = torch.tensor([b in drawn for b in range(here.num_samples)])
+        drawn |= {b for b, count in zip(owner, stage.trace.vision_in, strict=True) if count}
+    has_draw_B = torch.tensor([b in drawn for b in range(student.num_samples)])
     return log_prob_B, has_draw_B.to(log_prob_B.device, non_blocking=True)

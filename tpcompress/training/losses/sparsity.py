@@ -1,17 +1,17 @@
-"""Closes gates that nobody defends: the budget then follows from the weight."""
+"""L1 penalty on the mean gate. The resulting budget depends on the weight of the loss."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tpcompress.training.losses.base import Loss, chosen_stages, stage_sum
+from tpcompress.training.losses.base import Loss, pruned_stages, stage_sum
 from tpcompress.training.passes import Pass
 
 
 class Sparsity(Loss):
     """Mean gate over tokens, then rows, summed over stages: the L1 term of learned thresholds.
 
-    Source: LTP (arXiv 2107.00910), which weighs it by 0.01 to 0.2.
+    Source: LTP (arXiv 2107.00910), with weights from 0.01 to 0.2.
     """
 
     name = "sparsity"
@@ -20,6 +20,6 @@ class Sparsity(Loss):
     def needs(self) -> frozenset[str]:
         return frozenset({"gate"})
 
-    def __call__(self, here: Pass, taught: Pass | None) -> Tensor | None:
-        stages = [stage for stage in chosen_stages(here) if stage.selection.gate_BV is not None]
+    def __call__(self, student: Pass, teacher: Pass | None) -> Tensor | None:
+        stages = [stage for stage in pruned_stages(student) if stage.selection.gate_BV is not None]
         return stage_sum([stage.token_mean(stage.gate_RV().abs()) for stage in stages])

@@ -1,4 +1,4 @@
-"""What the argument parser says of a wrong recipe, as one line: which key, what was given, what is possible."""
+"""Turns an error of jsonargparse about a recipe into one line: which key, what was given, what is possible."""
 
 from __future__ import annotations
 
@@ -11,78 +11,76 @@ from typing import Any
 import lightning as L
 
 from tpcompress.errors import did_you_mean
-from tpcompress.training import losses, schedules, teachers
-from tpcompress.training.datamodules import chat_benchmark as datamodule
+from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  makes their classes known
+from tpcompress.training.datamodules.base import RowsData
+from tpcompress.training.losses import Loss
 from tpcompress.training.module import PruningModule
+from tpcompress.training.open_set import below
+from tpcompress.training.schedules import Schedule
+from tpcompress.training.teachers import Teacher
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoints", "ckpt_path")
 
+OPEN_SETS: dict[str, type] = {"schedule": Schedule, "losses": Loss, "teacher": Teacher, "data": RowsData}
+"""Base class of the classes that a recipe may name without a path, by a word of the key."""
+
+# jsonargparse has no structured errors; these are the parts of its messages that are used.
+KEY = re.compile(r'Parser key "([\w.]+)":?')
+UNKNOWN_KEY = re.compile(r"(?:accept option|unrecognized arguments:) '?-{0,2}([\w.]+)")
+UNKNOWN_ARGUMENT = re.compile(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted")
+UNKNOWN_CLASS = re.compile(r"dot import path string: (\S+)")
+GIVEN = re.compile(r"Given value: (.*)", re.DOTALL)
+NOISE = re.compile(r"-? *Expected a <class 'NoneType'>|Problem with given class_path '[\w.]+': *|typing\.")
+CLASS = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>")
+
 
 def readable(error: BaseException) -> str:
-    """One line of an error of jsonargparse, with the nearest of what is known where a name is wrong."""
+    """One line for an error of jsonargparse, with the closest known name for a wrong one."""
     text = str(error)
-    keys = re.findall(r'Parser key "([\w.]+)"', text)
-    where = f"{'.'.join(dict.fromkeys(keys))}: " if keys else ""
-    given = re.search(r"Given value: (.*)", text, re.DOTALL)
-    reasons = text.partition("Errors:\n")[2].partition("Given value type")[0] or text
-    reasons = re.sub(r"-? *Expected a <class 'NoneType'>", "", reasons)
-    reasons = re.sub(r'Parser key "[\w.]+":', "", reasons)
-    reason = " ".join(reasons.replace("\n", " ").split()).strip("- ")
-    unknown = re.search(r"(?:accept option|unrecognized arguments:) '?-{0,2}([\w.]+)", reason)
-    option = re.search(r"given class_path '([\w.]+)': Option '(\w+)' is not accepted", reason)
-    name = re.search(r"dot import path string: (\S+)", reason)
+    keys = list(dict.fromkeys(KEY.findall(text)))
+    where = f"{'.'.join(keys)}: " if keys else ""
+    reason = KEY.sub("", text.partition("Errors:\n")[2].partition("Given value type")[0] or text)
+    reason = " ".join(reason.split())
     if "arguments are required: " in reason and reason.endswith(".data"):
         return "A run needs data; give a recipe: --config recipes/tiny_llava/pool_full.yaml."
-    if unknown:
-        return _no_key(unknown[1])
-    if option:
-        return f"{where}{option[1].rpartition('.')[2]} has no '{option[2]}'; " + _known(
-            option[2], _arguments(option[1])
-        )
-    if name:
-        return f"{where}no class '{name[1]}'; " + _known(
-            name[1], _classes(keys[0] if keys else ""), " or a dotted path"
-        )
-    reason = re.sub(r"Problem with given class_path '[\w.]+': *", "", reason)
-    reason = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", reason).replace("typing.", "")
-    seen = f" Got value: {' '.join(given[1].split())}." if given and "Got value" not in reason and keys else ""
-    return f"{where}{reason}{seen}"
+    if found := UNKNOWN_KEY.search(reason):
+        return _unknown_key(found[1])
+    if found := UNKNOWN_ARGUMENT.search(reason):
+        path, name = found.groups()
+        return f"{where}{path.rpartition('.')[2]} has no '{name}'; " + _known(name, _arguments(path))
+    if found := UNKNOWN_CLASS.search(reason):
+        return f"{where}no class '{found[1]}'; " + _known(found[1], _classes(where), " or a dotted path")
+    reason = CLASS.sub(r"\1", NOISE.sub("", reason)).strip("- ")
+    given = GIVEN.search(text)
+    value = f" Got value: {' '.join(given[1].split())}." if given and keys and "Got value" not in reason else ""
+    return f"{where}{reason}{value}"
 
 
-def _no_key(key: str) -> str:
+def _unknown_key(key: str) -> str:
     section, _, rest = key.partition(".")
-    if rest and section in SECTIONS:
-        wrong = rest.partition(".")[0]
-        owners = {"model": PruningModule, "trainer": L.Trainer}
-        known = _names(owners[section]) if section in owners else []
-        return f"No key {section}.{wrong}; " + (
-            _known(wrong, known) if known else f"see --help for those of {section}."
-        )
-    return f"No key {section}; " + _known(section, SECTIONS)
+    if not rest or section not in SECTIONS:
+        return f"No key {section}; " + _known(section, SECTIONS)
+    name = rest.partition(".")[0]
+    owner = {"model": PruningModule, "trainer": L.Trainer}.get(section)
+    advice = _known(name, _parameters(owner)) if owner else f"see --help for the keys of {section}."
+    return f"No key {section}.{name}; {advice}"
 
 
-def _known(name: str, known: Iterable[str], more: str = "") -> str:
+def _known(name: str, known: Iterable[str], also: str = "") -> str:
     known = list(known)
-    return f"known: {', '.join(known)}{more}.{did_you_mean(name, known)}"
+    return f"known: {', '.join(known)}{also}.{did_you_mean(name, known)}"
 
 
-def _names(of: Any) -> list[str]:
+def _parameters(of: Any) -> list[str]:
     return [name for name in inspect.signature(of).parameters if name not in ("args", "kwargs")]
 
 
 def _arguments(path: str) -> list[str]:
     module, _, name = path.rpartition(".")
-    return _names(getattr(importlib.import_module(module), name))
+    return _parameters(getattr(importlib.import_module(module), name))
 
 
-def _classes(key: str) -> list[str]:
-    """Classes that a recipe may name at a key without a path."""
-    open_sets: dict[str, type] = {"schedule": schedules.Schedule, "losses": losses.Loss, "teacher": teachers.Teacher}
-    base = next((cls for word, cls in open_sets.items() if word in key), datamodule.RowsData)
-    # Classes of elsewhere go by their path.
-    return sorted(cls.__name__ for cls in _below(base) if cls.__module__.startswith("tpcompress.training."))
-
-
-def _below(base: type) -> set[type]:
-    below: set[type] = set(base.__subclasses__())
-    return below.union(*(_below(cls) for cls in below))
+def _classes(where: str) -> list[str]:
+    """Names of the classes of this package that a recipe may give at a key."""
+    base = next((cls for word, cls in OPEN_SETS.items() if word in where), RowsData)
+    return sorted(cls.__name__ for cls in below(base) if cls.__module__.startswith("tpcompress.training."))

@@ -1,4 +1,4 @@
-"""From a run, or from a plan that needs no training, to an exported folder."""
+"""Exports a trained run, or a base with a plan that needs no training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tpcompress.export import export
 from tpcompress.export.bake import Measure
 from tpcompress.insertion.attach import attach
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.models import load_base, load_processor
 from tpcompress.training.checkpoints.load import load_trained
-from tpcompress.training.module import load_base, load_processor
 
 
 def export_run(
@@ -21,23 +21,23 @@ def export_run(
 ) -> Path:
     """Export a trained run: LoRA merged, schedule at its end, pruner baked in.
 
-    Adapters of a quantised base are merged into the base's own weights, which the manifest says.
+    Adapters of a quantised base are merged into its full-precision weights, which the manifest records.
 
     Args:
         checkpoint: a .ckpt file, or the run's folder.
-        out: folder to write.
-        overwrite: replace an earlier export.
+        out: output folder.
+        overwrite: replace an existing export.
         allow_unfinished: accept a run that was stopped before its last step.
         measure: see `tpcompress.export.export`.
 
     Raises:
-        ValueError: the run is unfinished, dense, or its checkpoint damaged.
+        ValueError: a run that is unfinished or dense, or a damaged checkpoint.
         FileExistsError: `out` exists.
     """
-    trained = load_trained(checkpoint, allow_unfinished, whole=True)
+    trained = load_trained(checkpoint, allow_unfinished, unquantised=True)
     if trained.trained_with["arm"] != "training_aware":
         raise ValueError(
-            "This run has no pruning plan, there is nothing to bake in; use save_pretrained for a dense model."
+            "This run has no pruning plan, so there is nothing to export; use save_pretrained for a dense model."
         )
     return export(
         trained.model,
@@ -57,10 +57,10 @@ def export_free(
     """Export a base with a plan that was never trained.
 
     Args:
-        base: folder, hub id or bundled name.
+        base: folder, hub id or name of a bundled model.
         plan: any form that `PruningPlan.of` reads: a plan file, a recipe, a short form such as divprune:64@0.
-        out: folder to write.
-        overwrite: replace an earlier export.
+        out: output folder.
+        overwrite: replace an existing export.
         measure: see `tpcompress.export.export`.
 
     Raises:

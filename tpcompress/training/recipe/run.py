@@ -1,4 +1,4 @@
-"""One training run from a recipe: LightningCLI with this project's defaults, usable from code and from the shell."""
+"""Runs a recipe: LightningCLI with the defaults of this package, for Python and for the command line."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from docstring_parser import DocstringStyle
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tpcompress.bundled import find_config
-from tpcompress.training import schedules  # noqa: F401  their classes become names in recipes
 from tpcompress.training.checkpoints.callback import Checkpoints, StepProgress
 from tpcompress.training.checkpoints.signals import Stopping, Terminated
 from tpcompress.training.checkpoints.state import checkpoint_file, read_checkpoint
-from tpcompress.training.datamodules import chat_benchmark as datamodule  # noqa: F401  their classes become names in recipes
+from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  makes their class names known to recipes
 from tpcompress.training.diagnostics.callback import Diagnostics
 from tpcompress.training.module import PruningModule
 from tpcompress.training.recipe.errors import readable
 from tpcompress.training.renamed import check_names
 
-# Trying every docstring style in turn would take most of the time until a run starts.
+# By default jsonargparse tries every docstring style, which takes most of the time until a run starts.
 jsonargparse.set_parsing_settings(
     docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
 )
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Writes the complete recipe beside the checkpoints: a run says how it was made."""
+    """Writes the complete recipe, with all defaults, into the folder of the run."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage == "fit":
@@ -47,15 +46,18 @@ class RecipeCLI(LightningCLI):
     """`fit` and `validate` with recipes.
 
     Args:
-        args: as on the shell.
-        progress: show a bar or lines of progress.
+        args: command-line arguments.
+        progress: show a progress bar or progress lines.
         run: False only builds trainer, model and data, from arguments without a subcommand.
+
+    Raises:
+        ValueError: a renamed key or class.
     """
 
     def __init__(self, args: list[str], progress: bool = True, run: bool = True) -> None:
         check_names(args)
         self.wants_progress = progress
-        self.asked = args[0] if run and args else ""
+        self.requested = args[0] if run and args else ""
         super().__init__(
             PruningModule,
             L.LightningDataModule,
@@ -74,18 +76,18 @@ class RecipeCLI(LightningCLI):
             run=run,
         )
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a parser takes its time to build
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self.asked}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # building one parser per subcommand is slow
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self.requested}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
-        # One seed for everything that is drawn; recipes set `seed_everything` alone.
+        # One seed for everything that is drawn, so recipes set `seed_everything` only.
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # without Lightning's warning that there is a command line, too
+        self.config = parser.parse_args(args)  # Lightning's version warns about sys.argv
 
     def before_instantiate_classes(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -96,7 +98,7 @@ class RecipeCLI(LightningCLI):
             config.trainer.enable_progress_bar = False
 
     def _parse_ckpt_path(self) -> None:
-        """Find and check the checkpoint at once. Lightning would let its settings replace those of the recipe."""
+        """Find and check the checkpoint first. Lightning's version replaces settings of the recipe by those in it."""
         config: Any = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         path = config.get("ckpt_path")
         if path is not None:
@@ -109,38 +111,38 @@ class RecipeCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Terminated as stop:
-            if not self.trainer.is_global_zero:  # a failed child would have its siblings killed
+            if not self.trainer.is_global_zero:  # Lightning kills the other ranks after a failed one
                 raise SystemExit(0) from stop
-            log.warning("%s", message := _how_to_go_on(self.trainer, "Terminated"))
+            log.warning("%s", message := _how_to_resume(self.trainer, "Terminated"))
             raise Terminated(message) from stop
         except SystemExit as stop:
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
-            # Lightning's answer to Ctrl-C is to leave the process, deaf to a second one.
+            # On Ctrl-C Lightning exits the process and ignores further signals.
             signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt(_how_to_go_on(self.trainer)) from stop
+            raise KeyboardInterrupt(_how_to_resume(self.trainer)) from stop
 
 
 def run_recipe(
     args: list[str], progress: bool = True, run: Callable[[list[str], bool], RecipeCLI] | None = None
 ) -> RecipeCLI:
-    """Run `fit` or `validate` with arguments as on the shell, e.g. ["fit", "--config", "recipes/..."].
+    """Run `fit` or `validate` with command-line arguments, e.g. ["fit", "--config", "recipes/..."].
 
     Args:
-        args: arguments as on the shell.
-        progress: show a bar or lines of progress.
-        run: class or function that runs them; default: `RecipeCLI`.
+        args: command-line arguments.
+        progress: show a progress bar or progress lines.
+        run: class or function that runs them; None for `RecipeCLI`.
 
     Raises:
         FileNotFoundError: the recipe or the checkpoint does not exist.
-        ValueError: a key or value of the recipe is wrong.
-        NonFiniteLoss: training met a NaN.
-        KeyboardInterrupt: interrupted; its message says how to go on.
-        Terminated: ended by SIGTERM, likewise; left alone it ends the process with exit code 143.
-        CheckpointNotSaved: the disk did not take a checkpoint; the one before is whole.
+        ValueError: a wrong key or value in the recipe.
+        NonFiniteLoss: the loss or the gradient became NaN or infinite.
+        KeyboardInterrupt: interrupted; the message contains the command that resumes.
+        Terminated: ended by SIGTERM, with the same message; uncaught, it exits the process with code 143.
+        CheckpointNotSaved: a checkpoint could not be written; the previous one is intact.
     """
     if not args or args[0] not in ("fit", "validate"):
-        raise ValueError(f"A recipe is run with fit or validate, got {args[0] if args else 'nothing'!r}.")
+        raise ValueError(f"Commands of a recipe are fit and validate, got {args[0] if args else 'nothing'!r}.")
     args = [find_config(a) if i and args[i - 1] in ("--config", "-c") else a for i, a in enumerate(args)]
     try:
         return (run or RecipeCLI)(args, progress)
@@ -149,15 +151,15 @@ def run_recipe(
     except ValueError as error:
         if "Does not validate" not in str(error):
             raise
-        raise ValueError(readable(error)) from error  # a class refused its arguments
+        raise ValueError(readable(error)) from error  # a class rejected its arguments
 
 
 def _as_seed(value: bool | int) -> int:
     return int(value) if not isinstance(value, bool) else 0
 
 
-def _how_to_go_on(trainer: L.Trainer, what: str = "Interrupted") -> str:
+def _how_to_resume(trainer: L.Trainer, what: str = "Interrupted") -> str:
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     if not last.exists():
         return f"{what} before the first checkpoint; run the same command again."
-    return f"{what}; go on with the same command and --ckpt_path {last}."
+    return f"{what}; resume with the same command and --ckpt_path {last}."

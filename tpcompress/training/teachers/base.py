@@ -1,52 +1,67 @@
-"""What a teacher is: somebody whose answers to the same batch are worth imitating."""
+"""The base class of teachers: models whose answers to the same batch distillation losses imitate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 
+from tpcompress.families import Parts
+from tpcompress.insertion.plan import PruningPlan
+from tpcompress.training.context import StepContext
 from tpcompress.training.passes import Pass
 
 
 class Teacher:
-    """Answers the batch that the student has answered. It runs after the student and leaves the model as found."""
+    """Runs on the batch after the student and leaves the model as it was.
 
-    def prepare(self, module: Any, base: nn.Module) -> None:
-        """Called once, when the base is loaded and frozen, before LoRA and the plan are on it.
+    Subclasses override `prepare` where they need it, and define `__call__`.
+    """
+
+    test_arguments: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Arguments with which the contract tests build the teacher."""
+
+    def prepare(self, base: nn.Module, parts: Parts, plan: PruningPlan | None, lora: Mapping[str, Any] | None) -> None:
+        """Called once, after the base is loaded and frozen, and before LoRA and the plan are attached.
 
         Args:
-            module: the LightningModule; its `model` does not stand yet.
             base: the model as it was loaded.
+            parts: its decoder layers and text config among them.
+            plan: the pruning plan; None for a dense run.
+            lora: fields of the PEFT config; None without adapters.
 
         Raises:
-            ValueError: the teacher cannot work with this recipe.
+            ValueError: the teacher does not work with this recipe.
         """
 
-    def __call__(self, module: Any, batch: Mapping[str, Any], here: Pass, progress: float) -> Pass:
-        """The teacher's pass: without a gradient, in eval mode, over the same answer tokens as the student's.
+    def __call__(self, ctx: StepContext, batch: Mapping[str, Any], student: Pass, progress: float) -> Pass:
+        """The teacher's pass, without gradient and in eval mode, over the answer tokens of the student.
 
         Args:
-            module: the LightningModule.
-            batch: as the collator made it, `meta` included.
-            here: the student's pass. The teacher keeps `own_AC` if the student did.
+            ctx: the run at this step.
+            batch: output of the collator, with `meta`.
+            student: the student's pass. The teacher's pass has `own_AC` if the student's has it.
             progress: share of the phase that is done.
 
         Raises:
-            ValueError: the two do not predict the same number of answer tokens.
+            ValueError: student and teacher predict different numbers of answer tokens.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(module, batch, here, progress) -> Pass.")
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(ctx, batch, student, progress) -> Pass.")
 
 
-def check_answers(here: Pass, num_taught: int) -> None:
-    """See that teacher and student predict equally many answer tokens.
+def check_answers(student: Pass, num_answers: int) -> None:
+    """Check that teacher and student predict equally many answer tokens.
+
+    Args:
+        student: the student's pass.
+        num_answers: number of answer tokens that the teacher predicts.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the numbers differ.
     """
-    if len(here.targets_A) != num_taught:
+    if len(student.targets_A) != num_answers:
         raise ValueError(
-            f"Teacher and student predict {num_taught} and {len(here.targets_A)} answer tokens; a label right after "
-            f"an image cannot be distilled, its predecessor may be dropped. Label assistant turns only."
+            f"Teacher and student predict {num_answers} and {len(student.targets_A)} answer tokens; a label right "
+            f"after an image cannot be distilled, because its predecessor may be dropped. Label assistant turns only."
         )

@@ -1,9 +1,9 @@
-"""A teacher's answers on disk: the most likely tokens of every answer position, found by the content of the sequence.
+"""A teacher's answers on disk: the most likely tokens of every answer position, keyed by the content of the sequence.
 
-A folder holds `manifest.json` and shards `answers-<rank>-<number>.safetensors`, each whole or not there. A shard says
-in its metadata which sequences it holds, so a writer that was interrupted goes on where it stopped.
+A folder contains `manifest.json` and shards `answers-<rank>-<number>.safetensors`, which are written atomically. The
+metadata of a shard lists its sequences, so an interrupted writer resumes where it stopped.
 
-A answer tokens, T tokens kept of each, C vocabulary.
+A answer tokens, T tokens stored per answer token, C vocabulary.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, Subset
 from tpcompress.data import ChatCollator, GoodRows
 from tpcompress.inference import inference
 from tpcompress.models import load_base, load_processor
-from tpcompress.training.checkpoints.storage import PART, put_in_place
+from tpcompress.training.checkpoints.storage import PART, replace_atomically
 from tpcompress.training.passes import Pass, run_pass
 
 VERSION = 1
 MANIFEST = "manifest.json"
 LEAST = -1e4
-"""Stands for a log probability of nothing at all, which fp16 holds."""
+"""Replaces a log probability of -inf; representable in fp16."""
 
 
 def cache_teacher(
@@ -45,28 +45,28 @@ def cache_teacher(
     world_size: int = 1,
     shown: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> int:
-    """Run the unpruned base once over the training rows of a data module and keep what it answers.
+    """Run the unpruned base once over the training rows of a data module and store its answers.
 
-    About 6 bytes per kept token: 400 MB per million answer tokens at `top` 64. Several processes may share the work.
+    About 6 bytes per stored token: 400 MB per million answer tokens at `top` 64. Several processes may share the work.
 
     Args:
         base: folder or hub id of the model, as in recipes.
-        data: a data module of rows that can be counted; its batch size, max_length and packing count.
-        folder: where to write; a folder that holds a part of the same cache is completed.
-        top: tokens kept per answer position.
-        per_shard: sequences per file, the most that an interruption loses.
-        dtype: of the weights.
-        attention: attention implementation; None takes the default of transformers.
-        device: where the model runs.
-        rank: number of this process, from 0.
-        world_size: how many share the rows.
+        data: a data module with a countable data set; its batch size, max_length and packing are used.
+        folder: output folder; a folder with a part of the same cache is completed.
+        top: tokens stored per answer position.
+        per_shard: sequences per file, which is also the most that an interruption loses.
+        dtype: weight dtype.
+        attention: attention implementation; None for the default of transformers.
+        device: device of the model.
+        rank: rank of this process.
+        world_size: number of processes that share the rows.
         shown: wraps the batches, to show progress.
 
     Returns:
         Sequences written by this call.
 
     Raises:
-        ValueError: the folder holds something else, or `top` is not below the vocabulary.
+        ValueError: the folder contains another cache, or `top` is not below the vocabulary size.
     """
     model = load_base(base, dtype, attention).to(device)
     collator = ChatCollator(load_processor(base), data.max_length, data.pack)
@@ -80,15 +80,15 @@ def write_answers(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], folder: str | Path, top: int = 64, per_shard: int = 1024,
     rank: int = 0,
 ) -> int:  # fmt: skip
-    """Write the answers of a model, as it is, to batches with `meta`. Sequences that are there are left out.
+    """Write the answers of a model to batches with `meta`. Sequences that are already cached are skipped.
 
     Args:
-        model: without a plan, on the device where it shall run.
-        batches: what a collator made; `meta.ids` names the sequences.
+        model: model without a plan, on its device.
+        batches: output of a collator; `meta.ids` identifies the sequences.
         folder: see `cache_teacher`.
-        top: tokens kept per answer position.
+        top: tokens stored per answer position.
         per_shard: sequences per file.
-        rank: number of this process among those that write to the folder.
+        rank: rank of this process among those that write to the folder.
 
     Returns:
         Sequences written.
@@ -116,10 +116,10 @@ def write_answers(
 
 
 def read_index(folder: Path) -> dict[str, tuple[str, int, int]]:
-    """Of each sequence in a cache: file, first answer token, number of answer tokens.
+    """File, first answer token and number of answer tokens of each sequence in a cache.
 
     Raises:
-        ValueError: a file that is no shard.
+        ValueError: a file that is not a shard.
     """
     found: dict[str, tuple[str, int, int]] = {}
     for path in sorted(folder.glob("answers-*.safetensors")):
@@ -133,7 +133,7 @@ def read_index(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a cache was written for.
+    """The manifest of a cache: version, fingerprint of the base, vocabulary size and `top`.
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"No cached answers in {folder}; write them with tpcompress.training.teachers.cache.")
+        raise FileNotFoundError(f"No cached answers in {folder}; write them with `tpcompress cache-teacher`.")
     manifest: dict[str, Any] = json.loads(path.read_text())
     if manifest.get("version") != VERSION:
         raise ValueError(f"The cache {folder} has version {manifest.get('version')!r}, not {VERSION}; write it again.")
@@ -149,9 +149,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """A hash of the shapes and the first values of all weights, the same in every dtype; None if they are elsewhere.
+    """A hash of the shapes and first values of all weights, equal in every dtype.
 
-    Weights that are divided among devices, or not loaded yet, cannot be compared.
+    None for weights that are sharded or on the meta device, which cannot be compared.
     """
     digest = blake2b(digest_size=8)
     for _, value in sorted(model.named_parameters()):
@@ -163,7 +163,7 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def _check_manifest(folder: Path, model: nn.Module, top: int) -> None:
-    """Write the manifest, or see that the one that is there is the same."""
+    """Write the manifest, or check that the existing one is equal."""
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     if not 1 <= top < vocabulary:
         raise ValueError(f"top must be at least 1 and below the vocabulary of {vocabulary}, got {top}.")
@@ -173,19 +173,19 @@ def _check_manifest(folder: Path, model: nn.Module, top: int) -> None:
         found = read_manifest(folder)
         other = [name for name in wanted if found.get(name) != wanted[name]]
         if other:
-            raise ValueError(f"{folder} holds a cache with another {', '.join(other)}; choose another folder.")
+            raise ValueError(f"{folder} contains a cache with another {', '.join(other)}; choose another folder.")
         return
     folder.mkdir(parents=True, exist_ok=True)
     path.with_name(path.name + PART).write_text(json.dumps(wanted))
-    put_in_place(path)
+    replace_atomically(path)
 
 
-def _sequences(taught: Pass, names: list[str], top: int) -> dict[str, dict[str, Tensor]]:
-    """What is kept of each sequence of a batch."""
-    log_p_AC = taught.logits_AC.float().log_softmax(-1)
+def _sequences(teacher: Pass, names: list[str], top: int) -> dict[str, dict[str, Tensor]]:
+    """The stored tensors of each sequence of a batch."""
+    log_p_AC = teacher.logits_AC.float().log_softmax(-1)
     best_AT, index_AT = log_p_AC.topk(top)
     tail_A = log_p_AC.scatter(1, index_AT, -torch.inf).logsumexp(1)
-    counts = taught.sample_A.bincount(minlength=len(names)).tolist()
+    counts = teacher.sample_A.bincount(minlength=len(names)).tolist()
     kept = {
         "indices": index_AT.int().cpu(),
         "log_probs": best_AT.clamp(min=LEAST).half().cpu(),
@@ -203,7 +203,7 @@ def _write_shard(folder: Path, rank: int, number: int, held: list[tuple[str, dic
     tensors = {field: torch.cat([kept[field] for _, kept in held]) for field in held[0][1]}
     path = folder / f"answers-{rank:03d}-{number:06d}.safetensors"
     save_file(tensors, path.with_name(path.name + PART), {"entries": json.dumps(entries)})
-    put_in_place(path)
+    replace_atomically(path)
 
 
 def _next_number(folder: Path, rank: int) -> int:

@@ -1,8 +1,6 @@
-"""Lightning data modules: a user's chat data, and the procedural benchmark.
+"""Lightning data module for a user's chat data, read into memory or streamed."""
 
-The processor is that of the run's LightningModule (its ``processor`` attribute). Training order depends on the seed and
-the epoch alone, and a run resumed from a checkpoint, also from within an epoch, sees the batches it would have seen.
-"""
+from __future__ import annotations
 
 import logging
 from typing import Any
@@ -13,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from tpcompress.data import BadRows, load_chat
-from tpcompress.data.benchmark import draw_benchmark
 from tpcompress.data.lengths import measure_rates
 from tpcompress.data.rows import OnBadRow
 from tpcompress.data.shards import Shards, open_shards
@@ -26,29 +23,29 @@ log = logging.getLogger(__name__)
 
 
 class ChatData(RowsData):
-    """A user's chat data; see `load_chat` for the formats, and `open_shards` for those of streams.
+    """A user's chat data. Formats: `load_chat`, and `open_shards` for streams.
 
     Args:
-        train: File, folder or hub name to train on; a stream's may be a pattern or an address.
-        val: File, folder or hub name to validate on; never streamed.
-        image_folder: What relative image paths start from; by default the folder of the file.
-        batch_size: Rows per batch and rank.
-        num_workers: Processes that decode images.
-        on_bad_row: ``skip`` counts broken rows and goes on, ``raise`` stops at the first.
-        max_length: Longest sequence in tokens.
-        pack: Rows with several conversations become one sequence each.
-        val_fraction: Part of `train` to validate on if there is no `val`.
-        train_split: Split of `train`, for data that has several.
-        val_split: Split of `val`.
-        seed: Of the order and of the rows held out.
-        bucket: Draw batches of rows of similar length from pools of this many batches; 0 draws them from all rows.
-        streaming: Read `train` as it is trained on, without an index or a look through it beforehand. A stream
-            has no end: ``trainer.max_steps`` says when to stop.
-        shuffle_buffer: Rows that every worker of a stream shuffles at a time, and holds.
+        train: file, folder or hub name of the training data; for streams also a glob pattern or a URL.
+        val: file, folder or hub name of the validation data, which is never streamed.
+        image_folder: base folder of relative image paths; null for the folder of the file.
+        batch_size: rows per batch and rank.
+        num_workers: worker processes that decode images.
+        on_bad_row: `skip` counts unusable rows and continues, `raise` stops at the first.
+        max_length: maximum sequence length in tokens.
+        pack: pack the conversations of a row into one sequence.
+        val_fraction: share of `train` for validation if there is no `val`.
+        train_split: split of `train`, for data sets with several.
+        val_split: split of `val`.
+        seed: seed of the order and of the held-out rows.
+        bucket: group rows of similar length within pools of this many batches; 0 disables grouping.
+        streaming: read `train` during training, without an index. A stream has no end, so `trainer.max_steps` is
+            required.
+        shuffle_buffer: rows that each worker of a stream holds and shuffles.
 
     Raises:
-        ValueError: If `val` and `val_fraction` are both given, `val_fraction` is not in [0, 1), or a stream is to give
-            rows to validate on.
+        ValueError: both `val` and `val_fraction`, `val_fraction` outside [0, 1) or with streaming, or
+            `shuffle_buffer` below 1.
     """
 
     def __init__(
@@ -75,9 +72,9 @@ class ChatData(RowsData):
         if val is not None and val_fraction:
             raise ValueError(f"Both val ({val}) and val_fraction ({val_fraction}) are given; give one of them.")
         if streaming and val_fraction:
-            raise ValueError(f"A stream cannot hold out val_fraction ({val_fraction}) of its rows; give val.")
+            raise ValueError(f"A stream cannot hold out val_fraction ({val_fraction}) of its rows; set val instead.")
         if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer must be at least 1 row, which keeps the order, got {shuffle_buffer}.")
+            raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling), got {shuffle_buffer}.")
         self.train = train
         self.val = val
         self.image_folder = image_folder
@@ -90,7 +87,7 @@ class ChatData(RowsData):
         self._stream_position = StreamPosition()
 
     def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
-        """Read `train`, and `val` or the held-out part; of a stream, find its shards."""
+        """Read `train` and `val`, or hold out a share of `train`; for a stream, find its shards."""
         train = None
         if self.streaming:
             self._find_stream()
@@ -106,32 +103,32 @@ class ChatData(RowsData):
         return _held_out(train, self.val_fraction, self.seed)
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
-        """Shuffled by (seed, epoch), or the stream; each rank gets its share."""
+        """The stream, or rows shuffled by (seed, epoch); each rank gets its share."""
         if self.shards is None:
             return super().train_dataloader()
         return self._stream_loader(self.shards)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data, for the checkpoint; on several devices to be called on all of them."""
+        """The position in the training data, for the checkpoint; with several ranks to be called on all of them."""
         if not self.streaming:
             return super().state_dict()
         processed, batches = self._progress()
         return self._stream_position.state_dict(processed or 0, batches)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the place in the training data."""
+        """Restore the position in the training data."""
         if self.streaming != ("places" in state_dict):
             was = "streamed" if "places" in state_dict else "not streamed"
-            raise ValueError(f"The checkpoint's data were {was}; set data.init_args.streaming as it was.")
+            raise ValueError(f"The checkpoint's data were {was}; set data.init_args.streaming as in that run.")
         if self.streaming:
             self._stream_position.loaded = state_dict
         else:
             super().load_state_dict(state_dict)
 
     def _find_stream(self) -> None:
-        """Find the shards, if they are to be trained on."""
+        """Find the shards, when training."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_endless(self.trainer, self.val is not None)
+            check_stops(self.trainer, self.val is not None)
             self.shards = open_shards(self.train, self.train_split)
 
     def _stream_loader(self, shards: Shards) -> StreamLoader:
@@ -161,40 +158,7 @@ class ChatData(RowsData):
             "bucket": self.bucket,
         }
         self._stream_position.check(self.trainer.global_rank, shape)
-        return StreamLoader(stream, self._stream_position, self._note_bad, **self._options())
-
-
-class BenchmarkData(RowsData):
-    """The procedural benchmark: pictures with a question of every family.
-
-    Args:
-        num_train: Pictures to train on.
-        num_val: Pictures to validate on, 0 for none.
-        batch_size: Pictures per batch and rank.
-        seed: Of the pictures and of their order.
-        pack: The questions about a picture share its vision tokens in one sequence.
-        num_workers: Processes that encode.
-        max_length: Longest sequence in tokens.
-    """
-
-    def __init__(
-        self,
-        num_train: int = 4800,
-        num_val: int = 256,
-        batch_size: int = 16,
-        seed: int = 0,
-        pack: bool = True,
-        num_workers: int = 0,
-        max_length: int | None = None,
-    ) -> None:
-        super().__init__(batch_size, num_workers, "raise", max_length, pack, seed)
-        self.num_train = num_train
-        self.num_val = num_val
-
-    def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
-        """Draw the pictures."""
-        val = draw_benchmark("validation", self.num_val, self.seed) if self.num_val else None
-        return draw_benchmark("train", self.num_train, self.seed), val
+        return StreamLoader(stream, self._stream_position, self._count_bad, **self._options())
 
 
 @rank_zero_only
@@ -203,32 +167,30 @@ def _report(source: str, report: BadRows) -> None:
 
 
 def _held_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training rows and a random `fraction`, at least one row, in the order of the data."""
+    """Training rows, and a random `fraction` of at least one row, both in the order of the data."""
     if len(rows) < 2:
-        raise ValueError(f"val_fraction needs at least 2 usable rows, got {len(rows)}; give val, or no val_fraction.")
+        raise ValueError(f"val_fraction needs at least 2 usable rows, got {len(rows)}; set val instead.")
     number = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return rows.select(sorted(order[number:])), rows.select(sorted(order[:number]))
 
 
-def check_endless(trainer: Any, validates: bool) -> None:
-    """Refuse settings that wait for the end of an epoch: a stream has none.
+def check_stops(trainer: Any, validates: bool) -> None:
+    """Refuse settings that wait for the end of an epoch, because a stream has none.
 
     Args:
-        trainer: A Lightning trainer.
-        validates: Whether there are data to validate on.
+        trainer: Lightning trainer.
+        validates: whether there are validation data.
 
     Raises:
-        ValueError: If training would not stop, or never validate.
+        ValueError: training would never stop, or never validate.
     """
     if trainer.max_steps == -1:
         raise ValueError("A stream has no end: set trainer.max_steps to the number of optimizer steps.")
     if trainer.overfit_batches > 0:
-        raise ValueError(
-            f"overfit_batches ({trainer.overfit_batches}) needs data that are read whole; set streaming false."
-        )
+        raise ValueError(f"overfit_batches ({trainer.overfit_batches}) needs data with an index; set streaming: false.")
     ends = isinstance(trainer.limit_train_batches, int) or isinstance(trainer.val_check_interval, int)
     if validates and not ends and trainer.limit_val_batches != 0:
         raise ValueError(
-            "A stream's epoch has no end to validate at: set trainer.val_check_interval to a number of batches."
+            "A stream has no end of an epoch to validate at: set trainer.val_check_interval to a number of batches."
         )
