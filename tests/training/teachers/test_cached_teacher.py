@@ -167,7 +167,7 @@ def test_a_sequence_that_is_not_there(folder):
     with refused(r"The cache \S+ has no sequence unseen among its 9;"):
         reader(folder)(None, inputs, student(inputs), 0.0)
     inputs["meta"] = SimpleNamespace(num_answers=6)
-    with refused("A cached teacher finds answers by meta.ids"):
+    with refused("Teacher Cached finds answers by meta.ids"):
         reader(folder)(None, inputs, student(inputs), 0.0)
 
 

@@ -83,4 +83,5 @@ def _arguments(path: str) -> list[str]:
 def _classes(where: str) -> list[str]:
     """Names of the classes of this package that a recipe may give at a key."""
     base = next((cls for word, cls in OPEN_SETS.items() if word in where), RowsData)
-    return sorted(cls.__name__ for cls in below(base) if cls.__module__.startswith("tpcompress.training."))
+    known: set[type] = below(base)
+    return sorted(cls.__name__ for cls in known if cls.__module__.startswith("tpcompress.training."))
