@@ -24,8 +24,8 @@ from tpcompress.insertion.attach import budgets
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace
 from tpcompress.models import load_base
+from tpcompress.training.checkpoints.read import checkpoint_file
 from tpcompress.training.checkpoints.run_folder import instantiate, read_recipe
-from tpcompress.training.checkpoints.state import checkpoint_file
 from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  registers classes for recipes
 
 IMAGES = 320

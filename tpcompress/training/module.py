@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, controller_of
 from tpcompress.models import load_base, load_processor
-from tpcompress.training.checkpoints.state import KEY, check_settings, check_weights, trained_state
+from tpcompress.training.checkpoint_content import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.context import StepContext
 from tpcompress.training.distributed.blank_image import ranks_call_same_modules, with_blank_image
 from tpcompress.training.distributed.ddp import check_ddp

@@ -9,7 +9,7 @@ from training.helpers import Interrupt, callback
 from tpcompress.export import load, verify
 from tpcompress.insertion.attach import record
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.training.checkpoints import state
+from tpcompress.training.checkpoints import read as state
 from tpcompress.training.checkpoints.load import load_trained
 from tpcompress.training.recipe.export import export_free, export_run
 

@@ -9,7 +9,7 @@ from training.checkpoints.killing import fit, in_process
 from training.distributed.ranks import STRATEGIES, note, on_ranks
 
 from tpcompress.training.checkpoints.load import load_trained
-from tpcompress.training.checkpoints.state import read_checkpoint
+from tpcompress.training.checkpoints.read import read_checkpoint
 from tpcompress.training.distributed.fsdp2 import FSDP2
 from tpcompress.training.recipe.run import RecipeCLI
 

@@ -148,10 +148,13 @@ def test_a_shard_that_was_being_written_is_not_there(tmp_path, monkeypatch):
         patch.setattr(cache, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             write_answers(tiny_model(), batches(), tmp_path, top=8)
-    assert len(list(tmp_path.iterdir())) == 2  # manifest and half a file
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    killed_at_once = tmp_path / "answers-000-000000.7.part.safetensors"  # SIGKILL leaves it
+    killed_at_once.write_bytes(b"half of a file")
     assert read_index(tmp_path) == {}
     assert write_answers(tiny_model(), batches(), tmp_path, top=8) == 9
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert len(read_index(tmp_path)) == 9
+    assert (tmp_path / "answers-000-000000.safetensors").is_file()
 
 
 # ------------------------------------------------------------------ refusals

@@ -17,8 +17,9 @@ from tpcompress.evaluation.engine.cell import Run
 from tpcompress.files import write_atomic
 from tpcompress.insertion.attach import controller_of, detach, is_attached
 from tpcompress.pruners import Pruner
+from tpcompress.training.checkpoint_content import KEY
 from tpcompress.training.checkpoints.load import load_trained
-from tpcompress.training.checkpoints.state import KEY, checkpoint_file, read_checkpoint
+from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.datamodules.benchmark import BenchmarkData
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 

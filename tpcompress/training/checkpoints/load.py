@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from tpcompress.export.budgets import Range
+from tpcompress.training.checkpoint_content import KEY, check_weights
+from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.checkpoints.run_folder import final_ranges, manifest_entry, read_recipe
-from tpcompress.training.checkpoints.state import KEY, check_weights, checkpoint_file, read_checkpoint
 from tpcompress.training.module import PruningModule
 
 

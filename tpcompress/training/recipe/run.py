@@ -15,8 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from tpcompress.bundled import find_config
 from tpcompress.training.checkpoints.callback import Checkpoints, StepProgress
+from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.checkpoints.signals import Stopping, Terminated
-from tpcompress.training.checkpoints.state import checkpoint_file, read_checkpoint
 from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  makes their class names known to recipes
 from tpcompress.training.diagnostics.callback import Diagnostics
 from tpcompress.training.module import PruningModule

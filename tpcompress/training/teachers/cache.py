@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from tpcompress.data import ChatCollator, GoodRows
+from tpcompress.files import atomic_path, write_atomic
 from tpcompress.inference import inference
 from tpcompress.models import load_base, load_processor
-from tpcompress.training.checkpoints.storage import PART, replace_atomically
 from tpcompress.training.passes import Pass, run_pass
 
 VERSION = 1
@@ -122,7 +122,7 @@ def read_index(folder: Path) -> dict[str, tuple[str, int, int]]:
         ValueError: a file that is not a shard.
     """
     found: dict[str, tuple[str, int, int]] = {}
-    for path in sorted(folder.glob("answers-*.safetensors")):
+    for path in _shards(folder):
         try:
             with safe_open(path, "pt") as shard:
                 entries = json.loads(shard.metadata()["entries"])
@@ -176,8 +176,7 @@ def _check_manifest(folder: Path, model: nn.Module, top: int) -> None:
             raise ValueError(f"{folder} contains a cache with another {', '.join(other)}; choose another folder.")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + PART).write_text(json.dumps(wanted))
-    replace_atomically(path)
+    write_atomic(path, json.dumps(wanted))
 
 
 def _sequences(teacher: Pass, names: list[str], top: int) -> dict[str, dict[str, Tensor]]:
@@ -202,12 +201,17 @@ def _write_shard(folder: Path, rank: int, number: int, held: list[tuple[str, dic
         start += len(kept["tail"])
     tensors = {field: torch.cat([kept[field] for _, kept in held]) for field in held[0][1]}
     path = folder / f"answers-{rank:03d}-{number:06d}.safetensors"
-    save_file(tensors, path.with_name(path.name + PART), {"entries": json.dumps(entries)})
-    replace_atomically(path)
+    with atomic_path(path) as part:
+        save_file(tensors, part, {"entries": json.dumps(entries)})
 
 
 def _next_number(folder: Path, rank: int) -> int:
-    return len(list(folder.glob(f"answers-{rank:03d}-*.safetensors")))
+    return len(_shards(folder, f"{rank:03d}"))
+
+
+def _shards(folder: Path, rank: str = "*") -> list[Path]:
+    """Finished shards; a killed writer may leave a partial file beside them."""
+    return [path for path in sorted(folder.glob(f"answers-{rank}-*.safetensors")) if ".part." not in path.name]
 
 
 def _moved(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
