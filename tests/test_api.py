@@ -197,3 +197,15 @@ def test_no_public_name_hides_a_module() -> None:
             module = importlib.import_module(info.name)
             package, _, name = info.name.rpartition(".")
             assert getattr(sys.modules[package], name) is module, f"{info.name} is hidden in {package}"
+
+
+def test_public_names_of_evaluation_are_lazy_and_whole() -> None:
+    import tpcompress.evaluation as evaluation
+
+    assert sorted(evaluation.MODULES) == sorted(evaluation.__all__)
+    for name in evaluation.__all__:
+        value = getattr(evaluation, name)
+        assert callable(value)
+        assert value.__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = evaluation.no_such_name

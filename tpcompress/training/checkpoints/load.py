@@ -52,7 +52,7 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
     if done < steps and not allow_unfinished:
         raise ValueError(
             f"This run stopped at step {done} of {steps}; finish it with `tpcompress fit ... --ckpt_path {path}`, "
-            f"or export it as it is with --allow_unfinished true."
+            f"or export it as it is with --allow-unfinished."
         )
     quantised = settings.get("quantize")
     module = PruningModule(**settings | ({"quantize": None} if unquantised else {}))
