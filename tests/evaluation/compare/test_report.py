@@ -184,3 +184,11 @@ def test_files_are_written_whole(report, tmp_path):
     markdown = (tmp_path / "new" / "report.md").read_text()
     assert "| · pool | 16 / 16 / 16 | 80.0 ±2.0 | +45.0 | +44.0 | 80.0 | 80.0 | 80.0 |" in markdown
     assert "- base: tiny_llava" in markdown
+
+
+def test_a_base_that_has_learnt_nothing_gives_no_score_but_says_so():
+    nothing = Row("dense", score=float("nan"), ci95=float("nan"), families={"a": 0.1}, learnt=[], retained_tokens=144)
+    report = Report([nothing], meta={"blind": {"a": 0.1}})
+    (sentence,) = findings(report)
+    assert sentence.startswith("The dense base is not clearly better than on blanked images in any family")
+    assert "| dense | 144 | – |" in report_markdown(report)

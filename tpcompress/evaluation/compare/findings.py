@@ -31,6 +31,8 @@ def findings(report: Report) -> list[str]:
 
 def _on_dense(report: Report) -> list[str]:
     unit, dense, sentences = report.metric.unit, _dense(report), []
+    if dense is not None and not report.learnt:
+        return ["The dense base is not clearly better than on blanked images in any family, so there are no scores."]
     if dense is not None:
         blind = "" if report.blind_score is None else f"; with blanked images {unit.text(report.blind_score)}"
         number = len(report.learnt)

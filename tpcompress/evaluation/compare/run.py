@@ -98,8 +98,10 @@ class ComparisonRun:
         folder, console = self.bench.folder, self.bench.console
         write_report(self.report, folder)
         print_report(self.report, console)
-        files = ["report.json", "report.csv", "report.md", "accuracy.png"]
-        accuracy_figure(self.report, folder / "accuracy.png")
+        files = ["report.json", "report.csv", "report.md"]
+        if any(row.score is not None for row in self.report.rows):
+            accuracy_figure(self.report, folder / "accuracy.png")
+            files.append("accuracy.png")
         shown = self._shown()
         rows = self._samples()
         if shown and rows:
