@@ -70,7 +70,7 @@ def navigation(pages: dict[str, str]) -> list[dict]:
     adding = [f"adding/{one}.md" for one in kinds if f"adding/{one}.md" in pages]
     notes = [page for page in NOTES.values() if page.startswith("notes/") and page in pages]
     references = [{"Overview": "reference/index.md"}]
-    for many in [*(kind.many for kind in KINDS), "recipes"]:
+    for many in [*(kind.many for kind in KINDS), "views", "recipes"]:
         folder = f"reference/{many}/"
         inside = [page for page in pages if page.startswith(folder) and not page.endswith("/index.md")]
         references.append({many.capitalize(): [f"{folder}index.md", *[{_name(page): page} for page in sorted(inside)]]})

@@ -14,8 +14,9 @@ from docs_site.docstrings import Docstring, cell, escape, module_docstring, own_
 from docs_site.kinds import KINDS, Kind
 from tpcompress.families import Family
 from tpcompress.families import catalogue as family_catalogue
-from tpcompress.pruners import Pruner
+from tpcompress.pruners import Pruner, TokenView
 from tpcompress.pruners import catalogue as pruner_catalogue
+from tpcompress.pruners.views import VIEWS, fields_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -44,7 +45,7 @@ def pages() -> dict[str, str]:
         found[f"reference/{kind.many}/index.md"] = _index(kind)
         for name, member in members.items():
             found[f"reference/{kind.many}/{name}.md"] = _page(kind, name, member)
-    return found | dict(_recipe_pages())
+    return found | {"reference/views/index.md": _views()} | dict(_recipe_pages())
 
 
 def summary(member: Any) -> str:
@@ -220,6 +221,27 @@ def family_fields() -> str:
         for field in family_catalogue.field_docs()
     ]
     return table(["Field", "Default", "Meaning"], rows)
+
+
+def _views() -> str:
+    """The table of everything that a pruner may read."""
+    texts = family_catalogue.attribute_docs(TokenView)
+    rows = []
+    for name, spec in sorted(VIEWS.items()):
+        meanings = [f"`{field}`: {cell(texts[field])}" for field in fields_of(name) if field in texts]
+        rows.append([f"`{name}`", f"`{spec.at}`", "yes" if spec.prompt else "-", "<br>".join(meanings)])
+    always = [[f"`{name}`", cell(text)] for name, text in texts.items() if not any(name in fields_of(v) for v in VIEWS)]
+    return "\n".join(
+        [
+            HIDE_CONTENTS,
+            "# Views\n",
+            "A view is what a pruner may read beside the tokens themselves; it lists their names in `needs`. Adding one is",
+            "one file and one field: see [adding a view](../../adding/view.md).\n",
+            table(["View", "From", "Prompt", "Fields of `TokenView`"], rows),
+            "## Fields without a view\n",
+            table(["Field", "Meaning"], always),
+        ]
+    )
 
 
 # Recipes

@@ -1,7 +1,8 @@
 """One file means one file: the files that the guides show, put into a copy of the repository, pass its tests.
 
 For each kind (pruner, family, loss, ...) the code block of its guide is written to the path that the guide names, and
-nothing else is edited. Then the contract, layering, README and documentation tests of the copy run on the new members.
+nothing else is edited; a view is one file and one field, and its guide shows a pruner that reads it. Then the contract,
+layering, README and documentation tests of the copy run on the new members.
 """
 
 from __future__ import annotations
@@ -75,7 +76,22 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert path.startswith(f"{kind.folder}/")
         assert not (folder / path).exists()
         (folder / path).write_text(code)
+    add_a_view(folder)
     return folder
+
+
+def add_a_view(folder: Path) -> None:
+    """The file and the field of the guide of views, and the pruner that reads it."""
+    text = (GUIDES / "view.md").read_text()
+    provider, field, pruner = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    path = re.search(r"^Write `([\w/.]+\.py)`", text, flags=re.M)
+    assert path
+    (folder / path[1]).write_text(provider)
+    (folder / "tpcompress/pruners/question_match.py").write_text(pruner)
+    views = folder / "tpcompress/pruners/views.py"
+    before, last, after = views.read_text().partition("    pixel_images: int = 1\n")
+    assert last
+    views.write_text(before + last + field + after)
 
 
 def run(copy: Path, *arguments: str) -> dict[str, str]:
@@ -94,7 +110,7 @@ def run(copy: Path, *arguments: str) -> dict[str, str]:
 
 
 def test_contract_tests_find_the_new_members(copy: Path) -> None:
-    words = {kind.one: word(kind.one) for kind in KINDS}
+    words = {kind.one: word(kind.one) for kind in KINDS} | {"view": "question_match"}
     files = [file for kind in KINDS for file in CONTRACTS[kind.one]]
     outcomes = run(copy, *files, "-k", " or ".join(words.values()))
     assert set(outcomes.values()) <= {"passed", "skipped"}
