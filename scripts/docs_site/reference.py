@@ -235,7 +235,7 @@ def _views() -> str:
         [
             HIDE_CONTENTS,
             "# Views\n",
-            "A view is what a pruner may read beside the tokens themselves; it lists their names in `needs`. Adding one is",
+            "A view is what a pruner may read beside the tokens themselves, by its name in `needs`. Adding one is",
             "one file and one field: see [adding a view](../../adding/view.md).\n",
             table(["View", "From", "Prompt", "Fields of `TokenView`"], rows),
             "## Fields without a view\n",
