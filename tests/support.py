@@ -17,7 +17,7 @@ from tpcompress.families.tiny import IMAGE, VIDEO
 from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
 from tpcompress.pruners.base import INSTRUCTION, SYSTEM
-from tpcompress.pruners.views import fields_of
+from tpcompress.pruners.views import VIEWS, fields_of
 
 VARIANTS = {name: list(cls.test_arguments) for name, cls in list_pruners().items() if cls.test_arguments}
 """Arguments worth testing besides the defaults; every registered pruner is tested with its defaults in any case."""
@@ -127,12 +127,13 @@ def make_view(
 
     def draw(name: str) -> Tensor:
         """Numbers in the shape that the end of a field's name spells; attention sums to one."""
-        width = {"D": D if name.startswith(("text_BSD", "text_normed", "input")) else WIDTHS.get(name, 8)}
+        width = {"D": D if name in hidden else WIDTHS.get(name, 8)}
         shape = [(size | width)[letter] for letter in name.rpartition("_")[2][1:]]
         seeds = [seed + zlib.crc32(name.encode()) % 1000 + 1000 * b for b in range(B)]
         drawn = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         return drawn.softmax(-1) if name.endswith("V") else drawn
 
+    hidden = {name for spec in VIEWS.values() if spec.at in ("stage", "input") for name in fields_of(spec.name)}
     needs = pruner.needs | ({"text"} if pruner.needs & {"keys", "values", "normed"} else set())
     for name in (name for need in sorted(needs) for name in fields_of(need)):
         more[name] = given[name] if name in given else draw(name)

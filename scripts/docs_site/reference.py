@@ -84,12 +84,12 @@ def _index(kind: Kind) -> str:
     lines = [HIDE_CONTENTS, f"# {kind.many.capitalize()}\n", kind.about]
     lines.append(f"\nEach is one file in `{kind.folder}/`; see [adding a {kind.one}](../../adding/{kind.one}.md).\n")
     facts = {name: _facts(member) for name, member in members.items()}
-    columns = list(next(iter(facts.values())))
-    rows = [
-        [f"[`{name}`]({name}.md)", cell(summary(member)), *map(cell, facts[name].values())]
-        for name, member in members.items()
-    ]
-    lines.append(table([kind.one.capitalize(), "What it does", *columns], rows))
+    columns = [kind.one.capitalize(), "What it does", *next(iter(facts.values()))]
+    for title, names in _groups(kind).items():
+        rows = [
+            [f"[`{name}`]({name}.md)", cell(summary(members[name])), *map(cell, facts[name].values())] for name in names
+        ]
+        lines.append((f"## {title.capitalize()}\n\n" if title else "") + table(columns, rows))
     if kind.one == "pruner":
         lines.append(_PRUNER_COLUMNS)
     if kind.one == "family":
@@ -99,6 +99,11 @@ def _index(kind: Kind) -> str:
         lines.append("## Refused model types\n")
         lines.append(_reasons(family_catalogue.refusals()))
     return "\n".join(lines)
+
+
+def _groups(kind: Kind) -> dict[str, list[str]]:
+    """Members by heading; one heading without a title for all kinds but pruners."""
+    return pruner_catalogue.groups() if kind.one == "pruner" else {"": list(kind.members())}
 
 
 _PRUNER_COLUMNS = """
@@ -130,10 +135,14 @@ def _page(kind: Kind, name: str, member: Any) -> str:
     lines = [f"# {name}\n", f"*{kind.one.capitalize()}* · `{file.relative_to(ROOT)}`\n"]
     text, own = parse(module_docstring(member)), parse(own_docstring(member))
     lines += [text.body, "\n", own.body, "\n"]
-    if isinstance(member, type) and issubclass(member, Pruner):
+    if issubclass(member, Pruner):
         lines.append(_pruner_facts(member))
     lines.append("\n" + _usage(kind, name, member))
     lines.append(_arguments(member, own))
+    if issubclass(member, Pruner):
+        for plan, text in pruner_catalogue.plans_of(member).items():
+            lines.append(f"\n## {plan}:paper\n\nThe settings of the paper, wherever a plan is read (`{plan}:paper`):\n")
+            lines.append(f"```yaml\n{text}```")
     if own.sections.get("Raises"):
         lines.append("\n## Errors\n")
         lines += [f"- `{error}`: {escape(reason)}" for error, reason in own.sections["Raises"].items()]
@@ -273,7 +282,7 @@ FOLDERS = {
     "tiny_llava": "The bundled base, on CPU",
     "llava15_7b": "LLaVA-1.5-7B",
     "presets": "Published training methods (see [presets](../../notes/presets.md))",
-    "free": "Plans without training, each with the settings of its paper",
+    "own_loop": "Your own training loop",
     "studies": "Studies (see [the study](../../notes/studies.md))",
 }
 """Headings of the index of recipes, by folder."""
