@@ -1,1 +1,1 @@
-"""HOW the choice reaches the model: plan, hooks, the cut, and the record of it."""
+"""Inserts pruning into unmodified transformers models: plans, hooks, views, and the cut of the sequence."""

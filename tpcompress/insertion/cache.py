@@ -1,7 +1,7 @@
-"""What a KV cache carries for us: the state of its request, and the length of the conversation that it stands for.
+"""KV caches of pruned conversations: they carry the state of their request, and report the conversation's length.
 
-After a cut the layers hold fewer columns than the conversation has tokens. Whoever asks a cache for its length (slicing
-of ids in `generate`, positions of new tokens) means the conversation; whoever makes a mask means a layer.
+After a cut the layers hold fewer columns than the conversation has tokens. `get_seq_length()` (slicing of ids in
+`generate`, positions of new tokens) means the conversation; masks are made for what a layer holds.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 STATE = "_tpcompress_state"
-"""Attribute of a KV cache that carries the request's `CachedPrefix`."""
+"""Attribute of a KV cache with the `CachedPrefix` of its request."""
 
 
 class Conversation:
-    """Mixed into the class of a cache that a stage has shortened. (A stand-in method would hold its cache alive.)"""
+    """Mixed into the class of a cache that a stage has shortened. (A bound method as stand-in would keep it alive.)"""
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
-        """Columns that are held, and those that were dropped from among them."""
+        """Columns of the conversation: those that the layer holds, and the dropped ones."""
         held, dropped = held_columns(self, layer_idx), getattr(self, STATE).dropped
         if isinstance(held, Tensor):
             return torch.where(held > 0, held + dropped, held)
         return held + dropped if held else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
-        """Columns that a layer really holds: masks read this."""
+        """Columns that a layer holds; masks are made for these."""
         return super().get_seq_length(layer_idx)  # type: ignore[misc,no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revived, (type(self).__mro__[2], self.__dict__)
+        return _restored, (type(self).__mro__[2], self.__dict__)
 
 
 @functools.cache
-def _conversing(kind: Any) -> Any:
-    """The class of caches of some kind that answer with the length of their conversation."""
+def _conversation_class(kind: Any) -> Any:
+    """The class of caches of some kind that report the length of their conversation."""
     return type(kind.__name__, (Conversation, kind), {})
 
 
-def _revived(kind: Any, state: dict[str, Any]) -> Any:
-    """A copied or unpickled cache."""
-    made = _conversing(kind)
+def _restored(kind: Any, state: dict[str, Any]) -> Any:
+    """Restore a copied or unpickled cache."""
+    made = _conversation_class(kind)
     kv_cache = made.__new__(made)
     kv_cache.__dict__.update(state)
     return kv_cache
@@ -61,18 +61,18 @@ def counted_layer(cache: Any) -> int:
 
 
 def remember(cache: Any, state: Any) -> None:
-    """Leave a request's state on its cache.
+    """Keep a request's state on its cache.
 
     Args:
         cache: a cache of transformers.
-        state: what the next call will find; its `dropped` says how many columns the counted layer holds less than the
-            conversation has.
+        state: for the next call; its `dropped` is the number of columns of the conversation that the counted layer does
+            not hold.
     """
     forget(cache)
     setattr(cache, STATE, state)
     if state.dropped:
         kind: Any = type(cache)
-        cache.__class__ = _conversing(kind)
+        cache.__class__ = _conversation_class(kind)
 
 
 def recall(cache: Any, steps: int) -> Any:
@@ -85,12 +85,12 @@ def recall(cache: Any, steps: int) -> Any:
 
 
 def forget(cache: Any) -> None:
-    """Leave a cache as transformers made it."""
+    """Restore a cache to what transformers made it."""
     cache.__dict__.pop(STATE, None)
     if isinstance(cache, Conversation):
         cache.__class__ = type(cache).__mro__[2]
 
 
 def on_host(length: Any, steps: int) -> bool:
-    """A static cache knows its length on the device only; asking makes the host wait, so not at every decode step."""
+    """Whether a length may be read: a static cache has it on the device, and decode steps must not sync for it."""
     return isinstance(length, int) or steps > 1

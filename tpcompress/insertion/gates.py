@@ -1,12 +1,12 @@
-"""Gates inside attention, in training: values of vision tokens are multiplied, the logits of their keys are shifted.
+"""Gates inside attention in training: multiply the values of vision tokens, and add to the logits of their keys.
 
-A layer behind the stage calls a kernel of ours, which changes what it was given and calls the layer's own. No dense
-mask is made, so that fused kernels stay in use. A bias b of a key becomes one more coordinate of each head:
+A layer after the stage calls our kernel, which changes its arguments and calls the layer's own kernel. No dense mask is
+made, so fused kernels stay in use. A bias b of a key becomes one more coordinate of each head:
 
     q' = [q, 1, 0 ..]    k' = [k, b / scaling, 0 ..]    v' = [g v, 0 ..]    scaling q' k' = scaling q k + b
 
-Gates come with the arguments of each layer. Gradient checkpointing keeps these, so that a layer which is computed once
-more in the backward pass, when the call is long over, computes the same.
+Gates are arguments of each layer. Gradient checkpointing saves these, so a layer that is recomputed in the backward
+pass, when the call is over, computes the same.
 
 B samples, N columns, H query heads, G key heads, d width of a head.
 """
@@ -31,18 +31,18 @@ from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.insertion.shorten.sizes import add_log_sizes
 
 KERNEL = "tpcompress_gated"
-"""The name that a gated copy of an attention gives as its attention implementation."""
+"""Attention implementation of a gated copy of an attention."""
 ARGUMENT = "tpcompress_gates"
-"""The name under which gates travel through a layer."""
+"""Argument of a layer that carries the gates to its attention."""
 MULTIPLE = 8
-"""Fused kernels want heads of a width that this divides."""
+"""Fused kernels require head widths that are multiples of this."""
 WIDEST = 256
-"""The widest head that flash attention takes."""
+"""Widest head that flash attention supports."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """What the layers behind a stage multiply and add.
+    """What the layers after a stage multiply and add.
 
     Attributes:
         value_gate_BN: fp32, multiplies the values of each column; None for 1.
@@ -54,26 +54,26 @@ class Gates:
 
 
 class GatedAttention:
-    """Stands in for `forward` of an attention: with gates among its arguments it runs on our kernel, else untouched."""
+    """Replaces `forward` of an attention: with gates among its arguments it runs with our kernel, else unchanged."""
 
     def __init__(self, attention: nn.Module, previous: Any) -> None:
         self.attention, self.previous = attention, previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get(ARGUMENT) is not None:
-            return type(self.attention).forward(_twin(self.attention), *args, **kwargs)
+            return type(self.attention).forward(_gated_copy(self.attention), *args, **kwargs)
         kwargs.pop(ARGUMENT, None)
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.attention).forward(self.attention, *args, **kwargs)
 
 
-def _twin(attention: nn.Module) -> Any:
-    """An attention with the same weights that calls our kernel."""
-    twin: Any = copy.copy(attention)
-    twin.config = KernelConfig(attention.config, KERNEL)
-    twin.__dict__["gated"] = attention
-    return twin
+def _gated_copy(attention: nn.Module) -> Any:
+    """A shallow copy of an attention, with the same weights, that calls our kernel."""
+    gated: Any = copy.copy(attention)
+    gated.config = KernelConfig(attention.config, KERNEL)
+    gated.__dict__["gated"] = attention
+    return gated
 
 
 def _attend(
@@ -93,7 +93,7 @@ def _attend(
     if gates.value_gate_BN is not None:
         value = value * gates.value_gate_BN[:, None, :, None].to(value.dtype)
     if gates.key_bias_BN is not None and kwargs.get("softcap") is not None:
-        # A bias must not be capped; eager attention, which alone caps here, has its mask as numbers anyway.
+        # The cap must not apply to the bias; only eager attention caps here, and its mask is additive anyway.
         attention_mask = add_log_sizes(attention_mask, gates.key_bias_BN, query.dtype)
     elif gates.key_bias_BN is not None:
         query, key, value = _biased(query, key, value, gates.key_bias_BN / scaling)
@@ -105,7 +105,7 @@ AttentionInterface.register(KERNEL, _attend)
 
 
 def _biased(query_BHNd: Tensor, key_BGNd: Tensor, value_BGNd: Tensor, bias_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values with the coordinate that adds a bias to the products, and zeros up to a whole width."""
+    """Queries, keys and values with the coordinate that adds a bias to the products, padded to a multiple of 8."""
     d = query_BHNd.shape[-1]
     width = -(-(d + 1) // MULTIPLE) * MULTIPLE
     one_BHN1 = query_BHNd.new_ones(1).expand(*query_BHNd.shape[:-1], 1)
@@ -116,7 +116,7 @@ def _biased(query_BHNd: Tensor, key_BGNd: Tensor, value_BGNd: Tensor, bias_BN: T
 
 
 def _kernel(attention: Any) -> Any:
-    """The kernel that an attention calls by itself."""
+    """The kernel that an attention calls without gates."""
     eager = inspect.unwrap(type(attention).forward).__globals__["eager_attention_forward"]
     return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
 
@@ -127,17 +127,17 @@ def _kernel(attention: Any) -> Any:
 def route_gates(
     hidden_BND: Tensor, value_gate_BN: Tensor | None, key_bias_BN: Tensor | None, layer: nn.Module
 ) -> tuple[Tensor, Gates | None]:
-    """Gates as the layers behind a stage get them, and the hidden states that go there.
+    """Gates for the layers after a stage, and the hidden states that go there.
 
-    Checkpointing that is not known to build its graph anew (`use_reentrant=False`) runs the backward pass of each layer
-    apart. Gates would then be asked for their own graph layer by layer, and it is gone after the first; so they arrive
-    there as leaves, and what the leaves gathered goes on where the hidden states' gradient passes the stage: behind all
-    layers.
+    Reentrant checkpointing runs the backward pass of each layer separately. Each would run backward through the graph
+    of the gates, which is freed after the first. So with checkpointing that is not known to be non-reentrant
+    (`use_reentrant=False`), gates become leaves there, and the accumulated gradient of the leaves continues where the
+    gradient of the hidden states passes the stage, after that of all layers.
 
     Args:
-        hidden_BND: behind the stage.
-        value_gate_BN, key_bias_BN: of the columns; None where there are none.
-        layer: the first decoder layer behind the stage.
+        hidden_BND: hidden states after the stage.
+        value_gate_BN, key_bias_BN: gates of the columns; None without.
+        layer: first decoder layer after the stage.
 
     Returns:
         The hidden states, and the gates, or None.
@@ -145,7 +145,7 @@ def route_gates(
     given = [x for x in (value_gate_BN, key_bias_BN) if x is not None]
     if not given:
         return hidden_BND, None
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in given) and _apart(layer)):
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in given) and _is_reentrant(layer)):
         return hidden_BND, Gates(value_gate_BN, key_bias_BN)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in given]
     handed: Tensor = _GateGradient.apply(hidden_BND, leaves, *given)  # type: ignore[no-untyped-call]
@@ -154,7 +154,7 @@ def route_gates(
 
 
 class _GateGradient(torch.autograd.Function):
-    """Hidden states pass; in the backward pass what leaves gathered goes to what they are copies of."""
+    """Identity of the hidden states; its backward pass hands the gradients of the leaves to the gates."""
 
     @staticmethod
     def forward(ctx: Any, hidden_BND: Tensor, leaves: list[Tensor], *given: Tensor) -> Tensor:
@@ -169,22 +169,22 @@ class _GateGradient(torch.autograd.Function):
         return grad_BND, None, *found
 
 
-def _apart(layer: Any) -> bool:
-    """Whether a layer is checkpointed, and not in the way that keeps to one graph."""
+def _is_reentrant(layer: Any) -> bool:
+    """Whether a layer is checkpointed by a function that is not known to be non-reentrant."""
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return False
     how = getattr(layer, "_gradient_checkpointing_func", None)
     return not (isinstance(how, functools.partial) and how.keywords.get("use_reentrant") is False)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------------- checks
 
 
 def check_gated(pruner: Any, gates: tuple[Tensor | None, Tensor | None], continued: bool) -> None:
-    """See that gates come from a pruner that says so, and in a call that reads everything at once.
+    """Check that gates are from a pruner that declares them, in a call without a filled cache.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they are not.
     """
     if all(x is None for x in gates):
         return
@@ -198,7 +198,7 @@ def check_gated(pruner: Any, gates: tuple[Tensor | None, Tensor | None], continu
 
 
 def check_gates(parts: Parts, name: str, layer: int) -> None:
-    """See that gates of a pruner can act in every layer from a stage on.
+    """Check that gates of a pruner can act in every layer from a stage on.
 
     Raises:
         ValueError: they cannot.
@@ -210,19 +210,19 @@ def check_gates(parts: Parts, name: str, layer: int) -> None:
     if recurrent:
         reason = f"layers of kind {recurrent[0]}, which have no keys; use a gate that acts on the input (noise)"
     elif not all(_takes_gates(module) for module in parts.layers[layer:]):
-        reason = "layers that hand no arguments down to a kernel of transformers; use a gate that acts on the input"
+        reason = "layers that pass no arguments to a kernel of transformers; use a gate that acts on the input"
     elif how == "flex_attention":
-        reason = "flex attention, whose kernels take no such heads; load with attn_implementation='sdpa'"
+        reason = "flex attention, whose kernels do not support such heads; load with attn_implementation='sdpa'"
     elif getattr(config, "attn_logit_softcapping", None) and how != "eager":
         reason = f"capped logits under {how}, which would cap the gates; load with attn_implementation='eager'"
     elif how.startswith("flash") and _head_width(parts, layer) + 1 > WIDEST:
-        reason = f"heads of {_head_width(parts, layer)} under {how}, which ends at {WIDEST}; use sdpa"
+        reason = f"heads of {_head_width(parts, layer)} under {how}, which supports at most {WIDEST}; use sdpa"
     if reason is not None:
         raise ValueError(f"Pruner '{name}' gates the attention of layers from {layer} on, but there are {reason}.")
 
 
 def _takes_gates(layer: Any) -> bool:
-    """Whether a layer hands arguments of any name on to its attention, and that to a kernel of transformers."""
+    """Whether a layer passes arguments of any name to its attention, and that to a kernel of transformers."""
     attention = getattr(layer, "self_attn", None)
     if attention is None or not hasattr(attention, "config"):
         return False

@@ -1,8 +1,8 @@
-"""Queries, keys and values of a layer, as the layer itself makes them: recomputed from its input, up to its kernel.
+"""Recomputes queries, keys, values and attention of a layer from its input, with the layer's own code.
 
 The layer runs once more as a shallow copy whose attention calls our function as its kernel, which stops it there. So
-norms, fused projections, rotary embeddings and scales of every family are the family's own code, and the model keeps
-its attention implementation.
+norms, fused projections, rotary embeddings and scales are those of the family, and the model keeps its attention
+implementation.
 
 B samples, N columns of the layer's input, L keys (those in the cache, too), H query heads, G key heads, d width of a
 head, Q chosen queries.
@@ -23,21 +23,21 @@ from tpcompress.insertion.gates import ARGUMENT, Gates
 from tpcompress.insertion.kernel_config import KernelConfig
 
 KERNEL = "tpcompress_look"
-"""The name that a looking copy gives as its attention implementation."""
+"""Attention implementation of a copied layer that stops at its kernel."""
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What an attention hands to its kernel.
+    """Arguments of an attention kernel.
 
     Attributes:
         query_BHNd, key_BGLd: after norms and rotary embedding.
         value_BGLd: the values.
-        mask: as the layer was given it: 4-D (bool, or added to the logits), 2-D (True on real keys) or None.
+        mask: the layer's mask: 4-D (bool, or added to the logits), 2-D (True on real keys) or None.
         scaling: factor of the logits.
         softcap: bound of the logits, or None.
-        window: keys that a query sees at most where there is no 4-D mask, or None.
-        bias_BL: fp32, what gates in training add to the logits of each key, or None.
+        window: largest number of keys that a query attends to without a 4-D mask, or None.
+        bias_BL: fp32, added to the logits of each key by gates in training, or None.
     """
 
     query_BHNd: Tensor
@@ -50,7 +50,7 @@ class AttentionInputs:
     bias_BL: Tensor | None = None
 
     def logits(self, query_BHQd: Tensor, key_BGLd: Tensor) -> Tensor:
-        """fp32 (B, H, Q, L): scaled and capped, not masked."""
+        """Logits (B, H, Q, L), fp32: scaled and capped, without the mask."""
         key_BHLd = key_BGLd.repeat_interleave(query_BHQd.shape[1] // key_BGLd.shape[1], 1)
         logits_BHQL = query_BHQd @ key_BHLd.mT * self.scaling
         if self.softcap is not None:
@@ -59,10 +59,10 @@ class AttentionInputs:
 
 
 class _Stop(Exception):
-    """Leaves a looking copy at its kernel."""
+    """Leaves a copied layer at its attention kernel."""
 
-    def __init__(self, looked: AttentionInputs) -> None:
-        self.looked = looked
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self.inputs = inputs
 
 
 def _stop(
@@ -90,11 +90,11 @@ def run_to_kernel(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, 
 
     Args:
         layer: a decoder layer, or a block of a vision tower.
-        attention: name of its attention.
-        args, kwargs: what it was called with; no cache among them.
+        attention: attribute with its attention.
+        args, kwargs: its arguments, without a cache.
 
     Raises:
-        ValueError: its attention calls no kernel of transformers.
+        ValueError: the attention calls no kernel of transformers.
     """
     twin, inner = copy.copy(layer), copy.copy(getattr(layer, attention))
     inner.config = KernelConfig(inner.config, KERNEL)
@@ -104,22 +104,23 @@ def run_to_kernel(layer: Any, attention: str, args: tuple, kwargs: Mapping[str, 
     try:
         type(layer).forward(twin, *args, **kwargs)
     except _Stop as stop:
-        return stop.looked
+        return stop.inputs
     raise ValueError(
         f"{type(layer).__name__} does not call an attention kernel of transformers, so its keys and attention cannot "
-        f"be shown; use a pruner that needs neither."
+        f"be read; use a pruner that needs neither."
     )
 
 
 @dataclass
 class LayerProbe:
-    """What one decoder layer was called with; its queries, keys and values are recomputed from this, at most once.
+    """The input of one decoder layer, from which its queries, keys and values are recomputed, at most once.
 
     Attributes:
         layer: the decoder layer.
-        index: its number.
+        index: its index.
         hidden_BND: its input.
         kwargs: its other arguments.
+        memo: values that were computed before.
     """
 
     layer: Any
@@ -129,58 +130,58 @@ class LayerProbe:
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def looked(self) -> AttentionInputs:
-        """Queries, keys and values of the columns at hand; of shared keys, all that the layer reads."""
-        if "looked" not in self.memo:
+    def inputs(self) -> AttentionInputs:
+        """Queries, keys and values of the columns at hand; with shared keys, all keys that the layer reads."""
+        if "inputs" not in self.memo:
             kwargs = dict(self.kwargs) | {"past_key_values": None}
             if kwargs.get("shared_kv_states") is not None:
                 # Gemma 4: a layer may write its keys there, and these lack what the cache holds.
                 kwargs["shared_kv_states"] = dict(kwargs["shared_kv_states"])
-            self.memo["looked"] = run_to_kernel(self.layer, "self_attn", (self.hidden_BND,), kwargs)
-        return self.memo["looked"]
+            self.memo["inputs"] = run_to_kernel(self.layer, "self_attn", (self.hidden_BND,), kwargs)
+        return self.memo["inputs"]
 
     def keys(self) -> Tensor:
         """Keys of the columns at hand after rotary embedding (B, G, N, d)."""
-        return self.looked.key_BGLd[:, :, -self.hidden_BND.shape[1] :]
+        return self.inputs.key_BGLd[:, :, -self.hidden_BND.shape[1] :]
 
     def values(self) -> Tensor:
         """Values of the columns at hand (B, G, N, d)."""
-        return self.looked.value_BGLd[:, :, -self.hidden_BND.shape[1] :]
+        return self.inputs.value_BGLd[:, :, -self.hidden_BND.shape[1] :]
 
     def attention(self, query_BQ: Tensor, held: int) -> Tensor:
-        """Attention of chosen columns to the columns at hand, fp32 (B, H, Q, N), as the eager kernel has it.
+        """Attention of chosen columns to the columns at hand, fp32 (B, H, Q, N), as in the eager kernel.
 
         Args:
             query_BQ: int64, columns.
-            held: columns that the layer's cache held before this call; they take their part of the softmax.
+            held: columns that the layer's cache held before this call; they take part in the softmax.
 
         Raises:
-            ValueError: the cache has forgotten some of them.
+            ValueError: the cache no longer holds some of them.
         """
-        looked, N = self.looked, self.hidden_BND.shape[1]
-        index_BHQd = query_BQ[:, None, :, None].expand(-1, looked.query_BHNd.shape[1], -1, looked.query_BHNd.shape[-1])
-        logits_BHQL = looked.logits(looked.query_BHNd.gather(2, index_BHQd), self._all_keys(held))
+        inputs, N = self.inputs, self.hidden_BND.shape[1]
+        index_BHQd = query_BQ[:, None, :, None].expand(-1, inputs.query_BHNd.shape[1], -1, inputs.query_BHNd.shape[-1])
+        logits_BHQL = inputs.logits(inputs.query_BHNd.gather(2, index_BHQd), self._all_keys(held))
         return self._masked(logits_BHQL, query_BQ, held).softmax(-1)[..., held : held + N]
 
     def _all_keys(self, held: int) -> Tensor:
         """Keys of the conversation before and of the columns at hand (B, G, L, d)."""
-        key_BGLd, width = self.looked.key_BGLd, held + self.hidden_BND.shape[1]
+        key_BGLd, width = self.inputs.key_BGLd, held + self.hidden_BND.shape[1]
         if key_BGLd.shape[2] == width:  # nothing before, or shared keys
             return key_BGLd
         if "all keys" not in self.memo:
             cached = self.kwargs["past_key_values"].layers[self.index]
             if getattr(cached, "is_sliding", False):
                 raise ValueError(
-                    f"The cache of layer {self.index} forgets what a window passed; set layer behind a layer of full "
+                    f"The cache of layer {self.index} forgets what a window passed; set layer after a layer of full "
                     f"attention, or use a pruner that needs no attention, to prune images of a continued conversation."
                 )
             self.memo["all keys"] = torch.cat([cached.keys[:, :, :held].to(key_BGLd.dtype), key_BGLd], 2)
         return self.memo["all keys"]
 
     def _masked(self, logits_BHQL: Tensor, query_BQ: Tensor, held: int) -> Tensor:
-        mask, width = self.looked.mask, logits_BHQL.shape[-1]
-        if self.looked.bias_BL is not None:
-            logits_BHQL = logits_BHQL + self.looked.bias_BL[:, None, None]
+        mask, width = self.inputs.mask, logits_BHQL.shape[-1]
+        if self.inputs.bias_BL is not None:
+            logits_BHQL = logits_BHQL + self.inputs.bias_BL[:, None, None]
         closed = torch.finfo(logits_BHQL.dtype).min
         if mask is not None and mask.ndim == 4:
             # A static cache has more columns than keys.
@@ -192,8 +193,8 @@ class LayerProbe:
             return logits_BHQL.masked_fill(~mask_BHQL, closed)
         column_L = torch.arange(width, device=query_BQ.device)
         seen_BQL = column_L <= held + query_BQ[..., None]
-        if self.looked.window is not None:
-            seen_BQL &= column_L > held + query_BQ[..., None] - self.looked.window
+        if self.inputs.window is not None:
+            seen_BQL &= column_L > held + query_BQ[..., None] - self.inputs.window
         if mask is not None:
             seen_BQL &= mask[:, None, :width].bool()
         return logits_BHQL.masked_fill(~seen_BQL[:, None], closed)

@@ -1,4 +1,4 @@
-"""Columns of tensors: taken along the sequence, or read and written where vision tokens stand.
+"""Gathers columns of a sequence, and reads and writes the values of vision tokens.
 
 B samples, N columns, R budget rows, V vision tokens, D hidden size.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_device_async(x: Tensor, device: torch.device) -> Tensor:
-    """What the host knows, on the device. (Made there or copied plainly, it would wait for all work before it.)"""
+    """Copy a host tensor to the device without a sync."""
     return x.to(device, non_blocking=True)
 
 
@@ -18,8 +18,8 @@ def take(x: Tensor, index_BN: Tensor, dim: int) -> Tensor:
     """Columns of a tensor along its sequence dimension, sample by sample.
 
     Args:
-        x: (..., B or 1, S, ...): samples stand in the dimension before the sequence (position rows of M-RoPE, too).
-        index_BN: wanted columns.
+        x: (..., B or 1, S, ...), with the batch dimension right before the sequence (also for M-RoPE positions).
+        index_BN: columns to take.
         dim: the sequence dimension.
     """
     dim = dim % x.ndim
@@ -41,7 +41,7 @@ def _gather(x: Tensor, index_BN: Tensor, batch: int, dim: int) -> Tensor:
 
 
 def put_tokens(hidden_BND: Tensor, cell_RV: Tensor, valid_RV: Tensor, value_RVD: Tensor, ragged: bool) -> Tensor:
-    """Write new values of vision tokens into the sequence; padding is written to a row that is thrown away."""
+    """Write new values of vision tokens into the sequence; those of padding are written to a row that is discarded."""
     B, N, D = hidden_BND.shape
     flat_MD = hidden_BND.reshape(B * N, D)
     if ragged:
@@ -52,5 +52,5 @@ def put_tokens(hidden_BND: Tensor, cell_RV: Tensor, valid_RV: Tensor, value_RVD:
 
 
 def get_tokens(hidden_BND: Tensor, cell_RV: Tensor) -> Tensor:
-    """Vision tokens (R, V, D) of the sequence; where a row is padded, some other token stands."""
+    """Vision tokens (R, V, D) of the sequence; padded entries hold arbitrary tokens."""
     return hidden_BND.reshape(-1, hidden_BND.shape[-1]).index_select(0, cell_RV.reshape(-1)).view(*cell_RV.shape, -1)

@@ -1,7 +1,7 @@
-"""Where vision tokens stand in a sequence: placeholders of every image and video, one row per budget.
+"""Locates the vision tokens of every image and video in a sequence, one row per budget.
 
 B samples, S positions of the sequence, R budget rows, V vision tokens of a row (padded), T placeholders of a call.
-Counts live on the host, so nothing here waits for a GPU except `locate` for a batch of several samples.
+Counts are known on the host, so only `locate` for a batch of several samples, or with tiles to join, syncs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tpcompress.insertion.shorten.sequence import BudgetRows
 
 @dataclass(frozen=True)
 class _Run:
-    """Placeholders of one image, or of adjacent tiles of one, in the list of all placeholders of a call."""
+    """Placeholders of one image, or of its adjacent tiles, in the list of all placeholders of a call."""
 
     owner: int
     start: int
@@ -36,14 +36,14 @@ def locate(
 ) -> BudgetRows:
     """Find the vision tokens of every image and video.
 
+    Transformers has checked before that there are as many placeholders as features.
+
     Args:
         places: by modality, bool (B, S): True where the sequence holds a placeholder.
-        layouts: by modality, how the placeholders of each image or video lie, in their order.
+        layouts: by modality, the layout of each image or video, in their order.
         scope: `image` for one row per image or video, `prompt` for one row per sample.
         joins_tiles: layouts whose placeholders follow each other without a gap are tiles of one image.
         splits_tiles: every rectangle of a layout is an image of its own.
-
-    Transformers has found before that their numbers fit.
     """
     B, S = next(iter(places.values())).shape
     runs: list[_Run] = []
@@ -52,7 +52,7 @@ def locate(
         listed = [layout for layout in given if layout.count]  # a sample without images may have features of no token
         if splits_tiles:
             listed = [replace(layout, grids=(grid,)) for layout in listed for grid in layout.grids]
-        # A stable sort instead of `nonzero`: the number of placeholders is known, so the host need not ask for it.
+        # A stable sort instead of `nonzero`, which syncs: the number of placeholders is known.
         length = sum(layout.placeholders for layout in listed)
         place_T = (~places[modality].reshape(-1)).to(torch.int8).argsort(stable=True)[:length]
         runs += [replace(run, start=run.start + first) for run in _runs(place_T, listed, B, S, joins_tiles)]
@@ -64,14 +64,14 @@ def locate(
         groups = [[run for run in runs if run.owner == sample] for sample in dict.fromkeys(run.owner for run in runs)]
     tables = [_table(group) for group in groups]
     total_R = [len(table) for table in tables]
-    # One tensor and one copy to the device: everything that is known of the tokens beforehand.
+    # One tensor and one copy to the device for everything that the host knows of the tokens.
     table_RV5 = to_device_async(torch.nn.utils.rnn.pad_sequence(tables, batch_first=True), device)
     token_V = torch.arange(max(total_R), device=device)
     count_R1 = to_device_async(torch.tensor(total_R), device)[:, None]
     token_RV = token_V.minimum(count_R1 - 1)
     table_RV5 = table_RV5.gather(1, token_RV[..., None].expand_as(table_RV5))
     index_RV, table_RV4 = place_T[table_RV5[..., 0]] % S, table_RV5[..., 1:]
-    if scope == "prompt" and len(layouts) > 1:  # images and videos were listed apart; their rows follow the sequence
+    if scope == "prompt" and len(layouts) > 1:  # images and videos are listed separately; rows follow the sequence
         order_RV = index_RV.masked_fill(token_V >= count_R1, S).argsort(dim=1, stable=True)
         index_RV, table_RV4 = (
             index_RV.gather(1, order_RV),
@@ -94,7 +94,7 @@ def locate(
 
 
 def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tiles: bool) -> list[_Run]:
-    """Whose each layout is; the host reads positions only where shapes do not tell (B > 1, tiles to join)."""
+    """The sample of each layout; the host reads positions only if shapes do not determine it (B > 1, tiles to join)."""
     ends = list(accumulate(layout.placeholders for layout in layouts))
     starts = [0, *ends[:-1]]
     joins = joins_tiles and len(layouts) > 1
@@ -119,7 +119,7 @@ def _runs(place_T: Tensor, layouts: Sequence[Layout], B: int, S: int, joins_tile
 
 
 def _table(group: Sequence[_Run]) -> Tensor:
-    """(V, 5): place in the list of placeholders, canvas row and column, rectangle, image; several images stack up."""
+    """(V, 5): place in the list of placeholders, canvas row and column, rectangle, image; images are stacked."""
     parts, top, tiles = [], 0, 0
     for number, run in enumerate(group):
         offset = torch.tensor([run.start, top, 0, tiles])

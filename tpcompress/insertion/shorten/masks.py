@@ -1,7 +1,7 @@
 """Attention masks of shortened layers: made by transformers for the layer's own cache, or re-indexed if custom.
 
-B samples, N columns, S columns of the language model's input, L keys in the layer's cache. A sliding window counts the
-columns that are there: it is the window of the same decoder fed with the short sequence.
+B samples, N columns, S columns of the language model's input, L keys in the layer's cache. A sliding window counts
+retained columns: it is the window of the same decoder on the short sequence.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tpcompress.insertion.shorten.sequence import Frame
 from tpcompress.insertion.shorten.sizes import add_log_sizes
 
 RECURRENT = ("conv", "linear_attention")
-"""Kinds of layers that carry a state from column to column: nothing can be hidden from them."""
+"""Kinds of layers with a state that runs over the columns, from which no column can be hidden."""
 
 
 def layer_kind(config: Any, layer: int) -> str:
-    """The kind of a decoder layer, as transformers names the masks of a language model."""
+    """The kind of a decoder layer, in the words of transformers (`config.layer_types`)."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return str(kinds[layer])
@@ -47,30 +47,30 @@ def layer_mask(
     blocks: Blocks | None = None,
     log_size_BN: Tensor | None = None,
 ) -> Any:
-    """The mask of one pruned layer, in whatever form its attention implementation takes.
+    """The mask of one pruned layer, in the form that its attention implementation takes.
 
     Args:
         config: the language model's config.
         kind: the layer's kind.
         hidden_BND: input of the layer; shape, dtype and device are read.
-        padding_BL: True on real keys, old and new; None if all are.
+        padding_BL: True on real keys, old and new; None if all are real.
         cache: the request's cache, or None.
-        layer: the layer whose cache counts.
-        blocks_BL: int, numbers of blocks that attend both ways, -1 elsewhere; None without such blocks.
+        layer: the layer whose cache is read.
+        blocks_BL: int, ids of blocks that attend bidirectionally, -1 elsewhere; None without such blocks.
         blocks: the family's rule for them.
-        log_size_BN: fp32, logarithm of the number of tokens that each of the first keys stands for; None if all stand
-            for one. It is added to the attention logits of these keys; a layer with a state has none.
+        log_size_BN: fp32, logarithm of the number of tokens that each of the first keys stands for, added to their
+            attention logits; None if all stand for one. Layers with a state ignore it.
 
     Raises:
-        ValueError: sizes, and an attention implementation whose mask cannot carry them.
+        ValueError: sizes with an attention implementation whose mask cannot carry them.
     """
     if log_size_BN is None or kind in RECURRENT:
         return _made(config, kind, hidden_BND, padding_BL, cache, layer, blocks_BL, blocks)
     mask = _made(config, kind, hidden_BND, padding_BL, cache, layer, blocks_BL, blocks, allow_is_causal_skip=False)
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise ValueError(
-            f"A pruner of this plan weighs tokens by what they stand for, which {config._attn_implementation} cannot: "
-            f"load the model with attn_implementation='sdpa' or 'eager', or use a pruner without sizes."
+            f"A pruner of this plan weighs attention by token sizes, which {config._attn_implementation} cannot: load "
+            f"the model with attn_implementation='sdpa' or 'eager', or use a pruner without sizes."
         )
     forgotten = 0 if cache is None else cache.get_mask_sizes(hidden_BND.shape[1], layer)[1]
     return add_log_sizes(mask, log_size_BN[:, forgotten:], hidden_BND.dtype)
@@ -108,10 +108,10 @@ def _made(
 
 
 def custom_mask(mask_BHSS: Tensor, frame: Frame) -> Tensor:
-    """BudgetRows and columns of a caller's 4-D mask; fillers and hidden tokens see themselves and are seen by nobody.
+    """Rows and columns of a caller's 4-D mask, in which fillers and hidden tokens attend to themselves only.
 
     Args:
-        mask_BHSS: bool (True = may look), or additive floats.
+        mask_BHSS: bool (True = may attend), or additive floats.
         frame: the columns to keep, counted from the language model's input.
     """
     mask_BHNN = take_square(mask_BHSS, frame.base_BN)

@@ -1,4 +1,4 @@
-"""Positions of a shortened sequence: kept as they were, or closed up.
+"""Position ids and rotary embeddings of a shortened sequence.
 
 B samples, S columns of the language model's input, N columns that are left, A = 3 rows of M-RoPE position ids.
 """
@@ -15,15 +15,15 @@ from tpcompress.insertion.signatures import parameters_of
 
 
 def closed_up(positions_ABS: Tensor, real_BS: Tensor | None, alive_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions without the values that no token uses any more.
+    """Compact M-RoPE positions: without the values that no retained token uses.
 
-    An image spans max(rows, columns) positions and not one per token, so dropping tokens frees a value only when no
-    retained token has it on any of the three axes. Text stays equal on all axes, order stays, and values that the
-    unpruned model leaves out (time between the frames of a video) stay out.
+    An image spans max(rows, columns) positions and not one per token, so dropping tokens frees a value only if no
+    retained token has it on any of the three axes. Text stays equal on all axes, the order stays, and values that the
+    unpruned model skips (time between the frames of a video) stay skipped.
 
     Args:
         positions_ABS: int (3, B, S).
-        real_BS: False on padding, whose positions mean nothing; None if there is none.
+        real_BS: False on padding, whose positions are ignored; None without padding.
         alive_BS: True on retained columns.
 
     Returns:
@@ -50,17 +50,17 @@ def closed_up(positions_ABS: Tensor, real_BS: Tensor | None, alive_BS: Tensor) -
 
 
 ROTARY = ("rotary_emb", "pos_emb")
-"""What text models call their rotary embedding."""
+"""Attributes under which text models have their rotary embedding."""
 
 
 def rotary(language_model: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:
-    """Rotary embedding of position ids, as the language model makes it for layers of one kind.
+    """The rotary embedding of a language model at given position ids, for layers of one kind.
 
     Args:
         language_model: the text model.
-        hidden: gives dtype and device.
+        hidden: tensor with dtype and device of the result.
         positions: int (B, N); with M-RoPE (3, B, N), or (4, B, N) with text positions first.
-        kind: the kind of layer, for models whose kinds differ.
+        kind: the kind of layer, for models whose kinds have different embeddings.
     """
     if positions.ndim == 3 and len(positions) == 4:
         positions = positions[1:]
@@ -70,14 +70,14 @@ def rotary(language_model: Any, hidden: Tensor, positions: Tensor, kind: str) ->
 
 
 def take_rotary(source: Any, index_BN: Tensor) -> Any:
-    """Columns of a rotary embedding: a tensor (B, S, d), a tuple of them, or None in a layer without positions."""
+    """Columns of a rotary embedding: a tensor (B, S, d), a tuple of tensors, or None in a layer without positions."""
     if source is None:
         return None
     return take(source, index_BN, -2) if isinstance(source, Tensor) else tuple(take(x, index_BN, -2) for x in source)
 
 
 def packed(positions: Tensor | None) -> bool:
-    """Whether transformers would read position ids as packed sequences; of M-RoPE it reads the row of text, if any."""
+    """Whether transformers would read position ids as packed sequences; with M-RoPE it reads the text row, if any."""
     if positions is not None and positions.ndim == 3 and len(positions) == 4:
         positions = positions[0]
     return positions is not None and positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any())

@@ -1,8 +1,8 @@
-"""THE file that shortens: the vision tokens that are still there, and what is left of the sequence after a stage.
+"""The vision tokens that are left and the sequence after a stage; the only file that shortens sequences.
 
 B samples, S positions of the original sequence, N columns of the sequence at hand, R budget rows (one per image or
-per prompt), V vision tokens of a row (padded), D hidden size. Counts live on the host, so nothing here waits for a GPU
-except `Frame.full` for a batch of several samples (once per prefill).
+per prompt), V vision tokens of a row (padded), D hidden size. Counts are known on the host, so only `Frame.full` for a
+batch of several samples syncs, once per prefill.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from tpcompress.families import Layout
 from tpcompress.insertion.shorten.columns import to_device_async
 
 PER_COLUMN = ("index_BN", "base_BN", "place_BN", "log_size_BN", "value_gate_BN", "key_bias_BN")
-"""Fields of a `Frame` that go with its columns as they are."""
+"""Fields of a `Frame` that are gathered with its columns."""
 
 
 @dataclass(frozen=True)
 class BudgetRows:
-    """The vision tokens still in the sequence, one row per budget.
+    """The vision tokens in the sequence at hand, one row per budget.
 
     Attributes:
         owner: sample of each row.
         total: tokens that the projector produced for each row.
-        count: tokens of each row that are still there.
-        layouts: the images or videos of each row; one, except under the scope of a prompt.
+        count: tokens that each row has left.
+        layouts: layouts of the images or videos of each row; one, except under `scope: prompt`.
         owner_R: `owner` on the device.
         index_RV: position of each token in the original sequence.
-        token_RV: number of each token within its row, 0 .. total - 1.
+        token_RV: index of each token in its row, 0 .. total - 1.
         valid_RV: False where a shorter row is padded.
         table_RV4: canvas row, canvas column, rectangle (tile or frame) and image of each token, counted in its row.
-        canvas: (rows, columns) that hold every row's rectangles standing on top of each other.
+        canvas: (rows, columns) that hold the stacked rectangles of every row.
     """
 
     owner: list[int]
@@ -84,7 +84,7 @@ class BudgetRows:
 
 @dataclass(frozen=True)
 class Frame:
-    """The sequence after some stages: which original position each column is.
+    """The sequence after some stages: the original position of each column, and what columns carry.
 
     Attributes:
         length: S, columns of the original sequence.
@@ -94,7 +94,7 @@ class Frame:
         lengths: present columns of each sample.
         shift_BN: tokens dropped before each column since the language model's input, for compact positions.
         lost: tokens dropped from each sample since the language model's input.
-        place_BN: column of the language model's input whose position each column takes; None if its own.
+        place_BN: column of the language model's input whose position each column takes; None if each takes its own.
         log_size_BN: fp32, logarithm of the number of tokens that each column stands for; None if all stand for one.
         value_gate_BN: fp32, multiplies the values of each column in every layer; None if all are 1.
         key_bias_BN: fp32, is added to the attention logits of each column's key; None if all are 0.
@@ -117,9 +117,9 @@ class Frame:
         """The untouched sequence.
 
         Args:
-            B, S, device: its shape and place.
-            mask_BS: the caller's 2-D mask. In a batch of several samples its padding makes room, too: a short sample
-                without images must not keep the others long.
+            B, S, device: shape and device.
+            mask_BS: the caller's 2-D mask. In a batch of several samples its padding is cut, too, so that a short
+                sample without images does not keep the others long.
         """
         index_BS = torch.arange(S, device=device).expand(B, S)
         lengths = [S] * B if B == 1 or mask_BS is None else mask_BS.bool().sum(1).cpu().numpy().tolist()
@@ -133,11 +133,11 @@ class Frame:
 
     @property
     def positioned_BN(self) -> Tensor:
-        """Column of the language model's input whose position each column has."""
+        """Column of the language model's input whose position each column takes."""
         return self.base_BN if self.place_BN is None else self.place_BN
 
     def as_input(self) -> Frame:
-        """The same columns, now counted as the language model's input."""
+        """The same columns as the language model's input."""
         base_BN, nothing = (
             torch.arange(self.width, device=self.index_BN.device).expand_as(self.index_BN),
             [0] * len(self.lost),
@@ -145,12 +145,12 @@ class Frame:
         return replace(self, base_BN=base_BN, shift_BN=torch.zeros_like(self.shift_BN), lost=nothing, place_BN=None)
 
     def calibrated(self, rows: BudgetRows, size_RV: Tensor | None, place_RV: Tensor | None) -> Frame:
-        """The same columns after vision tokens took sizes and places; only those that stay matter.
+        """The same columns after vision tokens took sizes and places; those of dropped tokens do not matter.
 
         Args:
             rows: the vision tokens at hand.
-            size_RV: how many of the tokens at hand each stands for; None for one. What these stood for multiplies.
-            place_RV: number among the row's tokens at hand of the one whose position each takes; None for its own.
+            size_RV: number of the tokens at hand that each stands for, multiplied by earlier sizes; None for 1.
+            place_RV: index in the row of the token at hand whose position each takes; None for its own.
         """
         if size_RV is None and place_RV is None:
             return self
@@ -169,12 +169,12 @@ class Frame:
         return replace(self, place_BN=place_BN, log_size_BN=log_size_BN)
 
     def gated(self, rows: BudgetRows, value_gate_RV: Tensor | None, key_bias_RV: Tensor | None) -> Frame:
-        """The same columns after vision tokens took gates; those of an earlier stage multiply, its biases add.
+        """The same columns after vision tokens took gates; gates of several stages multiply, their biases add.
 
         Args:
             rows: the vision tokens at hand.
-            value_gate_RV: what multiplies the values of each; None for 1.
-            key_bias_RV: what is added to the attention logits of the key of each; None for 0.
+            value_gate_RV: factor of the values of each; None for 1.
+            key_bias_RV: summand of the attention logits of each key; None for 0.
         """
         gate_BN, bias_BN = self.value_gate_BN, self.key_bias_BN
         if value_gate_RV is not None:
@@ -186,14 +186,14 @@ class Frame:
         return replace(self, value_gate_BN=gate_BN, key_bias_BN=bias_BN)
 
     def _spread(self, rows: BudgetRows, value_RV: Tensor, other: float) -> Tensor:
-        """Numbers of vision tokens at their columns (B, N), at least fp32, differentiable; `other` everywhere else."""
+        """Scatter values of vision tokens to their columns (B, N), in fp32 or more, differentiably; `other` elsewhere."""
         B, N = self.index_BN.shape
         into_T = self.cells(rows).masked_fill(~rows.valid_RV, B * N).reshape(-1)
         value_T = value_RV.to(torch.promote_types(value_RV.dtype, torch.float32)).reshape(-1)
         return value_T.new_full((B * N + 1,), other).scatter(0, into_T, value_T)[:-1].view(B, N)
 
     def column_of(self, index_BK: Tensor) -> Tensor:
-        """Column (B, K) at which original positions (B, K) now stand; meaningless for positions that were dropped."""
+        """Column (B, K) of original positions (B, K); arbitrary for positions that were dropped."""
         column_BN = torch.arange(self.width, device=self.index_BN.device).expand_as(self.index_BN)
         slot_BS = self.index_BN.new_zeros(self.index_BN.shape[0], self.length).scatter(1, self.index_BN, column_BN)
         return slot_BS.gather(1, index_BK)
@@ -205,18 +205,19 @@ class Frame:
         return rows.owner_R[:, None] * self.width + slot_BS[rows.owner_R[:, None], rows.index_RV]
 
     def cut(self, rows: BudgetRows, keep_RV: Tensor, count: list[int], hide: bool) -> tuple[Frame, Tensor | None]:
-        """Take dropped tokens out.
+        """Drop the tokens that a stage does not keep.
+
+        Retained columns keep their order and are aligned right: the last token stays last, which `generate` reads.
+        Shorter samples get fillers on the left.
 
         Args:
             rows: the vision tokens before the stage.
-            keep_RV: the pruner's choice.
-            count: how many each row keeps.
-            hide: leave every column where it is and only mark it absent (mode `mask`).
+            keep_RV: the pruner's selection.
+            count: number of tokens that each row keeps.
+            hide: leave every column in place and only mark it absent (mode `mask`).
 
         Returns:
-            The new frame, and the old column of each new one (B, N'), or None if columns stay. Retained columns keep
-            their order and stand at the right: the last token stays last, which `generate` reads. Shorter samples are
-            filled on the left.
+            The new frame, and the old column of each new one (B, N'), or None if columns stay.
 
         Raises:
             ValueError: no column is left.
@@ -233,9 +234,7 @@ class Frame:
         if hide:
             return replace(self, present_BN=keep_BN, lengths=lengths, shift_BN=shift_BN, lost=lost), None
         if not max(lengths):
-            raise ValueError(
-                "Nothing but vision tokens stood in this sequence, and none stays; add words to the prompt."
-            )
+            raise ValueError("This sequence has only vision tokens, and none of them is kept; add words to the prompt.")
         local_BN = keep_BN.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
         per_column: dict[str, Any] = {
             name: None if (x := getattr(self, name)) is None else x.gather(1, local_BN) for name in PER_COLUMN
@@ -258,6 +257,6 @@ class Frame:
         return real_BN & self.present_BN
 
     def labels(self, labels_BS: Tensor) -> Tensor:
-        """Labels of the columns, -100 where nothing is present."""
+        """Labels of the columns, -100 on absent ones."""
         labels_BN = labels_BS.gather(1, self.index_BN)
         return labels_BN if self.present_BN is None else labels_BN.masked_fill(~self.present_BN, -100)

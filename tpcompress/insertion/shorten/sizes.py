@@ -1,6 +1,6 @@
-"""Tokens that stand for several: behind the stage, the logarithm of their size is added to the logits of their keys.
+"""Proportional attention (ToMe): the logarithm of a token's size is added to the attention logits of its key.
 
-Proportional attention: a softmax over keys, one of which stands for n equal ones, is then the softmax over them all.
+A softmax over keys, one of which stands for n equal ones, then equals the softmax over all of them.
 
 B samples, N columns, Q queries, L keys of a layer's cache.
 """
@@ -16,9 +16,9 @@ def add_log_sizes(mask_BHQL: Tensor, log_size_BN: Tensor, dtype: torch.dtype) ->
     """A 4-D mask that adds the logarithms of sizes to the logits, (B, H, Q, L).
 
     Args:
-        mask_BHQL: bool (True = may look), or additive floats.
-        log_size_BN: of the first N keys; what comes after them stands for itself.
-        dtype: of the result, if the mask is bool: that of the queries.
+        mask_BHQL: bool (True = may attend), or additive floats.
+        log_size_BN: logarithms of the sizes of the first N keys; later keys have size 1.
+        dtype: dtype of the result for a bool mask: that of the queries.
     """
     bias_B11L = F.pad(log_size_BN, (0, mask_BHQL.shape[-1] - log_size_BN.shape[1]))[:, None, None]
     if mask_BHQL.dtype == torch.bool:
@@ -30,10 +30,10 @@ def concat_log_sizes(old_BN: Tensor | None, width: int, new_BQ: Tensor | None, s
     """Logarithms of the sizes of two neighbouring runs of columns; None if all stand for one.
 
     Args:
-        old_BN: of the left run, None if all stand for one.
-        width: its columns.
-        new_BQ: of the right one.
-        steps: its columns.
+        old_BN: logarithms of the left run; None if all stand for one.
+        width: N.
+        new_BQ: logarithms of the right run; None if all stand for one.
+        steps: Q.
     """
     if old_BN is None:
         return None if new_BQ is None else F.pad(new_BQ, (width, 0))
