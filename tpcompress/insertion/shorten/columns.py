@@ -27,7 +27,7 @@ def take(x: Tensor, index_BN: Tensor, dim: int) -> Tensor:
 
 
 def take_square(mask_BHSS: Tensor, index_BN: Tensor) -> Tensor:
-    """BudgetRows and columns of a 4-D mask (B or 1, H or 1, S, S)."""
+    """Rows and columns of a 4-D mask (B or 1, H or 1, S, S)."""
     return _gather(_gather(mask_BHSS, index_BN, 0, 2), index_BN, 0, 3)
 
 

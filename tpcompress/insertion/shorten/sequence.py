@@ -186,7 +186,7 @@ class Frame:
         return replace(self, value_gate_BN=gate_BN, key_bias_BN=bias_BN)
 
     def _spread(self, rows: BudgetRows, value_RV: Tensor, other: float) -> Tensor:
-        """Scatter values of vision tokens to their columns (B, N), in fp32 or more, differentiably; `other` elsewhere."""
+        """Values of vision tokens at their columns (B, N), fp32 or wider, differentiable; `other` elsewhere."""
         B, N = self.index_BN.shape
         into_T = self.cells(rows).masked_fill(~rows.valid_RV, B * N).reshape(-1)
         value_T = value_RV.to(torch.promote_types(value_RV.dtype, torch.float32)).reshape(-1)
