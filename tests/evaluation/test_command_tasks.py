@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from tpcompress.cli.main import main
+from tpcompress.evaluation import budget_curve
 from tpcompress.evaluation.budget_curve import BudgetCurve
 from tpcompress.evaluation.find_layer import calibration_samples, calibration_task, run_find_layer
 from tpcompress.evaluation.position_bias import position_bias
@@ -83,3 +84,29 @@ def test_a_budget_curve_on_a_task_is_the_score_of_the_task(tmp_path):
     scores = task.score(load(out, keep_tokens=9), load_processor(out))
     assert (point.data, point.images, point.retained) == (task.description, 8, 9)
     assert point.accuracy == pytest.approx(scores.score)
+
+
+def test_a_stored_budget_curve_depends_on_the_content_of_the_rows(tmp_path, monkeypatch):
+    (tmp_path / "plan.yaml").write_text("{pruner: uniform, keep_tokens: 16}")
+    out = tmp_path / "out"
+    assert main(["export", str(out), "--base", "tiny_llava", "--plan", str(tmp_path / "plan.yaml")]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    measured, measure = [], budget_curve._point
+
+    def count(*arguments):
+        measured.append(arguments[3])
+        return measure(*arguments)
+
+    monkeypatch.setattr(budget_curve, "_point", count)
+    data = chat_file(tmp_path, 4)
+
+    def run():
+        curve = BudgetCurve("9", Console(file=io.StringIO()), task={"type": "chat", "data": data})
+        curve.cache = tmp_path / "budget_curve.json"
+        return curve(out, manifest)
+
+    assert run() == run()
+    assert len(measured) == 1, "the second curve is read from the file"
+    Image.new("RGB", (96, 96), (0, 0, 0)).save(tmp_path / "0.png")
+    run()
+    assert len(measured) == 2, "an image has changed under the same name"
