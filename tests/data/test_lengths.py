@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tpcompress.data import ChatCollator, load_chat
-from tpcompress.data.lengths import Rates, characters_of, estimate_lengths, measure_rates
+from tpcompress.data.lengths import Rates, count_characters, estimate_lengths, measure_rates
 
 TEXTS = ["a cat", "a woman in space suit " * 6, "red " * 50, "what is this ? " * 15]
 
@@ -48,7 +48,7 @@ def test_a_stream_and_a_table_count_the_same_characters(rows_of, processor_of):
     rates = measure_rates(rows, encoder)
     assert rates.per_image == 16
     assert 0 < rates.per_character < 1
-    streamed = [rates.length(characters_of(row["conversations"]), len(row["images"])) for row in rows]
+    streamed = [rates.length(count_characters(row["conversations"]), len(row["images"])) for row in rows]
     np.testing.assert_allclose(streamed, estimate_lengths(rows, encoder))
 
 

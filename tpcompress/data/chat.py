@@ -143,25 +143,25 @@ def _prepare(table: datasets.Dataset, source: str | Path, base: Path) -> tuple[d
 
 def _rows_of_batch(batch: dict[str, list], turns: str, images: str | None, base: str) -> dict[str, list]:
     """Convert the columns of a batch to columns of rows; runs on access."""
-    conversations = [conversations_of(value) for value in batch[turns]]
+    conversations = [parse_conversations(value) for value in batch[turns]]
     num_rows = len(conversations)
     families = batch.get("families") or [["chat"] * len(row) for row in conversations]
     return {
         "id": [str(row_id) for row_id in batch["id"]] if "id" in batch else [""] * num_rows,
-        "images": [images_of(value, base) for value in batch[images]] if images else [[] for _ in range(num_rows)],
+        "images": [parse_images(value, base) for value in batch[images]] if images else [[] for _ in range(num_rows)],
         "conversations": conversations,
         "families": families,
     }
 
 
-def conversations_of(turns: Any) -> list[list[dict[str, str]]]:
+def parse_conversations(turns: Any) -> list[list[dict[str, str]]]:
     """The conversations of a record: one, or several if the data set already has the format of rows."""
     turns = turns or []
     several = turns and isinstance(turns[0], list)
     return [[chat_message(turn) for turn in conversation] for conversation in (turns if several else [turns])]
 
 
-def images_of(value: Any, base: str) -> list[Any]:
+def parse_images(value: Any, base: str) -> list[Any]:
     """The images of a row, each as a path joined to `base` or as a PIL image that is not decoded yet."""
     entries = [] if value is None else value if isinstance(value, list) else [value]
     return [_image(entry, base) for entry in entries]
@@ -183,7 +183,7 @@ def _scan(table: datasets.Dataset, to_rows: Any, on_bad_row: OnBadRow, check_ima
             batch = table[start : start + SCAN_BATCH]
             rows = _rows_of_batch({**batch, images: []} if images else batch, to_rows.keywords["turns"], None, "")
             entries = batch[images] if images else [None] * len(rows["conversations"])
-            check = partial(problem_of, base=to_rows.keywords["base"], check_images=check_images)
+            check = partial(find_problem, base=to_rows.keywords["base"], check_images=check_images)
             problems = pool.map(check, rows["conversations"], rows["families"], entries)
             for offset, problem in enumerate(problems):
                 row_id = rows["id"][offset] or str(start + offset)
@@ -196,7 +196,7 @@ def _scan(table: datasets.Dataset, to_rows: Any, on_bad_row: OnBadRow, check_ima
     return good, report
 
 
-def problem_of(
+def find_problem(
     conversations: list[list[dict[str, str]]], families: list[str], entry: Any, base: str, check_images: bool
 ) -> BadRow | None:
     """Return why a row is broken, or None if it is usable."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix, identify
+from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix, set_content_ids
 from tpcompress.data.rows import BadRow
 
 Batch = dict[str, Any]
@@ -26,7 +26,7 @@ class BatchMeta:
         rows: indices into the data set (into the batch if rows were collated directly; -1 in a stream).
         segments: int (B, S): 0 on the shared prefix of a packed sequence, k on its k-th conversation, -1 on padding.
         num_conversations: conversations in the batch.
-        ids: hashes of the content of the sequences (see `encode.identify`), which do not depend on order or run, so
+        ids: hashes of the content of the sequences (see `encode.set_content_ids`), independent of order and run, so
             that values cached for a sequence can be found again.
         num_answers: predicted tokens in the batch: labels other than -100, without the first position of a sequence.
         dropped: conversations (packed) or sequences (not packed) that `max_length` truncated.
@@ -90,7 +90,9 @@ class ChatCollator:
             ids, labels = self.encoder.conversation(messages, placeholders)
             ones, positions, answer = [1] * len(ids), list(range(len(ids))), messages[-1]["content"]
             sequences.append(EncodedSequence(ids, labels, ones, positions, [family], [answer], images, index))
-        return identify([self._packed(sequences)] if self.packs else [self._cut(sequence) for sequence in sequences])
+        return set_content_ids(
+            [self._packed(sequences)] if self.packs else [self._cut(sequence) for sequence in sequences]
+        )
 
     def pad(self, samples: list[tuple[list[EncodedSequence], list[tuple[str, BadRow]]]]) -> Batch:
         """Batch of encoded rows, each with the bad rows it stands in for."""
@@ -183,7 +185,7 @@ class PromptCollator:
             ids = self.encoder.prompt(messages, placeholders)
             positions, answer = list(range(len(ids))), messages[-1]["content"]
             sequences.append(EncodedSequence(ids, [], [1] * len(ids), positions, [family], [answer], images, index))
-        return identify(sequences)
+        return set_content_ids(sequences)
 
     def pad(self, samples: list[tuple[list[EncodedSequence], list[tuple[str, BadRow]]]]) -> Batch:
         """Batch of encoded rows, each with the bad rows it stands in for."""
@@ -258,7 +260,7 @@ def _meta(sequences: list[EncodedSequence], segments: Tensor, bad_rows: list[tup
         rows=[sequence.row for sequence in sequences],
         segments=segments,
         num_conversations=sum(len(sequence.families) for sequence in sequences),
-        ids=[sequence.content for sequence in sequences],
+        ids=[sequence.content_id for sequence in sequences],
         num_answers=sum(label != IGNORED for sequence in sequences for label in sequence.labels[1:]),
         dropped=sum(sequence.dropped for sequence in sequences),
         bad_rows=bad_rows,

@@ -32,7 +32,7 @@ class EncodedSequence:
         images: image inputs from the processor (`pixel_values` etc.), shared, not copied, by the sequences of a row.
         row: index of the row in the data set.
         dropped: conversations and answers that `max_length` truncated.
-        content: hash of the content, see `identify`.
+        content_id: hash of the content, see `set_content_ids`.
     """
 
     input_ids: list[int]
@@ -44,7 +44,7 @@ class EncodedSequence:
     images: dict[str, torch.Tensor] = field(default_factory=dict)
     row: int = 0
     dropped: int = 0
-    content: str = ""
+    content_id: str = ""
 
 
 class ChatEncoder:
@@ -220,7 +220,7 @@ class ChatEncoder:
         return self.tokenizer.eos_token
 
 
-def identify(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
+def set_content_ids(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
     """Set `content` of the sequences of one row: a hash in 16 hexadecimal digits.
 
     The hash covers ids, labels, segments and image inputs. It does not depend on the order, split or streaming of the
@@ -234,7 +234,7 @@ def identify(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
         digest = image_digest.copy()
         for numbers in (sequence.input_ids, sequence.labels, sequence.segments):
             digest.update(array("q", [len(numbers), *numbers]).tobytes())
-        sequence.content = digest.hexdigest()
+        sequence.content_id = digest.hexdigest()
     return sequences
 
 

@@ -71,7 +71,7 @@ def estimate_lengths(rows: datasets.Dataset, encoder: ChatEncoder) -> np.ndarray
     return np.concatenate(found)
 
 
-def characters_of(conversations: list[list[dict[str, str]]]) -> int:
+def count_characters(conversations: list[list[dict[str, str]]]) -> int:
     """Number of text bytes of one row, counted as in `estimate_lengths`."""
     return sum(len(turn["content"].encode()) + len(turn["role"]) for turns in conversations for turn in turns)
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tpcompress.data.chat import conversations_of, images_of, problem_of
-from tpcompress.data.lengths import Rates, characters_of
+from tpcompress.data.chat import find_problem, parse_conversations, parse_images
+from tpcompress.data.lengths import Rates, count_characters
 from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow, OnBadRow, bad_row_error, check_on_bad_row
 from tpcompress.data.shards import Record, Shards
 from tpcompress.errors import first_line
@@ -127,7 +127,7 @@ class ChatStream(IterableDataset):
                     yield slot, place | {"used": used}, self.collator.pad(samples)
                     samples = []
 
-    def some_rows(self) -> Iterator[dict[str, Any]]:
+    def first_rows(self) -> Iterator[dict[str, Any]]:
         """Yield usable rows of the first pass, the same on every rank, for measurements on a few rows."""
         for _, item in self._pass(0, 0, 0, 0):
             try:
@@ -201,14 +201,14 @@ class ChatStream(IterableDataset):
         row_id = fallback if record.get("id") is None else str(record["id"])
         turns: list = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
         images = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), None)
-        conversations = conversations_of(turns)
+        conversations = parse_conversations(turns)
         families = record.get("families") or ["chat"] * len(conversations)
-        problem = problem_of(conversations, families, images, self.base, check_images=False)
+        problem = find_problem(conversations, families, images, self.base, check_images=False)
         return (row_id, problem) if problem is not None else RawRow(row_id, conversations, families, images)
 
     def _opened(self, row: RawRow) -> dict[str, Any]:
         families = {"conversations": row.conversations, "families": row.families}
-        return {"id": row.row_id, "images": images_of(row.images, self.base), **families}
+        return {"id": row.row_id, "images": parse_images(row.images, self.base), **families}
 
     def _ordered(self, block: list[RawRow], part: int, number: int) -> list[RawRow]:
         """Put the rows of a block in training order."""
@@ -220,7 +220,7 @@ class ChatStream(IterableDataset):
 
     def _length(self, row: RawRow) -> float:
         images = len(row.images) if isinstance(row.images, list) else int(row.images is not None)
-        return self.rates.length(characters_of(row.conversations), images)
+        return self.rates.length(count_characters(row.conversations), images)
 
     def _miss(self, missed: list[tuple[str, BadRow]], bad: list[tuple[str, BadRow]]) -> None:
         if bad and self.on_bad_row == "raise":

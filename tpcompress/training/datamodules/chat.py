@@ -147,7 +147,7 @@ class ChatData(RowsData):
             sharing=sharing,
         )
         if self.bucket:
-            stream.rates = measure_rates(stream.some_rows(), self.collator.encoder)
+            stream.rates = measure_rates(stream.first_rows(), self.collator.encoder)
         shape = {
             "shards": len(shards),
             "batch_size": self.batch_size,
