@@ -8,43 +8,13 @@ import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from support import gradients
-from training.helpers import TOKENS, Interrupt, Poison, Watch, callback, found, weights
+from training.helpers import TOKENS, Watch, found, weights
+from training.module_runs import GATE, LORA, TAUGHT, WATCH, batch_of, changed, of
 
 from tpcompress.insertion.attach import attach, mode
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.models import load_base
 from tpcompress.training.checkpoints.callback import StepProgress
-from tpcompress.training.module import PruningModule
-from tpcompress.training.nan_guard import NonFiniteLoss
-from tpcompress.training.phases import PrunerPhase
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
-
-GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
-WATCH = {"callbacks": [callback(Watch)]}
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
-TAUGHT = {"teacher": "AdapterOff", "losses": ["Label", "KL"]}
-PARTS = {
-    "vision_tower": "vision_tower", "projector": "multi_modal_projector", "pruner": "token_pruners",
-    "language_model": ("language_model", "lm_head"),
-}  # fmt: skip
-
-
-def of(part: str, names) -> set[str]:
-    words = PARTS[part] if isinstance(PARTS[part], tuple) else (PARTS[part],)
-    return {name for name in names if any(word in name for word in words)}
-
-
-def changed(run) -> set[str]:
-    """Weights of a finished run that are not the base's, bit for bit."""
-    base = dict(load_base(run.model.base).named_parameters())
-    plain = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in weights(run).items()}
-    return {n for n, p in plain.items() if n.replace("original_module.", "") not in base or
-            not torch.equal(p, base[n.replace("original_module.", "")])}  # fmt: skip
-
-
-def batch_of(run) -> dict:
-    batch = next(iter(run.datamodule.train_dataloader()))
-    return {k: v for k, v in batch.items() if k != "meta"}
 
 
 @pytest.mark.parametrize(
@@ -266,88 +236,6 @@ def test_validation_prunes_as_after_export(work):
     with torch.no_grad():
         loss = trained.eval()(**batch).loss
     assert float(loss) == pytest.approx(float(run.trainer.callback_metrics["val/loss"]), rel=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------ refusals
-
-
-def test_packed_data_and_pruners_that_read_the_question_exclude_each_other(work):
-    plan = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}, "keep_tokens": 16}
-    with pytest.raises(ValueError, match=r"^Pruner 'learned_gate' reads the prompt, but a packed[^\n]*$"):
-        work.fit(model={"plan": plan}, data={"pack": True})
-    assert work.fit(model={"plan": plan, "pruner_phase": {"steps": 2}}).trainer.global_step == 3
-    assert work.fit(data={"pack": True}).trainer.global_step == 3
-
-
-def test_packed_data_needs_sdpa(work):
-    with pytest.raises(ValueError, match=r"^Packed sequences need attention sdpa, got eager[^\n]*$"):
-        work.fit(model={"attention": "eager"}, data={"pack": True})
-
-
-@pytest.mark.parametrize("steps", [0, 4])
-def test_a_learned_pruner_needs_steps_of_its_own(work, steps):
-    with pytest.raises(ValueError, match=rf"^The pruner phase has {steps} of 3 steps; set model.pruner_phase.steps"):
-        work.fit(model={"plan": GATE, "pruner_phase": {"steps": steps}})
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"train": ["head"]}, "train: unknown part head; choose of vision_tower, projector, language_model, pruner"),
-        ({"train": []}, "Nothing trains: train is empty and there is no lora"),
-        ({"train": ["language_model"], "lora": {}}, "train: language_model and lora exclude each other"),
-        ({"train": ["pruner"]}, "train: pruner needs a plan with a pruner that has weights"),
-        ({"plan": GATE, "full_every": -1}, "full_every is a whole number of at least 0, got -1"),
-        ({"losses": []}, "losses is empty; leave it out for the label loss"),
-        ({"lora": {"peft_type": "PROMPT_TUNING"}}, "lora: no tuner 'PROMPT_TUNING' whose weights can be merged"),
-        ({"quantize": {"load_in_4bit": True}}, "quantize requires bitsandbytes, which is not installed"),
-        ({"lora": {"rank": 4}}, "lora: got an unexpected keyword argument 'rank'"),
-        ({"lora": {"target_modules": "nowhere"}}, "lora: "),
-        ({"plan": {"pruner": "pool", "keep_tokens": 3, "layer": 9}}, "Stage 0 acts at layer 9, but the model has 4"),
-        ({"plan": "gone.yaml"}, "No plan at gone.yaml"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-    ],
-)
-def test_settings_that_cannot_be(work, settings, message):
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        PruningModule(str(work.base), **settings).configure_model()
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: PrunerPhase(steps=-2), "pruner_phase.steps is a whole number of steps or a share below 1, got -2"),
-        (lambda: PrunerPhase(steps=2.5), "pruner_phase.steps is a whole number of steps or a share below 1, got 2.5"),
-        (lambda: PrunerPhase(full_every=-1), "full_every is a whole number of at least 0"),
-    ],
-)
-def test_groups_of_settings_that_cannot_be(make, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        make()
-
-
-def test_bases_that_cannot_be(work, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^No folder /gone/base;[^\n]*$"):
-        PruningModule("/gone/base")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"^No processor at '[^\n]*$"):
-        PruningModule(str(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize("what", ["weight", "gradient"])
-def test_a_loss_that_is_not_finite_stops_before_it_spreads(work, what):
-    settings = {"checkpoints": {"every": 1}}
-    with pytest.raises(NonFiniteLoss, match=r"is not finite at step 2 \([^\n]*the last checkpoint is intact[^\n]*$"):
-        work.fit(trainer={"max_steps": 5, "callbacks": [callback(Poison, step=2, what=what)]}, **settings)
-    saved = work.saved()
-    assert saved["tpcompress"]["step"] == 2
-    assert all(value.isfinite().all() for value in saved["state_dict"].values())
-    with pytest.raises(KeyboardInterrupt):
-        work.fit("sound", trainer={"max_steps": 5, "callbacks": [callback(Interrupt, batch=1)]})
-    sound = work.saved("sound")["state_dict"]
-    assert all(torch.equal(value, sound[name]) for name, value in saved["state_dict"].items())
 
 
 # ------------------------------------------------------------------------------------------------------- loggers

@@ -26,6 +26,7 @@ from training.losses.gate_passes import (
     variants,
     view_of,
 )
+from training.losses.gate_rows import COUNTS, rows
 
 from tpcompress.families import resolve
 from tpcompress.insertion.cost import decoder_flops
@@ -39,24 +40,17 @@ from tpcompress.training.losses.budget import OnBudget
 from tpcompress.training.losses.entropy import Entropy
 from tpcompress.training.losses.flops import Flops
 from tpcompress.training.losses.imitate import Imitate
-from tpcompress.training.losses.label import Label, sample_losses
-from tpcompress.training.losses.reconstruct import Reconstruct, reconstruction_error
-from tpcompress.training.losses.score_function import ScoreFunction, drawn_log_prob, score_function
+from tpcompress.training.losses.label import Label
+from tpcompress.training.losses.reconstruct import Reconstruct
 from tpcompress.training.losses.sparsity import Sparsity
 from tpcompress.training.losses.twig import Twig
 from tpcompress.training.passes import run_pass
 
 GATE_LOSSES = [pair for pair in variants() if "gate" in list_losses()[pair[0]](**pair[1]).needs and pair[0] != "Twig"]
+
+
 SUMS = [pair for pair in GATE_LOSSES if pair[0] not in ("Flops", "ScoreFunction")]
 """What the others make of two stages has tests of its own."""
-COUNTS = [3, 3, 2]
-"""What `Budget(keep_ratio=0.5)` gives the rows."""
-
-
-def rows(here):
-    """Gates and scores of each row without padding."""
-    chosen = here.trace.stages[0].selection
-    return [(chosen.gate_BV[r, :n].detach(), chosen.scores_BV[r, :n].detach()) for r, n in enumerate(TOKENS)]
 
 
 # ------------------------------------------------------------------ rows, stages and padding
@@ -289,124 +283,6 @@ def test_scores_that_nothing_learns_are_not_imitated():
     here.trace = Trace([replace(stage, selection=replace(stage.selection, scores_BV=torch.randn(R, V)))])
     assert Imitate()(here, None) is None
     assert Entropy("score")(here, None) is None
-
-
-# ------------------------------------------------------------------ reconstruction
-
-
-def reference_reconstruction(x, gate, temperature):
-    n, mean = len(x), x.mean(0)
-    scale = sum((t - mean).square().sum() for t in x) / n
-    top = bottom = 0.0
-    for d in range(n):
-        weights = [
-            0.0 if k == d else gate[k] * torch.exp(F.cosine_similarity(x[d], x[k], dim=0) / temperature)
-            for k in range(n)
-        ]
-        rebuilt = sum(w * t for w, t in zip(weights, x, strict=True)) / sum(weights)
-        top += (1 - gate[d]) * (rebuilt - x[d]).square().sum() / scale
-        bottom += 1 - gate[d]
-    return top / bottom
-
-
-def test_reconstruction():
-    here, _ = everything()
-    x = here.trace.stages[0].view.vision_BVD.detach()
-    terms = [reference_reconstruction(x[r, :n], rows(here)[r][0], 0.3) for r, n in enumerate(TOKENS)]
-    torch.testing.assert_close(
-        Reconstruct(temperature=0.3)(here, None), torch.stack(terms).mean(), rtol=1e-4, atol=1e-5
-    )
-    hard = [(torch.arange(n) < k).float() for n, k in zip(TOKENS, COUNTS, strict=True)]
-    terms = [reference_reconstruction(x[r, :n], hard[r], 0.3) for r, n in enumerate(TOKENS)]
-    found = Reconstruct("values", temperature=0.3)(here, None)
-    torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
-
-
-def test_duplicates_cost_nothing_and_what_is_unique_is_worth_a_gate():
-    x = torch.eye(4)[[0, 0, 1, 2]][None]  # the first two are equal
-    valid = torch.ones(1, 4, dtype=torch.bool)
-    kept = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
-    assert reconstruction_error(x, x, kept, valid) < 1e-6
-    lost = torch.tensor([[1.0, 1.0, 1.0, 0.0]], requires_grad=True)
-    error = reconstruction_error(x, x, lost, valid)
-    assert error > 0.5
-    error.sum().backward()
-    assert lost.grad[0, 2:].max() < -1  # what nobody else can rebuild, dropped or not
-    assert lost.grad[0, :2].min() > -0.2
-
-
-# ------------------------------------------------------------------ score function
-
-
-def exact_gradient(scores, cost):
-    """d E[mean cost] / d scores, with one token drawn for each of two samples."""
-    scores = scores.detach().requires_grad_()
-    (scores.softmax(1) * cost).sum(1).mean().backward()
-    return scores.grad
-
-
-@pytest.mark.parametrize("baseline", [None, torch.tensor([5.0, -3.0])])
-def test_the_score_function_has_the_gradient_of_the_expected_cost(baseline):
-    g = torch.Generator().manual_seed(0)
-    scores, cost = torch.randn(2, 3, generator=g).requires_grad_(), torch.randn(2, 3, generator=g) * 3
-    mean, own = torch.zeros(2, 3), torch.zeros(2, 3)
-    for draw in itertools.product(range(3), repeat=2):
-        index = torch.tensor(draw)[:, None]
-        log_p, paid = scores.log_softmax(1).gather(1, index)[:, 0], cost.gather(1, index)[:, 0]
-        weight = log_p.detach().sum().exp()
-        surrogate = score_function(paid, log_p, torch.tensor([True, True]), baseline)
-        mean += weight * torch.autograd.grad(surrogate, scores, retain_graph=True)[0]
-        # A baseline that knows a sample's own draw is not free: it halves what two samples learn.
-        biased = score_function(paid, log_p, torch.tensor([True, True]), paid.mean().expand(2))
-        own += weight * torch.autograd.grad(biased, scores, retain_graph=True)[0]
-    torch.testing.assert_close(mean, exact_gradient(scores, cost), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(own, exact_gradient(scores, cost) / 2, rtol=1e-4, atol=1e-6)
-
-
-def test_leaving_one_out_lowers_the_variance():
-    g = torch.Generator().manual_seed(0)
-    cost, scores = torch.rand(8, 3, generator=g) + 10, torch.zeros(8, 3, requires_grad=True)
-    found = {"others": [], "nothing": []}
-    for _ in range(30):
-        index = torch.randint(3, (8, 1), generator=g)
-        log_p, paid = scores.log_softmax(1).gather(1, index)[:, 0], cost.gather(1, index)[:, 0]
-        for name, baseline in (("others", None), ("nothing", torch.zeros(8))):
-            term = score_function(paid, log_p, torch.ones(8, dtype=torch.bool), baseline)
-            found[name].append(torch.autograd.grad(term, scores, retain_graph=True)[0])
-    spread = {name: torch.stack(values).var(0).mean() for name, values in found.items()}
-    assert spread["others"] < spread["nothing"] / 50
-
-
-def test_draws_of_all_images_belong_to_their_sample():
-    here, leaves = everything()
-    log_prob, drawn = drawn_log_prob(here)
-    p = leaves["log_prob"]
-    torch.testing.assert_close(log_prob, torch.stack([p[0] + p[1], p[2], torch.tensor(0.0)]))
-    assert drawn.tolist() == [True, True, False]
-    cost, _ = sample_losses(here.logits_AC, here.targets_A, here.sample_A, B)
-    term = ScoreFunction()(here, None)
-    term.backward()
-    gap = ((cost[0] - cost[1]) / 2).item()  # the text-only sample does not count
-    assert p.grad.tolist() == pytest.approx([gap, gap, -gap])
-    assert here.logits_AC.grad is None
-
-
-def test_a_teacher_as_baseline():
-    here, leaves = everything()
-    taught = answered(7)
-    ScoreFunction("teacher")(here, taught).backward()
-    cost = sample_losses(here.logits_AC, here.targets_A, here.sample_A, B)[0]
-    known = sample_losses(taught.logits_AC, taught.targets_A, taught.sample_A, B)[0]
-    gap = ((cost - known) / 2).tolist()
-    assert leaves["log_prob"].grad.tolist() == pytest.approx([gap[0], gap[0], gap[1]])
-    with pytest.raises(ValueError, match=r"^Loss 'score_function' cannot use a cached teacher as baseline[^\n]*$"):
-        ScoreFunction("teacher")(here, None)
-
-
-def test_a_sample_alone_has_nothing_to_compare_itself_with():
-    log_p = torch.tensor([-1.0], requires_grad=True)
-    score_function(torch.tensor([3.0]), log_p, torch.tensor([True])).backward()
-    assert log_p.grad.tolist() == [3.0]  # unbiased all the same
 
 
 # ------------------------------------------------------------------ a scorer's own answers
