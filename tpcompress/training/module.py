@@ -191,8 +191,7 @@ class PruningModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with parameter groups, and a warm-up-cosine learning rate per phase."""
-        assert self.model is not None
-        assert self.parts is not None
+        assert self.model is not None and self.parts is not None
         optimizer = build_optimizer(self.model, self.parts, self.optimizer_settings)
         check_alone(self.phases, self._resumed)
         check_ddp(self.trainer, self.phases)
@@ -208,7 +207,7 @@ class PruningModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step and set which weights train in it."""
-        # One seed per step instead of saved generator states, so a resumed run draws what an uninterrupted one draws.
+        # A seed per step instead of saved generator states: a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(draw_for(self.seed, self.global_step, batch_idx, self.global_rank).getrandbits(62))
         phase, pruners = self.phase, {id(p) for p in self.pruner_parameters()}
         for parameter in self.trainable:

@@ -162,7 +162,7 @@ def test_several_budgets_in_one_step():
         (lambda: Matryoshka([1, 0]), "Matryoshka needs factors above 0, got"),
         (lambda: EpicWindow(first=1.0), "EpicWindow needs 0 <= first < 1"),
         (lambda: LayerRamp(0), "LayerRamp needs until"),
-        (lambda: LayerRamp(budget=LayerRamp()), "LayerRamp.budget says how many tokens stay"),
+        (lambda: LayerRamp(budget=LayerRamp()), "LayerRamp.budget must be a schedule of budgets"),
         (lambda: Sandwich(3, 2), "Sandwich needs 0 < low <= high"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Budgets that are drawn anew at every step: one checkpoint, many budgets."""
+"""Several budgets over training, for one checkpoint that serves many: random ones, or a fixed set in every step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tpcompress.training.schedules.base import Schedule, scaled
 
 
 class RandomBudget(Schedule):
-    """A new budget at every step between `low` and `high` times the plan's.
+    """A random budget at every step, between `low` and `high` times the plan's.
 
     Args:
         low: smallest multiple.
         high: largest multiple.
-        log: draw log-uniformly; otherwise uniformly, which favours large budgets.
+        log: draw log-uniformly instead of uniformly, which favours large budgets.
 
     Raises:
         ValueError: the bounds are not 0 < low <= high.
@@ -32,13 +32,14 @@ class RandomBudget(Schedule):
 
 
 class Sandwich(RandomBudget):
-    """Three passes per step: the largest budget, the smallest, and one between (universally slimmable networks,
-    arXiv 1903.05134, section 3.2). Each step costs three forward passes.
+    """Three forward calls per step: the largest budget, the smallest, and a random one between.
+
+    Source: universally slimmable networks (arXiv 1903.05134, section 3.2).
 
     Args:
         low: smallest multiple of the plan's budget.
         high: largest multiple.
-        log: how the one between is drawn.
+        log: draw the third budget log-uniformly instead of uniformly.
     """
 
     def budgets(self, final: Budget, progress: float, draw: float) -> list[Budget]:
@@ -46,14 +47,18 @@ class Sandwich(RandomBudget):
 
 
 class Matryoshka(Schedule):
-    """One pass per multiple of the budget in every step, as Matryoshka models are trained (M3, arXiv 2405.17430).
+    """One forward call per multiple of the budget in every step.
+
+    Source: Matryoshka multimodal models (M3, arXiv 2405.17430).
 
     Args:
-        factors: the multiples of the plan's budget.
+        factors: multiples of the plan's budget.
 
     Raises:
-        ValueError: no factors, or one that is not above 0.
+        ValueError: no factors, or a factor that is not above 0.
     """
+
+    test_arguments = ({"factors": [2, 0.5, 1]},)
 
     def __init__(self, factors: list[float]) -> None:
         if not factors or min(factors) <= 0:

@@ -1,6 +1,6 @@
-"""EPIC's curricula (arXiv 2510.00515): a window of ratios that grows, and a layer that moves towards the input.
+"""EPIC's curricula (arXiv 2510.00515): random ratios from a growing window, and a stage that moves to shallow layers.
 
-The numbers are those of its training script for LLaVA-1.5; p is the progress.
+Default values are those of its training script for LLaVA-1.5; p is the progress.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ class EpicWindow(Schedule):
 
         r_min = first + span p low,    r_max = first + span p high
 
-    As published the window ends at U(0.26, 0.74) whatever the plan keeps, so 1/9 is never trained. `reach` replaces
-    `span` so that r_max ends at what the plan drops.
+    Source: EPIC (arXiv 2510.00515). As published, the window ends at U(0.26, 0.74) for every plan, so a keep ratio of
+    1/9 is never trained. `reach` replaces `span` such that r_max ends at the dropped share of the plan.
 
     Args:
         first: dropped share at the start.
-        span: how far the window moves.
-        low: share of the span that the lower end moves.
-        high: share of the span that the upper end moves.
-        reach: end at the plan's budget; it then needs a keep_ratio.
+        span: distance that the window moves.
+        low: share of the span by which the lower bound moves.
+        high: share of the span by which the upper bound moves.
+        reach: end at the plan's budget, which must be a keep_ratio.
 
     Raises:
-        ValueError: bounds that are not shares.
+        ValueError: bounds outside [0, 1), or `reach` with a plan of keep_tokens.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class EpicWindow(Schedule):
         self.first, self.span, self.low, self.high, self.reach = first, span, low, high, reach
 
     def budget(self, final: Budget, progress: float, draw: float) -> Budget:
-        if final.keep_tokens == 0:  # nothing, which a plan may ask of its last stage, stays nothing
+        if final.keep_tokens == 0:  # 0 tokens, which the last stage of a plan may keep, remain 0
             return final
         span = self.span
         if self.reach:
             if final.keep_ratio is None:
-                raise ValueError("EpicWindow with reach needs a plan with keep_ratio: it counts in shares.")
+                raise ValueError("EpicWindow with reach needs a plan with keep_ratio, not keep_tokens.")
             span = max(0.0, 1 - final.keep_ratio - self.first) / self.high
         least, most = (self.first + span * progress * end for end in (self.low, self.high))
         return Budget(keep_ratio=1 - (least + draw * (most - least)))
@@ -53,15 +53,15 @@ class EpicWindow(Schedule):
 class LayerRamp(Schedule):
     """Layer-consistency curriculum: the stage moves from deep to shallow, l = round(L - p (L - l_plan)).
 
-    L is the depth of the model. A stage cannot stand behind the last layer, so the first steps, whose l is L, prune
-    before the last layer. Several stages keep their order.
+    Source: EPIC (arXiv 2510.00515). L is the depth of the model. The first steps, whose l is L, prune before the last
+    layer. Several stages keep their order.
 
     Args:
         until: share of the phase at which the plan's layer is reached.
-        budget: how the count falls meanwhile; null keeps the plan's.
+        budget: schedule of the budget; null for the plan's.
 
     Raises:
-        ValueError: `until` is no share, or `budget` moves layers as well.
+        ValueError: `until` outside (0, 1], or a `budget` that moves layers as well.
     """
 
     moves = True
@@ -70,7 +70,7 @@ class LayerRamp(Schedule):
         if not 0 < until <= 1:
             raise ValueError(f"LayerRamp needs until in (0, 1], got {until}.")
         if budget is not None and budget.moves:
-            raise ValueError("LayerRamp.budget says how many tokens stay; it cannot move layers, too.")
+            raise ValueError("LayerRamp.budget must be a schedule of budgets, got one that moves layers.")
         self.until, self.inner = until, budget
 
     def budgets(self, final: Budget, progress: float, draw: float) -> list[Budget]:

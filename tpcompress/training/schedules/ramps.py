@@ -1,4 +1,4 @@
-"""Ramps: from many tokens down to the plan's budget, in a straight line, along half a cosine, or in steps."""
+"""Ramps from a larger budget down to the plan's: linear, cosine, or in steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tpcompress.training.schedules.base import Schedule, check_ramp
 
 
 class Linear(Schedule):
-    """From `start` times the budget down to the budget in a straight line, then constant.
+    """From `start` times the plan's budget linearly down to the plan's, then constant.
 
     Args:
-        start: multiple of the budget at the first step; large values mean all tokens.
+        start: multiple of the budget at the first step; a large value starts with all tokens.
         until: share of the phase at which the plan's budget is reached.
     """
 
@@ -23,7 +23,9 @@ class Linear(Schedule):
 
 
 class Cosine(Schedule):
-    """From `start` times the budget down to the budget along half a cosine, then constant (EViT, arXiv 2202.07800).
+    """From `start` times the plan's budget along half a cosine down to the plan's, then constant.
+
+    Source: EViT (arXiv 2202.07800).
 
     Args:
         start: multiple of the budget at the first step.
@@ -38,15 +40,17 @@ class Cosine(Schedule):
 
 
 class Steps(Schedule):
-    """One multiple of the budget after another, each for an equal share of the time until `until`, then the budget.
+    """One multiple of the plan's budget after another, for equal shares of the steps before `until`, then the plan's.
 
     Args:
-        factors: the multiples, none smaller than the next and none below 1.
+        factors: multiples of the budget, not rising, and at least 1.
         until: share of the phase at which the plan's budget is reached.
 
     Raises:
-        ValueError: no factors, or factors that rise or fall below 1.
+        ValueError: no factors, or factors that rise or are below 1.
     """
+
+    test_arguments = ({"factors": [4, 2]},)
 
     def __init__(self, factors: list[float], until: float = 0.5) -> None:
         if not factors or any(a < b for a, b in zip(factors, factors[1:], strict=False)):
