@@ -34,7 +34,7 @@ CONTRACTS = {
     "family": ("tests/families/test_families.py", "tests/families/test_catalogue.py", "tests/matrix/test_forward.py"),
     "loss": ("tests/training/losses/test_losses.py",),
     "teacher": ("tests/training/teachers/test_teachers.py",),
-    "schedule": ("tests/training/schedules/test_schedules.py",),
+    "schedule": ("tests/training/schedules/test_contract.py",),
     "task": ("tests/evaluation/tasks/test_tasks.py",),
     "metric": ("tests/evaluation/scoring/test_metrics.py",),
 }

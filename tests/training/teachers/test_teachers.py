@@ -69,7 +69,8 @@ def cases():
     known = {"AdapterOff", "FrozenCopy", "LargerBudget", "Cached"}  # the last computes nothing
     for name, cls in list_teachers().items():
         if name not in known:
-            yield from ((name, cls(**each), TWO, True) for each in cls.test_arguments)
+            file = cls.__module__.rpartition(".")[2]
+            yield from ((f"{name} of {file}", cls(**each), TWO, True) for each in cls.test_arguments)
 
 
 EACH = pytest.mark.parametrize(("teacher", "plan", "lora"), [c[1:] for c in cases()], ids=[c[0] for c in cases()])
