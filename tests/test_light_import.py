@@ -49,6 +49,12 @@ def test_an_export_runs_without_any_extra(tmp_path: Path) -> None:
     assert "retained per image" in done.stdout
 
 
+def test_an_own_loop_needs_no_training_framework() -> None:
+    block = BLOCK.replace("'accelerate', ", "")
+    done = run(f"{block}import tpcompress as tp\nprint(tp.schedule_step.__name__, tp.ScheduleCallback.__name__)")
+    assert done.stdout.split() == ["schedule_step", "ScheduleCallback"], done.stderr
+
+
 def test_a_command_names_the_extra_that_it_needs() -> None:
     code = f"{BLOCK}from tpcompress.cli.main import main\nsys.exit(main(sys.argv[1:] or "
     for arguments in (

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
-console = Console()
+from tpcompress.cli.console import console
+from tpcompress.cli.lab import cache_teacher, estimators, study
 
 
 def fit(args: list[str]) -> int:
@@ -119,24 +119,6 @@ def compare(config: str, out: str | None = None) -> int:
     return 0
 
 
-def study(config: str, out: str | None = None, tables: bool = False, into: str | None = None) -> int:
-    """Compare pruners, budgets, training recipes and seeds in resumable cells, which several processes can share.
-
-    Example:
-        tpcompress study recipes/studies/training_aware.yaml --tables
-
-    Args:
-        config: study file.
-        out: output folder; default: that of the file.
-        tables: only make the tables of finished cells.
-        into: document whose tables, between two markers, are replaced.
-    """
-    from tpcompress.lab.study.run import run_study
-
-    run_study(config, out, console, tables, into)
-    return 0
-
-
 def quickstart(out: str = "runs/quickstart") -> int:
     """Compare, train, export, verify and ask a question on the bundled base, in less than ten minutes.
 
@@ -215,43 +197,6 @@ def find_layer(
     from tpcompress.evaluation.find_layer import run_find_layer
 
     run_find_layer(model, data, image_folder, num_samples, threshold, layers, out, seed, dtype, device, console, task)
-    return 0
-
-
-def estimators(config: str, out: str | None = None, marks: str | None = None) -> int:
-    """Test which gradient estimators train a scorer, on a task of 24 tokens and on a frozen base.
-
-    Example:
-        tpcompress estimators recipes/tiny_llava/estimators.yaml
-
-    Args:
-        config: file of estimators.
-        out: output folder; default: that of the file.
-        marks: file that receives the result of each estimator, for the warning of `fit`.
-    """
-    from tpcompress.lab.estimators.run import run_estimators
-
-    run_estimators(config, out, marks, console)
-    return 0
-
-
-def cache_teacher(config: str, out: str, top: int = 64) -> int:
-    """Store the unpruned base's answers to a recipe's training data, for the teacher Cached; resumes if interrupted.
-
-    Example:
-        tpcompress cache-teacher recipes/tiny_llava/pool_full.yaml --out runs/teacher
-
-    Args:
-        config: recipe.
-        out: folder of the cache.
-        top: most likely tokens kept per answer position.
-    """
-    from tpcompress.cli.cache_teacher import cache_of_recipe
-
-    written = cache_of_recipe(config, out, top, console)
-    console.print(
-        f"{written} sequences written to {out}. Next: model.teacher: Cached with folder: {out}.", soft_wrap=True
-    )
     return 0
 
 

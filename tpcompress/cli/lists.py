@@ -84,10 +84,9 @@ def _members(kind: str) -> dict[str, str]:
 
         found = list_teachers()
     elif kind == "schedules":
-        from tpcompress.training import schedules
+        from tpcompress.training.schedules import list_schedules
 
-        classes = (getattr(schedules, name) for name in schedules.__all__)
-        found = {cls.__name__: cls for cls in classes if inspect.isclass(cls) and cls is not schedules.Schedule}
+        found = list_schedules()
     elif kind == "tasks":
         from tpcompress.evaluation.tasks import list_tasks
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS, console
+from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS
+from tpcompress.cli.console import console
 from tpcompress.cli.options import HELP, normalized, underscored
 from tpcompress.errors import did_you_mean, missing_extra
 from tpcompress.version import __version__

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tpcompress.insertion.attach import budgets, controller_of, layers
-from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.schedules import Schedule, draw_for, progress_at
+from tpcompress.training.step_values import step_budgets, step_layers
 
 
 @contextmanager
@@ -36,23 +36,16 @@ def schedule_step(model: nn.Module, schedule: Schedule, progress: float, draw: f
     if not 0 <= progress <= 1 or not 0 <= draw < 1:
         raise ValueError(f"progress must be in [0, 1] and draw in [0, 1), got {progress} and {draw}.")
     attached = controller_of(model)
-    passes = [schedule.budgets(stage.budget, progress, draw) for stage in attached.plan.stages]
-    chosen = [values[int(draw * len(values))] for values in passes]
+    passes = step_budgets(attached.plan, schedule, progress, draw)
+    chosen = passes[int(draw * len(passes))]
     for pruner in attached.pruners:
         pruner.set_progress(progress)  # type: ignore[operator]
     with ExitStack() as stack:
         stack.enter_context(budgets(model, chosen))
         if schedule.moves:
-            stack.enter_context(layers(model, _layers(attached.plan, schedule, len(attached.parts.layers), progress)))
+            values = step_layers(attached.plan, schedule, len(attached.parts.layers), progress)
+            stack.enter_context(layers(model, values))
         yield
-
-
-def _layers(plan: PruningPlan, schedule: Schedule, num_layers: int, progress: float) -> list[int]:
-    """Layers of the stages at a step, strictly increasing."""
-    found = [schedule.layer(stage.layer, num_layers, progress) for stage in plan.stages]
-    for number in range(len(found) - 2, -1, -1):
-        found[number] = min(found[number], found[number + 1] - 1)
-    return found
 
 
 class ScheduleCallback(TrainerCallback):

@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpcompress.insertion.attach import controller_of, is_attached, layers, mode
-from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.training.context import StepContext
 from tpcompress.training.losses import needs_of, weighed
 from tpcompress.training.losses.base import at
 from tpcompress.training.passes import Pass, run_pass
 from tpcompress.training.phases import NO_GRADIENT_REACHES_PRUNER, Phase
-from tpcompress.training.schedules import Schedule
+from tpcompress.training.step_values import step_budgets, step_layers
 from tpcompress.training.teachers import Teacher
 
 
@@ -74,24 +73,6 @@ def check_gradient_reaches_pruner(
     stages = [stage for student, _ in passes if student.trace is not None for stage in student.trace.stages]
     if any(stage.selection is not None and any(stage.vision_in) and pruners[stage.stage].learned for stage in stages):
         raise ValueError(NO_GRADIENT_REACHES_PRUNER)
-
-
-def step_budgets(
-    plan: PruningPlan | None, schedule: Schedule, progress: float, draw: float
-) -> list[list[Budget] | None]:
-    """Budgets of the stages in each forward call of a step; [None] without a plan."""
-    if plan is None:
-        return [None]
-    each = [schedule.budgets(stage.budget, progress, draw) for stage in plan.stages]
-    return [list(values) for values in zip(*each, strict=True)]
-
-
-def step_layers(plan: PruningPlan, schedule: Schedule, num_layers: int, progress: float) -> list[int]:
-    """Layers of the stages at a step: strictly rising, and below `num_layers`."""
-    found = [schedule.layer(stage.layer, num_layers, progress) for stage in plan.stages]
-    for number in range(len(found) - 2, -1, -1):
-        found[number] = min(found[number], found[number + 1] - 1)
-    return found
 
 
 def set_progress_done(model: nn.Module) -> None:
