@@ -37,7 +37,7 @@ def pruner_configs() -> list[dict[str, Any]]:
 
 
 def inexact_configs() -> list[dict[str, Any]]:
-    """Every pruner that counts for itself."""
+    """Every pruner that chooses its own count."""
     return [{"type": name, **more} for name, variants in INEXACT.items() for more in variants]
 
 

@@ -69,8 +69,8 @@ def test_a_part_may_be_a_pruner_a_name_or_a_mapping() -> None:
     ("config", "message"),
     [
         ({"type": "window", "pruner": "pool"}, "window cannot build on 'pool', which merges tokens; name another"),
-        ({"type": "quota", "pruner": "learned_gate"}, "quota cannot build on 'learned_gate', which learns by gates"),
-        ({"type": "window", "pruner": {"type": "dart", "compat": "llava"}}, "on 'dart', which counts for itself"),
+        ({"type": "quota", "pruner": "learned_gate"}, "quota cannot build on 'learned_gate', which trains gates"),
+        ({"type": "window", "pruner": {"type": "dart", "compat": "llava"}}, "on 'dart', which chooses its own count"),
         ({"type": "mix", "importance": "vtw"}, "mix cannot build on 'vtw', which retains nothing"),
         ({"type": "window", "pruner": "fastw"}, "No pruner 'fastw'. Known: .* Did you mean fastv?"),
         ({"type": "window", "pruner": "torch.nn.Linear"}, "outside tpcompress"),

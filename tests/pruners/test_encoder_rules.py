@@ -89,13 +89,13 @@ def test_counts_of_their_own_in_a_model(clip: tuple[Any, Any], config: dict[str,
 def test_layers_of_the_tower() -> None:
     layers = {config["type"]: create(config).tower_layers for config in DEFAULTS}
     assert layers.pop("prumerge") == (-1,), "its attention is the last layer's"
-    assert layers.pop("hiprune") == (9, -2)
+    assert layers.pop("hiprune") == (8, -2)
     assert set(layers.values()) == {(-2,)}
 
 
 def test_a_tower_of_fewer_layers_is_refused(clip: tuple[Any, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"tower layers \(9, -2\), but the tower has layers -3 to 2; name some of these"
+        ValueError, match=r"tower layers \(8, -2\), but the tower has layers -3 to 2; name some of these"
     ):
         attach(clip[0], PruningPlan([Stage("hiprune", keep_tokens=9)]))
 

@@ -37,14 +37,14 @@ def deep() -> LlavaForConditionalGeneration:
 
 @pytest.mark.parametrize("name", list_pruners())
 def test_every_pruner_without_training_has_a_plan(name: str) -> None:
-    """What learns has recipes that train it instead."""
+    """What learns has recipes that train it instead; a plan without a paper is optional."""
     cls, used = list_pruners()[name], set()
     for text in plans_of(cls).values():
         assert text.startswith("# "), "a comment states the setting"
         assert all(len(line) <= 125 for line in text.splitlines())
         plan = PruningPlan.from_yaml(text)
         used |= {m.name for stage in plan.stages for m in stage.pruner.modules() if isinstance(m, Pruner)}
-    assert name in used or cls().learned
+    assert name in used or cls().learned or cls.paper == "ours"
 
 
 @pytest.mark.parametrize("name", paper_plans())
@@ -101,4 +101,3 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_pruner_is_in_one_group() -> None:
     listed = [name for names in groups().values() for name in names]
     assert sorted(listed) == sorted(list_pruners())
-    assert "other" not in groups(), "a built-in pruner declares its group"

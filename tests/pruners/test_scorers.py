@@ -295,7 +295,7 @@ def test_in_a_model_answers_and_partners_change_no_score(config: dict[str, Any])
     [
         ("learned_gate", "has weights of its own"),
         ("pool", "merges tokens"),
-        ({"type": "divprune", "compat": True}, "counts for itself"),
+        ({"type": "divprune", "compat": True}, "chooses its own count"),
         ("vtw", "retains nothing"),
         ("os.path", "does not import 'os.path'"),
         ("divprun", "Did you mean divprune"),

@@ -1,4 +1,4 @@
-"""What a pruner is: a pure function of tensors, `TokenView -> Selection`.
+"""Base class of pruners and their output: a pruner is a pure function of tensors, `TokenView -> Selection`.
 
 B rows (one per image, or one per prompt under `scope: prompt`), V vision tokens (padded), D hidden size,
 S sequence length, H attention heads, Q words of the prompt (padded), L layers of the vision tower.
@@ -20,22 +20,22 @@ __all__ = ["BETWEEN", "INSTRUCTION", "SYSTEM", "TOWER_LAYERS", "Pruner", "Select
 
 @dataclass(frozen=True)
 class Selection:
-    """What a pruner answers; it never touches the sequence itself.
+    """Output of a pruner; the sequence itself is shortened by `tpcompress/insertion`.
 
     Attributes:
-        keep_BV: bool, the one truth: exactly `num_keep` True per row, unless the pruner is not `exact`.
+        keep_BV: bool, the retained tokens: exactly `num_keep` per row if the pruner has `exact_count`.
         scores_BV: higher = keep; for plots, losses and tie-breaking.
-        gate_BV: weights in [0, 1] that carry a gradient, smooth or 0/1 in the forward pass (training only). Under a
-            view that is `soft` nothing is cut then.
+        gate_BV: weights in [0, 1] that carry a gradient, smooth or 0/1 in the forward pass (training only). With
+            `TokenView.soft` the sequence is not cut then.
         vision_BVD: new values of the vision tokens (merging pruners; noise gate); None leaves them as they are.
-        size_BV: how many tokens each retained one stands for, fp32; layers behind the stage then weigh its key by it
-            (proportional attention). None weighs all alike.
+        size_BV: number of tokens that each retained one represents, fp32; later layers weight its key by it
+            (proportional attention). None weights all keys equally.
         place_BV: int64, the token whose position each retained one takes; None leaves each at its own.
-        value_gate_BV: multiplies the values of the tokens in every layer behind the stage (training only); None is 1.
-        key_bias_BV: fp32, is added to the attention logits of their keys there (training only); None is 0.
-        log_prob_B: log probability of the drawn set, for a loss by score function; None if nothing was drawn.
+        value_gate_BV: factor on the attention values of the tokens in every later layer (training only); None is 1.
+        key_bias_BV: added to the attention logits of their keys there, fp32 (training only); None is 0.
+        log_prob_B: log probability of the sampled set, for score-function losses; None without sampling.
         expected_B: expected number of retained tokens, with a gradient; None if the count is not learned.
-        text_BSD: what a scorer made of the whole sequence, for a loss of its own.
+        text_BSD: the scorer's output over the whole sequence, for a loss of its own.
     """
 
     keep_BV: Tensor
@@ -91,36 +91,36 @@ class Pruner(ConfigMixin):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Views that it reads, by name; `tpcompress.pruners.views.VIEWS` has all."""
+        """Names of the views that the pruner reads; `tpcompress.pruners.views.VIEWS` has all."""
         return frozenset()
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        """Layers of the vision tower that its views show, 0 the first; negative numbers count from the end."""
+        """Indices of the tower layers that its tower views contain; negative ones count from the end."""
         return TOWER_LAYERS
 
     @property
     def prompt_dependent(self) -> bool:
-        """The choice depends on the prompt, so an image cannot be pruned once for all its questions."""
+        """True if the selection depends on the prompt, so that an image is pruned again for each question."""
         return bool(self.needs & PROMPT_VIEWS)
 
     @property
     def learned(self) -> bool:
-        """It has weights of its own to train."""
+        """True if the pruner has weights to train."""
         return False
 
     def build(self, hidden_size: int) -> None:
-        """Create weights once the model's width is known. Most pruners have none."""
+        """Create weights for a hidden size; pruners without weights do nothing."""
 
     def set_progress(self, progress: float) -> None:
-        """Tell a learned pruner how far its training is, from 0 to 1. Most pruners do not care."""
+        """Set the progress of training, from 0 to 1, for pruners with annealed settings; ignored by others."""
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        """Choose the tokens to keep.
+        """Select the tokens to retain.
 
         Args:
-            tokens: what may be looked at.
-            num_keep_B: int64 (B,) on the CPU (counts are the host's knowledge): how many tokens each row keeps,
-                at most its number of valid tokens.
+            tokens: features and the views in `needs`.
+            num_keep_B: int64 (B,) on the CPU: number of tokens that each row retains, at most its number of
+                valid tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(tokens, num_keep_B) -> Selection.")

@@ -22,7 +22,8 @@ class CDPruner(Pruner):
     Cholesky factor of K_S grows by one row per pick. Once they explain all that is left (duplicates, more tokens than
     dimensions), the rest follows by relevance, then position.
 
-    `relevance`: `text` = mean cosine of the token and the words of the instruction, both as they are at the stage;
+    `relevance`: `text` = mean cosine of the token and the text tokens of the instruction, both as they are at the
+    stage;
     `class` or `received` = attention in the vision tower; `none` = a plain determinantal point process.
     The paper's own is `joint`: minus the cosine of patch and question in CLIP's joint space, which no checkpoint of a
     language model holds. `text` is its substitute, with the sign as it stands: that CLIP's patches resemble what they
@@ -34,7 +35,7 @@ class CDPruner(Pruner):
     Cost: one V x V Gram matrix, then V work per pick and per earlier pick.
     Unlike the official code: r is stretched within each row, there over all tiles and images of a batch (so a choice
     depended on its neighbours); constant relevance makes r = 1, there NaN; a rank that is too low keeps the count,
-    there the root of a negative number ended it. None of these can be asked for: they depend on the batch. The budget
+    there the root of a negative number ended it. There is no `compat` for these: they depend on the batch. The budget
     of an image is spent over all its tiles; to spend it tile by tile, as there, wrap the pruner in `quota`.
     """
 
@@ -82,7 +83,7 @@ class CDPruner(Pruner):
 
 
 def mean_cosine(vision_BVD: Tensor, text_BSD: Tensor, text_valid_BS: Tensor) -> Tensor:
-    """Mean cosine of each vision token and the valid words, fp32 (B, V); 0 where there are no words."""
+    """Mean cosine of each vision token and the valid text tokens, fp32 (B, V); 0 where there are no text tokens."""
     word_BSD = F.normalize(text_BSD.float(), dim=-1).masked_fill(~text_valid_BS[..., None], 0.0)
     mean_BD = word_BSD.sum(1) / text_valid_BS.sum(1, keepdim=True).clamp(min=1)
     return products(F.normalize(vision_BVD.float(), dim=-1), mean_BD)
@@ -99,7 +100,7 @@ def likeliest(similar_BVV: Tensor, relevance_BV: Tensor, valid_BV: Tensor, num_p
 
     Returns:
         int64 (B, V): 0 for the first pick, ...; V for tokens never picked. Ties: the earlier token. Tokens that the
-        picks explain come behind all others, by relevance, then position.
+        picks explain come after all others, by relevance, then position.
     """
     return greedy(_Volume(similar_BVV, relevance_BV, min(num_picks, valid_BV.shape[1])), valid_BV, num_picks)
 
@@ -123,7 +124,7 @@ class _Volume(Criterion):
     def take(self, pick_B1: Tensor) -> None:
         done_BTV = self.factor_BTV[:, : self.step]
         own_BT1 = done_BTV.gather(2, pick_B1[:, None].expand(-1, self.step, -1))
-        # In fp64 and no product of matrices, so that neither padding nor the batch tells equal tokens apart.
+        # In fp64 and no product of matrices, so that neither padding nor the batch separates equal tokens.
         known_BV = (own_BT1 * done_BTV).sum(1, dtype=torch.float64).float()
         rest_BV = row_of(self.similar_BVV, pick_B1) - known_BV
         left_B1 = self.left_BV.gather(1, pick_B1)

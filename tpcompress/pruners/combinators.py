@@ -1,4 +1,4 @@
-"""What pruners made of other pruners share: the parts by name, what they need together, quotas of groups of tokens.
+"""Base class of combinators, pruners that contain pruners, and quotas for groups of tokens.
 
 B rows, V tokens, L layers of the vision tower.
 """
@@ -27,7 +27,7 @@ class Composed(Pruner):
 
     Raises:
         ValueError: a part is a dotted path or retains nothing; or, where parts must only rank, it merges, learns or
-            counts for itself.
+            chooses its own count.
     """
 
     part_names: tuple[str, ...] = ("pruner",)
@@ -38,7 +38,7 @@ class Composed(Pruner):
         super().__init__()
         for argument, given in parts.items():
             if isinstance(given, str) and "." in given:
-                # It may come from a checkpoint that nobody trusts: only `create` knows, and makes all mappings.
+                # It may come from an untrusted checkpoint; `create` has built all mappings that are allowed.
                 raise ValueError(
                     f"{self.name} does not import '{given}' from outside tpcompress; write {{type: {given}}} instead."
                 )
@@ -47,8 +47,8 @@ class Composed(Pruner):
             if self.only_rank:
                 reasons |= {
                     "merges tokens": part.merges,
-                    "learns by gates of its own": part.learned,
-                    "counts for itself": not part.exact_count,
+                    "trains gates of its own": part.learned,
+                    "chooses its own count": not part.exact_count,
                 }
             for reason, holds in reasons.items():
                 if holds:
@@ -85,8 +85,8 @@ class Composed(Pruner):
         values = super().config()
         return values | {name: part.config() for name, part in zip(self.part_names, self.parts, strict=True)}
 
-    def ask(self, part: Pruner, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        """What a part would choose, given the layers of the tower that it asked for."""
+    def select_with(self, part: Pruner, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        """Selection of a part, given the tower layers that it reads."""
         own = self.tower_layers
         if _reads_tower(part) and part.tower_layers != own:
             index_L = [own.index(layer) for layer in part.tower_layers]
@@ -95,18 +95,18 @@ class Composed(Pruner):
         return selection
 
     def ranked(self, part: Pruner, tokens: TokenView) -> Tensor:
-        """Scores (B, V) of a part that was asked to keep everything, so that it has ranked every token."""
-        # The count of valid tokens is on the device; asking for all V spares the host the look: padding comes last.
+        """Scores (B, V) of a part at full budget, so that every token is ranked."""
+        # The count of valid tokens is on the device; a budget of V avoids a host-device sync: padding ranks last.
         V = tokens.valid_BV.shape[1]
-        return self.ask(part, tokens, torch.full((len(tokens.valid_BV),), V)).scores_BV
+        return self.select_with(part, tokens, torch.full((len(tokens.valid_BV),), V)).scores_BV
 
     def ranking(self, part: Pruner, tokens: TokenView, num_keep_B: Tensor) -> Tensor:
         """Place (B, V) of each token, 0 = best: what the part retains within this budget, then the rest by its scores.
 
-        Scores alone do not tell what rules such as `dart` retain.
+        The scores of pruners such as `dart` do not determine what they retain.
         """
         place_BV = rank(self.ranked(part, tokens), tokens.valid_BV)
-        return places((~self.ask(part, tokens, num_keep_B).keep_BV).long(), place_BV)
+        return places((~self.select_with(part, tokens, num_keep_B).keep_BV).long(), place_BV)
 
 
 def quotas(place_BV: Tensor, group_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor, share: str = "equal") -> Selection:

@@ -22,25 +22,25 @@ class DART(Pruner):
     Pivots are the tokens of largest (`largest: false`: smallest) criterion, the ablation of the paper's table 8:
         key_norm      ||k||_1 of the keys of the layer before (needs keys, so `layer` >= 1)
         value_norm    ||v||_1 of its values (needs values)
-        attention     mean over heads of A[last prompt token, v]; for a word its attention to all vision tokens, which
-                      is our reading: the paper does not say what a text pivot's attention is (needs attention)
+        attention     mean over heads of A[last prompt token, v]; for a text token its attention to all vision tokens,
+                      which is our reading: the paper does not define a text pivot's attention (needs attention)
         hidden_norm   ||h||_2 of the hidden states (any layer)
         random        a hash of `seed` and the token's place
     `norm_power` 1 or 2 replaces the power of a norm; 0 leaves the one above. h is the hidden state after the language
     model's last norm (`space: normed`, as in the official code) or as it is (`space: hidden`, the default with
     hidden_norm, which may stand before the language model). Text pivots steer the choice and are not counted; they come
-    from the words behind the image (`words: instruction`; from all words where there are none) or from all words
-    (`words: prompt`). Vision pivots come first, from the best criterion down, then text pivots. Every pivot takes an
-    equal share of what is left of the budget, the first ones one more where it does not divide.
+    from the text tokens after the image (`words: instruction`; from all text tokens where there are none) or from all
+    text tokens (`words: prompt`). Vision pivots come first, from the best criterion down, then text pivots. Every pivot
+    takes an equal share of what is left of the budget, the first ones one more where it does not divide.
 
     needs  normed or nothing; keys, values or attention by `pivot`; text with text_pivots > 0.
     gives  keep_BV, scores_BV = 1 on vision pivots, else -max_p cos(h_p, h_v).
     Paper: 4 + 4 pivots, keys, layer 2.     Cost: P x V cosines and one sort of V per pivot.
-    Unlike the official code: exact counts, batched, pivots visited in the order above, fewer words than text pivots
-    allowed (the others share their part), each image pruned (there the first one), padding and answers never read.
-    `compat: llava` or `compat: qwen` selects the tokens of the official code; see `tpcompress/pruners/compat/dart.py`.
-    Embedding-level DART of TensorRT-Edge-LLM, before the language model: `pivot: hidden_norm, norm_power: 1, words:
-    prompt`; its quota is ceil(V (1 - reduction)) per image, a plan's is rounded.
+    Unlike the official code: exact counts, batched, pivots visited in the order above, fewer text tokens than text
+    pivots allowed (the others share their part), each image pruned (there the first one), padding and answers never
+    read. `compat: llava` or `compat: qwen` selects the tokens of the official code; see
+    `tpcompress/pruners/compat/dart.py`. Embedding-level DART of TensorRT-Edge-LLM, before the language model: `pivot:
+    hidden_norm, norm_power: 1, words: prompt`; its quota is ceil(V (1 - reduction)) per image, a plan's is rounded.
     """
 
     name = "dart"
@@ -156,7 +156,7 @@ class DART(Pruner):
         return Selection(keep_BV, scores_BV.nan_to_num(neginf=-1.0, posinf=1.0).masked_fill(taken_BV, 1.0))
 
     def _words(self, tokens: TokenView) -> Tensor:
-        """bool (B, S): the words that may be pivots."""
+        """bool (B, S): the text tokens that may be pivots."""
         assert tokens.text_role_BS is not None and tokens.text_valid_BS is not None
         if self.words == "prompt":
             return tokens.text_role_BS > 0
@@ -180,7 +180,7 @@ class DART(Pruner):
             weight_BQ = weight_BQV.masked_fill(~tokens.valid_BV[:, None], 0.0).sum(-1, dtype=torch.float64).float()
             return torch.zeros_like(word_BS, dtype=torch.float).scatter(1, tokens.prompt_column_BQ, weight_BQ)
         if self.pivot == "random":
-            # The n-th word, not the n-th column: padding of the batch moves columns.
+            # The n-th text token, not the n-th column: padding of the batch moves columns.
             return hash_uniform(self.seed + 1, word_BS.cumsum(1))
         return self._norm({"key_norm": tokens.text_keys_BSD, "value_norm": tokens.text_values_BSD}, tokens.text_BSD)
 

@@ -1,4 +1,4 @@
-"""EADP: retain tokens that resemble what the sharply aimed words of the question point at (arXiv 2607.02484)."""
+"""EADP: cover the tokens that the question's most selective text tokens point at (arXiv 2607.02484)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from tpcompress.pruners.greedy import Coverage, cosines, first_picks, greedy, on
 
 SPACES = ("text", "joint")
 FEW = 20
-"""Percentage of the words from which the official code reads d."""
+"""Percentage of the text tokens from which the official code reads d."""
 
 
 class EADP(Pruner):
     """Greedy argmax_u sum_j w_j max(0, s(u, j) - c_j), with c_j = max(0, max_{k in S} s(k, j)).
 
-    s = (1 + cosine of the tokens) / 2; w = smooth(stretch(mu g + (1 - mu) d))^beta: demand is where the words point.
-    c_ij = cosine of word i and token j, p_i = softmax_j(c_ij / tau), h_i = entropy of p_i: high for words that point
-    nowhere. d_j = sum_i a_i c_ij over the words with h_i up to the q-quantile, a = softmax(-h / gamma); g_j = mean of
-    c_ij over all words; smooth = 3 x 3 Gaussian (sigma 1) over the grid of each tile, reflected at its edges.
+    s = (1 + cosine of the tokens) / 2; w = smooth(stretch(mu g + (1 - mu) d))^beta: demand is where the text tokens
+    point.
+    c_ij = cosine of text token i and token j, p_i = softmax_j(c_ij / tau), h_i = entropy of p_i: high for text tokens
+    that point nowhere. d_j = sum_i a_i c_ij over the text tokens with h_i up to the q-quantile, a = softmax(-h /
+    gamma); g_j = mean of c_ij over all text tokens; smooth = 3 x 3 Gaussian (sigma 1) over the grid of each tile,
+    reflected at its edges.
 
-    `relevance: text` reads words and tokens as they are at the stage. The paper reads both in CLIP's joint space
+    `relevance: text` reads text and vision tokens as they are at the stage. The paper reads both in CLIP's joint space
     (`joint`, which no checkpoint of a language model holds) with all cosines negated, and g from the token that ends
     the question there; `text` is its substitute, with positive cosines.
     `compat` scores as the official code for Qwen's embedding space does: all cosines are negated, g is the negated
-    cosine to the mean word embedding, d is read from the max(1, floor(0.2 words)) words of lowest entropy, and the
-    entropy is that of the negated cosines, -sum p log(p + 1e-12). `q` is not used then. That code sets beta to 2.
+    cosine to the mean text embedding, d is read from the max(1, floor(0.2 Q)) text tokens of lowest
+    entropy, and the entropy is that of the negated cosines, -sum p log(p + 1e-12). `q` is not used then. That code sets
+    beta to 2.
 
     needs  text.     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
     Paper: mu = q = 0.5, tau = gamma = 0.01, beta = 1, 64 of LLaVA-1.5's 576 tokens, before the language model.
@@ -37,9 +40,9 @@ class EADP(Pruner):
     Unlike the official code, also with `compat`: tiles of an image are covered together (officially each gets a part
     of the budget in proportion to its demand, rounded down); any grid works (officially 24 x 24 on LLaVA), and a
     neighbour that an earlier stage dropped is replaced by the opposite one, then by the token itself. A prompt without
-    words demands all tokens alike. Without `compat` the cosines keep their sign, g is the mean of the cosines, and d
-    reads the paper's quantile, floor(q (words - 1)) + 1 words. What the official code compares in the greedy picks, s,
-    was not observed; it is the paper's here.
+    text tokens weights all tokens equally. Without `compat` the cosines keep their sign, g is the mean of the cosines,
+    and d reads the paper's quantile, floor(q (Q - 1)) + 1 of the Q text tokens. What the official code compares in the
+    greedy picks, s, was not observed; it is the paper's here.
     """
 
     name = "eadp"
@@ -116,18 +119,18 @@ def instruction_relevance(
         vision_BVD: features of the vision tokens (B, V, D).
         valid_BV: bool (B, V).
         text_BSD: features of the sequence (B, S, D).
-        text_valid_BS: its words that are read.
+        text_valid_BS: its text tokens that are read.
         mu, q, tau, gamma: as in `EADP`.
 
     Returns:
-        fp32 (B, V); 0 in a row without words.
+        fp32 (B, V); 0 in a row without text tokens.
     """
     text_BSD, text_valid_BS = _words_only(text_BSD, text_valid_BS)
     near_BSV = F.normalize(text_BSD.float(), dim=-1) @ F.normalize(vision_BVD.float(), dim=-1).mT
     near_BSV = near_BSV.masked_fill(~text_valid_BS[..., None], 0.0)
     words_B1 = text_valid_BS.sum(1, keepdim=True)
     global_BV = near_BSV.sum(1) / words_B1.clamp(min=1)
-    # In fp64: words that point at one token differ in the tail of their entropy.
+    # In fp64: text tokens that point at one token differ in the tail of their entropy.
     log_BSV = (near_BSV.double() / tau).masked_fill(~valid_BV[:, None], -torch.inf).log_softmax(-1)
     entropy_BS = -(log_BSV.exp() * log_BSV.masked_fill(~valid_BV[:, None], 0.0)).sum(-1)
     # h <= quantile means h <= the value at its floor, since what it is interpolated towards lies above.
@@ -154,7 +157,7 @@ def official_relevance(
         vision_BVD, valid_BV, text_BSD, text_valid_BS, mu, tau, gamma: as in `instruction_relevance`.
 
     Returns:
-        fp32 (B, V); 0 in a row without words.
+        fp32 (B, V); 0 in a row without text tokens.
     """
     text_BSD, text_valid_BS = _words_only(text_BSD, text_valid_BS)
     unit_BVD, words_B1 = F.normalize(vision_BVD.float(), dim=-1), text_valid_BS.sum(1, keepdim=True)
@@ -171,7 +174,7 @@ def official_relevance(
 
 
 def _words_only(text_BSD: Tensor, text_valid_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that are a word in some row; on an accelerator all columns, which is cheaper than finding out."""
+    """Columns that hold a text token in some row; on an accelerator all columns, which needs no host-device sync."""
     if not on_host(text_valid_BS):
         return text_BSD, text_valid_BS
     read_S = text_valid_BS.any(0)
@@ -236,7 +239,7 @@ def demanded_cover(similar_BVV: Tensor, demand_BV: Tensor, valid_BV: Tensor, num
     Args:
         similar_BVV: symmetric similarity, fp32 (B, V, V).
         demand_BV: at least 0 (B, V).
-        valid_BV: bool (B, V); padding neither covers nor wants to be covered.
+        valid_BV: bool (B, V); padding neither covers nor counts as uncovered.
         num_picks: how many picks to make.
 
     Returns:

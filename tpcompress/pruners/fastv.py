@@ -16,18 +16,19 @@ QUERIES = {
     "all_prompt": "attention_prompt",
     "last_vision": "attention_last_vision",
 }
-"""The view behind each `query_source`."""
+"""The view of each `query_source`."""
 
 
 class FastV(Pruner):
     """score(v) = mean over heads and queries of A[query, v] in the layer before the stage.
 
-    The query is the last prompt token; `all_prompt` takes every word of the prompt (words before an image do not see
-    it and lower all its scores alike), `last_vision` the row's last vision token: the control FastV_VIS, which no
-    prompt steers (arXiv 2502.11501, section 5).
+    The query is the last prompt token; `all_prompt` takes every text token of the prompt (text tokens before an image
+    do not see it and lower all its scores alike), `last_vision` the row's last vision token: the control FastV_VIS,
+    which no prompt steers (arXiv 2502.11501, section 5).
 
     needs  the view of `QUERIES[query_source]` (so `layer` >= 1).     gives  keep_BV, scores_BV.
-    Paper: the last prompt token, K = 2 (`layer: 2`), half of the tokens. Cost: one row of attention, or one per word.
+    Paper: the last prompt token, K = 2 (`layer: 2`), half of the tokens. Cost: one row of attention, or one per text
+        token.
     Unlike the official code: only these query rows are recomputed from the layer's own projections, so the model
     stays on sdpa or flash attention; batched; the query is the last *prompt* token, in training, too, where the
     official last token would be part of the answer; ranked once, where one official variant ranks anew at each

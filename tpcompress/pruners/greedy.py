@@ -80,7 +80,7 @@ def products(x_BVD: Tensor, y_BD: Tensor) -> Tensor:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether a number of `x` may steer a loop: in the host's memory, and in no code that is being compiled."""
+    """True if values of `x` may control a loop: in host memory and outside compiled code."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -100,7 +100,7 @@ def stretch(scores_BV: Tensor, valid_BV: Tensor, least: float = 1e-6) -> Tensor:
 class Coverage(Criterion):
     """Facility location: gain(u) = w_u sum_j m_j max(0, s(u, j) - c_j), c_j = max(start, max over picks k of s(k, j)).
 
-    On an accelerator every pick looks at all gains: a fixed number of steps, and no wait. In the host's memory it is
+    On an accelerator every pick looks at all gains: a fixed number of steps, and no sync. In host memory it is
     lazy: gains only fall, so one from an earlier pick is a bound on today's, and a token whose fresh gain beats every
     bound wins without a look at the rest. Both give the same picks, to the bit: each gain is one sum over j in
     one order, and rounding keeps it falling, because every step of it (s - c, times m, plus, times w) rounds
@@ -111,7 +111,7 @@ class Coverage(Criterion):
         demand_BV: how much it matters to cover a token, m >= 0; 0 on padding.
         weight_BV: how much a candidate counts, w >= 0; 1 without it.
         start: how well every token counts as covered without any pick.
-        lazy: whether bounds are used; without it, where they pay off and the host can read them without waiting.
+        lazy: whether bounds are used; without it, where they pay off and need no host-device sync.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Coverage(Criterion):
         while True:
             value_BV = self.bound_BV.masked_fill(~open_BV, -torch.inf)
             pick_B1 = value_BV.argmax(1, keepdim=True)
-            # numpy() reads the host's memory and refuses any other: this cannot become a wait for a device.
+            # numpy() raises on other than host memory: this cannot become a host-device sync.
             if fresh_BV.gather(1, pick_B1).all().numpy():
                 return pick_B1
             stale_BM = value_BV.masked_fill(fresh_BV, -torch.inf).topk(min(size, V)).indices

@@ -26,8 +26,8 @@ class HiPrune(Pruner):
     Qwen2.5-VL the official code reads layer 16 and the last one: `object_layer: 15, deep_layer: -1`, both of which
     attend to the whole image. A tower with too few layers is refused at `attach`.
     Cost: attention maps of two layers of the tower; A x V.
-    Unlike the official code: neighbours end at the edge of the grid, also behind an earlier stage; a batch of images of
-    any shape. `compat` takes those at -1, +1 and one grid row before and behind in the sequence, which continue in the
+    Unlike the official code: neighbours end at the edge of the grid, also after an earlier stage; a batch of images of
+    any shape. `compat` takes those at -1, +1 and one grid row before and after in the sequence, which continue in the
     next grid row at an edge, and the first and last token where there is none.
     """
 

@@ -26,9 +26,9 @@ class LearnedGate(Pruner):
     """keep = selector(standardise(scorer(x)), k), learned through an applier.
 
     Scorers, selectors and appliers are names, or mappings with `type` and arguments; `tpcompress pruners` lists them.
-    A scorer that never sees the prompt can be served before any prompt is known; one that does performs part of the
-    visual search itself, and a wrong question breaks it. `reserve` tokens on a fixed grid are always kept (for use
-    without fine-tuning the backbone).
+    With a scorer that does not read the prompt, images can be pruned before a prompt arrives. One that reads it
+    performs part of the visual search, so that its tokens do not serve another question. `reserve` tokens on a fixed
+    grid are always kept (for use without fine-tuning the backbone).
 
     needs  what its scorer needs.     gives  keep_BV, scores_BV, and in training what selector and applier add.
     Cost: that of its parts, and one sort of V.
@@ -63,7 +63,7 @@ class LearnedGate(Pruner):
         super().__init__()
         if reserve < 0:
             raise ValueError(f"learned_gate needs reserve >= 0, got {reserve}.")
-        # Parts from outside must be given as mappings or modules, which `create` has asked about.
+        # Components from outside the package are mappings or modules here, which `create` has checked.
         self.scorer: Scorer = create_part("scorer", scorer, allow_outside=False)
         self.selector: Selector = create_part("selector", selector, allow_outside=False)
         self.applier: Applier = create_part("applier", applier, allow_outside=False)
@@ -73,11 +73,11 @@ class LearnedGate(Pruner):
         self.trainable_when_cut = not self.applier.full_length
         self.trains_through_model, self.gates = self.applier.trains_through_model, self.applier.gates
         if reserve and self.selector.votes:
-            raise ValueError(f"Selector '{self.selector.name}' counts votes and knows no reserve; set reserve: 0.")
+            raise ValueError(f"Selector '{self.selector.name}' counts votes and supports no reserve; set reserve: 0.")
         if self.applier.merges and not self.selector.exact_count:
             raise ValueError(
                 f"Applier '{self.applier.name}' merges, so every row needs its exact count; selector "
-                f"'{self.selector.name}' counts for itself. Take applier value, noise or log_bias."
+                f"'{self.selector.name}' chooses its own count. Take applier value, noise or log_bias."
             )
 
     @property

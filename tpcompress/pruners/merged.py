@@ -18,7 +18,7 @@ class Merged(Composed):
 
     x_s = sum of w_v x_v / sum of w_v over s and all that joined it. `weights: mean` has w = 1, `weights: similarity`
     has w_s = 1 and w_v = max(0, cos(m_s, m_v)). `metric` is what tokens are compared by: themselves, or the mean over
-    heads of their keys in the vision tower. With `proportional`, layers behind the stage add the log of each group's
+    heads of their keys in the vision tower. With `proportional`, layers after the stage add the log of each group's
     size to the logits of its key.
 
     needs  what `pruner` needs, and tower_keys with keys.     gives  keep_BV, scores_BV of `pruner`; vision_BVD;
@@ -64,7 +64,7 @@ class Merged(Composed):
         return tuple(dict.fromkeys((*layers, *TOWER_LAYERS))) if self.metric == "keys" else layers
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        chosen, most = self.ask(self.parts[0], tokens, num_keep_B), int(num_keep_B.max())
+        chosen, most = self.select_with(self.parts[0], tokens, num_keep_B), int(num_keep_B.max())
         layer = self.tower_layers.index(TOWER_LAYERS[0]) if self.metric == "keys" else 0
         metric_BVD = metric_of(tokens, self.metric, layer)
         group_BV, similar_BV = nearest_kept(metric_BVD, chosen.keep_BV, tokens.valid_BV, most)

@@ -16,7 +16,7 @@ from tpcompress.pruners.base import TokenView
 from tpcompress.pruners.topk import SAME, on, rank, slots, take
 
 METRICS = {"features": frozenset[str](), "keys": frozenset({"tower_keys"})}
-"""What tokens are compared by, and the view behind it: their hidden states at the stage, or the keys of a layer of the
+"""What tokens are compared by, and the view of it: their hidden states at the stage, or the keys of a layer of the
 vision tower."""
 
 
@@ -62,7 +62,7 @@ def nearest_kept(similar_BVD: Tensor, keep_BV: Tensor, valid_BV: Tensor, num_kee
         similar_BVD: what tokens are compared by.
         keep_BV: the retained tokens, at least one in every row.
         valid_BV: bool (B, V).
-        num_keep: K, no fewer than any row retains; a number of the host.
+        num_keep: K, no fewer than any row retains; known on the host.
 
     Returns:
         `group_BV`, int64, and fp32 (B, V): the similarity to that token, 1 for retained tokens and padding.
@@ -85,7 +85,7 @@ def merge_groups(
         x_BVD: values to merge; the gradient reaches every member of a group.
         group_BV: the token that each one's group goes by.
         keep_BV: the retained tokens.
-        num_keep: K, no fewer than any row retains; a number of the host.
+        num_keep: K, no fewer than any row retains; known on the host.
         weight_BV: how much each token counts in its group's mean, not negative; all alike without it.
 
     Returns:

@@ -26,10 +26,11 @@ class Mix(Composed):
     """score(v) = alpha n(importance(v)) + (1 - alpha) n(uniqueness(v)); keep = top-k.
 
     `importance` is a pruner, `uniqueness` another one or one of two plain rules, 1 - cos(x_v, x_last) with the last
-    word of the prompt (`last_prompt`) or the last vision token (`last_vision`). n, in each row: `minmax` to [0, 1],
+    text token of the prompt (`last_prompt`) or the last vision token (`last_vision`). n, in each row: `minmax` to [0,
+    1],
     `rank` (share of the other tokens that are not better) or `standard` (zero mean, unit deviation).
     alpha by `mode`: `fixed`; `scheduled`, in a straight line from `alpha` to `alpha_end` as training goes on, and
-    `alpha_end` where no training tells of its progress; `learned`, one number sigmoid(a) that starts at `alpha` and is
+    `alpha_end` where no training progress is set; `learned`, one number sigmoid(a) that starts at `alpha` and is
     trained through the noise gate like a learned gate, the temperature falling from `temperature_start` to
     `temperature_end`.
     A fixed or scheduled alpha of 1 is exactly the importance rule, of 0 exactly the uniqueness rule.
@@ -38,8 +39,8 @@ class Mix(Composed):
     gives  keep_BV, scores_BV, and gate_BV and vision_BVD when alpha is trained at full length.
     Paper: FastV, last_prompt and minmax, alpha swept from 0 to 1; 0.5 is the middle of its sweep.
     Cost: one run of each rule at full budget, since its scores are read (a greedy rule then makes V picks).
-    Unlike the official code: none is known to us. That the second term is the cosine to the last token is from reading
-    notes. Ours: pruners as rules, last_vision, rank and standard, and an alpha that changes.
+    Unlike the official code: none was found. That the second term is the cosine to the last token is taken from
+    reading notes. Ours: pruners as rules, last_vision, rank and standard, and an alpha that changes.
     """
 
     name = "mix"
@@ -153,7 +154,7 @@ class Mix(Composed):
         """What one of the two rules retains without the other."""
         rule = self._rule(name)
         if isinstance(rule, Pruner):
-            return self.ask(rule, tokens, num_keep_B)
+            return self.select_with(rule, tokens, num_keep_B)
         scores_BV = unlike_last(tokens, rule)
         return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
 
@@ -177,7 +178,7 @@ def unlike_last(tokens: TokenView, last: str) -> Tensor:
 
     Args:
         tokens: with text for `last_prompt`.
-        last: `last_prompt`, the last word of the prompt, or `last_vision`, the last vision token of the row.
+        last: `last_prompt`, the last text token of the prompt, or `last_vision`, the last vision token of the row.
     """
     source_BSD, there_BS = tokens.vision_BVD, tokens.valid_BV
     if last == "last_prompt":

@@ -13,8 +13,8 @@ class Novelty(Pruner):
     """score(v) = 1 - max_{w < v} cos(x_v, x_w): of several equal tokens the first is new, the others are not.
 
     needs  nothing.     gives  keep_BV, scores_BV.
-    Cost: one V x V Gram matrix and one sort of V; no greedy loop, so it is the cheap cousin of farthest-point
-    selection. It judges every token by all earlier ones, kept or not.
+    Cost: one V x V Gram matrix and one sort of V; no greedy loop, so it is a cheaper variant of
+    farthest-point selection. Every token is compared with all earlier ones, retained or not.
     """
 
     name = "novelty"

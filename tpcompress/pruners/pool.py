@@ -23,9 +23,9 @@ class Pool(Pruner):
     needs  nothing.     gives  keep_BV, scores_BV (1 on kept), vision_BVD with the new values at the kept tokens.
     Exact for any count: cells differ by at most one token per side (`grid_cells`), so k need not be a square and the
     kernel need not divide the grid. Sums in fp32. At full budget every cell is one token, which stays as it is.
-    Paper: average pooling; the size of its kernel is not known to us.
+    Paper: average pooling; the size of its kernel is not published.
     Cost: one product of k cells with V tokens; none with `central`.
-    Unlike the official code: none is known to us, so the cells, the other kernels and the position are ours.
+    Unlike the official code: none was found, so the cells, the other kernels and the position are ours.
     """
 
     name = "pool"
@@ -91,6 +91,6 @@ def cell_maxima(x_BVD: Tensor, cell_BV: Tensor, valid_BV: Tensor, num_keep_B: Te
     """The largest value of each channel in each cell (B, K, D), K the largest count; 0 in cells that do not exist."""
     B, _, D = x_BVD.shape
     K = int(num_keep_B.max())
-    cell_BV = cell_BV.masked_fill(~valid_BV, K)  # padding has a cell of its own behind the others
+    cell_BV = cell_BV.masked_fill(~valid_BV, K)  # padding has a cell of its own after the others
     empty_BKD = x_BVD.new_zeros(B, K + 1, D)
     return empty_BKD.scatter_reduce(1, cell_BV[..., None].expand_as(x_BVD), x_BVD, "amax", include_self=False)[:, :K]

@@ -12,7 +12,7 @@ from tpcompress.pruners.topk import head_mean, keep_topk
 
 
 class PyramidDrop(Pruner):
-    """score(v) = mean over heads of A[last prompt token, v] that the layer behind the stage would pay.
+    """score(v) = mean over heads of A[last prompt token, v] that the layer after the stage would pay.
 
     One such stage at each of several layers makes the pyramid (`pyramid_stages`).
 
@@ -49,7 +49,7 @@ class PyramidDrop(Pruner):
 
 
 def pyramid_stages(num_layers: int, parts: int = 4, ratio: float = 0.5) -> list[tuple[int, float]]:
-    """(`layer`, `keep_ratio`) of each stage: behind part s of the language model, ratio^s of the original tokens stay.
+    """(`layer`, `keep_ratio`) of each stage: after part s of the language model, ratio^s of the original tokens stay.
 
     Args:
         num_layers: of the language model.

@@ -16,8 +16,8 @@ GROUPS = ("tile", "frame", "image")
 class Quota(Composed):
     """keep = the best tokens of each group by the inner rule, in equal shares or in proportion to its tokens.
 
-    `per: tile` and `per: frame` are two words for one thing: the rectangles of a row are the tiles of an image or the
-    frames of a video. `per: image` matters under the plan's `scope: prompt`, where one row holds several images.
+    `per: tile` and `per: frame` are synonyms: the rectangles of a row are the tiles of an image or
+    the frames of a video. `per: image` matters under the plan's `scope: prompt`, where one row holds several images.
     `share: equal` differs by at most one token between groups that have enough; `share: proportional` follows the
     number of tokens to within one (see `quotas`). Unlike a budget per image, the total stays the row's own.
 

@@ -1,4 +1,4 @@
-"""Pruners by name: found by being in this folder, made from plain values. Parts of learned ones in the same way."""
+"""Registry of pruners and gate components: finds the classes in their folders and builds them from plain values."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ KINDS = tuple(BASES)
 
 @cache
 def list_pruners() -> dict[str, type[Pruner]]:
-    """Every pruner of this folder by name. A broken file breaks loudly."""
+    """All pruners of this folder by name; an error in any file is raised."""
     return find(__package__ or "", Pruner, "pruner")
 
 
 def find(package_name: str, base: type[ConfigMixin], kind: str) -> dict[str, Any]:
-    """Every class of a folder that has a name of its own, by name.
+    """All classes of a folder that declare a `name`, by name.
 
     Args:
         package_name: the folder as a package.
-        base: what they derive from.
-        kind: the word for one of them.
+        base: their base class.
+        kind: singular noun for error messages.
 
     Raises:
         ValueError: two have the same name.
@@ -41,7 +41,7 @@ def find(package_name: str, base: type[ConfigMixin], kind: str) -> dict[str, Any
         module = importlib.import_module(f"{package_name}.{info.name}")
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
-                if "name" not in vars(value):  # what several build on
+                if "name" not in vars(value):  # a shared base class
                     continue
                 if value.name in found:
                     raise ValueError(
@@ -52,11 +52,11 @@ def find(package_name: str, base: type[ConfigMixin], kind: str) -> dict[str, Any
 
 
 def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
-    """The class behind a name, or behind a dotted path such as `mypackage.mine.Mine`.
+    """The class of a registered name or of a dotted path such as `mypackage.mine.Mine`.
 
     Args:
         name: a registered name, or the dotted path of a `Pruner` subclass elsewhere.
-        allow_outside: whether a dotted path is imported; loading a checkpoint says no unless its user says yes.
+        allow_outside: whether a dotted path is imported; `load` passes False unless its caller allows it.
 
     Raises:
         ValueError: unknown name, or a dotted path that is not a pruner or not allowed.
@@ -65,14 +65,14 @@ def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
 
 
 def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) -> Pruner:
-    """A pruner from its name, from `{"type": name, **arguments}`, or as it is; arguments may be such mappings, too.
+    """Build a pruner from its name or from `{"type": name, **arguments}`; arguments may be such mappings, too.
 
     Args:
-        config: what to make.
-        allow_outside: see `pruner_class`; it holds for pruners inside this one as well.
+        config: name, mapping, or a pruner, which is returned as it is.
+        allow_outside: see `pruner_class`; applies to nested pruners as well.
 
     Raises:
-        ValueError: unknown name, unknown or missing argument, or a value that the pruner refuses.
+        ValueError: unknown name, unknown or missing argument, or an invalid value.
     """
     made = make(config, list_pruners(), Pruner, "pruner", allow_outside)
     assert isinstance(made, Pruner)
@@ -81,26 +81,26 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
 
 @cache
 def list_parts(kind: str) -> dict[str, type[Part]]:
-    """Every scorer, selector or applier of its folder, by name."""
+    """All scorers, selectors or appliers by name."""
     return find(f"{__package__}.{kind}s", BASES[kind], kind)
 
 
 def create_part(kind: str, config: Part | str | dict[str, Any], allow_outside: bool = True) -> Any:
-    """A part from its name, from `{"type": name, **arguments}`, or as it is.
+    """Build a gate component from its name or from `{"type": name, **arguments}`.
 
     Args:
         kind: one of `KINDS`.
-        config: what to make; arguments may be such mappings of pruners.
+        config: name, mapping, or a component, which is returned as it is; arguments may be mappings of pruners.
         allow_outside: whether a dotted path is imported.
 
     Raises:
-        ValueError: unknown name, unknown or missing argument, or a value that the part refuses.
+        ValueError: unknown name, unknown or missing argument, or an invalid value.
     """
     return make(config, list_parts(kind), BASES[kind], kind, allow_outside)
 
 
 def make(config: Any, known: Mapping[str, Any], base: type[ConfigMixin], kind: str, allow_outside: bool) -> Any:
-    """A pruner or part from its name or mapping; see `create`.
+    """Build a pruner or gate component from its name or mapping; see `create`.
 
     An argument that is a mapping with a `type` is a pruner, unless it is named `scorer`, `selector` or `applier`.
     """

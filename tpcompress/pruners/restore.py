@@ -25,7 +25,7 @@ class Restore(Composed):
     Each dropped token joins the most similar anchor (without a share: the most similar retained token), and
       merge      x_s = mean of its group (`weights: mean`), or weighted by max(0, cos) (`similarity`);
       position   that of the group's median token (`place: median`) or its own (`own`);
-      attention  log(size of the group) added to the logits of its key behind the stage, with `proportional`.
+      attention  log(size of the group) added to the logits of its key after the stage, with `proportional`.
 
     needs  what `pruner` needs.     gives  keep_BV, scores_BV, vision_BVD, place_BV with median, size_BV with
     proportional.
@@ -81,7 +81,7 @@ class Restore(Composed):
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         x_BVD, valid_BV, most = tokens.vision_BVD, tokens.valid_BV, int(num_keep_B.max())
         own_B = (num_keep_B * (1 - self.anchors) + 1e-4).long().clamp(min=1)
-        chosen = self.ask(self.parts[0], tokens, own_B)
+        chosen = self.select_with(self.parts[0], tokens, own_B)
         keep_BV, scores_BV, target_BV = chosen.keep_BV, chosen.scores_BV, chosen.keep_BV
         if self.anchors:
             rest_BV = valid_BV & ~keep_BV

@@ -75,7 +75,7 @@ def salient_cover(similar_BVV: Tensor, weight_BV: Tensor | None, valid_BV: Tenso
     Args:
         similar_BVV: symmetric similarity, fp32 (B, V, V).
         weight_BV: weight of a candidate, at least 0 (B, V); None weighs all alike.
-        valid_BV: bool (B, V); padding neither covers nor wants to be covered.
+        valid_BV: bool (B, V); padding neither covers nor counts as uncovered.
         num_picks: how many picks to make.
 
     Returns:

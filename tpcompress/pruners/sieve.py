@@ -1,4 +1,4 @@
-"""SIEVE: retain attended tokens that the words cannot rebuild, and that differ in what is left (arXiv 2608.10489)."""
+"""SIEVE: retain attended tokens that the text cannot reconstruct, of different residuals (arXiv 2608.10489)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ NOTHING = -1e9
 class SIEVE(Pruner):
     """Greedy argmax_i s_i with s_i = a_i^2 CMR_i^2; each pick p discounts the rest: s_j <- s_j (1 - cos(r_p, r_j)^2).
 
-    r_i = v_i - v^_i is what a ridge regression on the words leaves of token i: v^_i = v_i T' (T T' + lambda I)^-1 T,
-    all centred at the mean word, lambda = the eigenvalue of T T' by which `energy` of their sum is reached;
-    CMR_i = |r_i| / |v_i|. a_i = attention that the words pay to token i, summed over them and over the `heads` of the
-    attention heads that pay the vision tokens most. Words = those behind the last vision token.
+    r_i = v_i - v^_i is what a ridge regression on the text tokens leaves of token i: v^_i = v_i T' (T T' + lambda I)^-1
+    T, all centred at the mean text token, lambda = the eigenvalue of T T' by which `energy` of their sum is reached;
+    CMR_i = |r_i| / |v_i|. a_i = attention that the text tokens pay to token i, summed over them and over the `heads` of
+    the attention heads that pay the vision tokens most. Words = those after the last vision token.
 
     needs  text, attention_prompt (so `layer` >= 1).
     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
     Paper: energy = 0.75, 12 of 32 heads; 64 of LLaVA-1.5's 576 tokens at 11.1 %. It names no layers.
-    Cost: the eigenvalues of T T' (CUDA's solver makes the host wait once), one V x V Gram matrix, then V per pick.
-    Unlike the official code: none is known to us. Unlike the paper: scores are kept as logarithms, so that hundreds of
-    discounts cannot all end at 0; without any attention (a prompt without words behind the image) a = 1.
+    Cost: the eigenvalues of T T' (CUDA's solver costs one host-device sync), one V x V Gram matrix, then V per pick.
+    Unlike the official code: none was found. Unlike the paper: scores are kept as logarithms, so that hundreds of
+    discounts cannot all end at 0; without any attention (a prompt without text tokens after the image) a = 1.
     """
 
     name = "sieve"
@@ -66,16 +66,16 @@ class SIEVE(Pruner):
 def cross_modal_residual(
     vision_BVD: Tensor, text_BQD: Tensor, word_BQ: Tensor, energy: float = 0.75
 ) -> tuple[Tensor, Tensor]:
-    """What the words leave of each vision token, and its share of the token's length (CMR).
+    """What the text tokens leave of each vision token, and its share of the token's length (CMR).
 
     Args:
         vision_BVD: hidden states of the vision tokens (B, V, D).
-        text_BQD: hidden states of the prompt's words.
+        text_BQD: hidden states of the prompt's text tokens.
         word_BQ: which of them count.
         energy: share of the eigenvalues' sum that sets the ridge.
 
     Returns:
-        fp32 (B, V, D), and fp32 (B, V) in [0, 1]; 0 for a token that is the mean word.
+        fp32 (B, V, D), and fp32 (B, V) in [0, 1]; 0 for a token that is the mean text token.
     """
     count_B11 = word_BQ.sum(1)[:, None, None].clamp(min=1)
     text_BQD = text_BQD.float().masked_fill(~word_BQ[..., None], 0.0)
@@ -103,19 +103,20 @@ def ridge(gram_BQQ: Tensor, energy: float) -> Tensor:
 
 
 def word_attention(attention_BHQV: Tensor, word_BQ: Tensor, valid_BV: Tensor, heads: float = 0.375) -> Tensor:
-    """Attention of the words to each vision token, summed over words and over the heads that look there most.
+    """Attention of the text tokens to each vision token, summed over text tokens and over the heads that look there
+    most.
 
     Args:
-        attention_BHQV: attention of the words of the prompt (B, H, Q, V).
+        attention_BHQV: attention of the text tokens of the prompt (B, H, Q, V).
         word_BQ: which of them count.
         valid_BV: bool (B, V).
         heads: share of the heads, at least one.
 
     Returns:
-        fp32 (B, V); 1 throughout a row whose words pay none.
+        fp32 (B, V); 1 throughout a row whose text tokens pay none.
     """
     H = attention_BHQV.shape[1]
-    # In fp64 and no product of matrices, so that neither padding nor the batch tells equal tokens apart.
+    # In fp64 and no product of matrices, so that neither padding nor the batch separates equal tokens.
     said_BHQV = attention_BHQV.float().masked_fill(~word_BQ[:, None, :, None], 0.0)
     paid_BHV = said_BHQV.sum(2, dtype=torch.float64).float()
     paid_BHV = paid_BHV.masked_fill(~valid_BV[:, None], 0.0)

@@ -1,6 +1,6 @@
-"""SparseVLM: retain the vision tokens that the words closest to the image attend to (arXiv 2410.04417, section 3).
+"""SparseVLM: retain the vision tokens that the text closest to the image attends to (arXiv 2410.04417, section 3).
 
-B rows, V vision tokens, U vision tokens at the language model's input, Q words of the prompt, H attention heads,
+B rows, V vision tokens, U vision tokens at the language model's input, Q text tokens of the prompt, H attention heads,
 N recycled tokens, D hidden size.
 """
 
@@ -30,8 +30,8 @@ Count = TypeVar("Count", int, Tensor)
 class SparseVLM(Pruner):
     """score(v) = mean over raters t and heads of A[t, v] in the layer before the stage.
 
-        p_t = mean_i softmax_t(x_i . e_t)     x_i vision tokens, e_t words, both at the language model's input
-        raters = {t: p_t > mean p}            among the words after the image; among all where there are none
+        p_t = mean_i softmax_t(x_i . e_t)     x_i vision tokens, e_t text tokens, both at the language model's input
+        raters = {t: p_t > mean p}            among the text tokens after the image; among all where there are none
 
     With `recycle`, the best of the dropped tokens (30 % of them, plus one) are clustered (`density_peaks`) and each
     cluster's mean replaces its peak, at the peak's own place; a tenth of their number, plus one, such clusters. The
@@ -41,13 +41,13 @@ class SparseVLM(Pruner):
     needs  attention_prompt, input (so `layer` >= 1).     gives  keep_BV, scores_BV; vision_BVD with `recycle`.
     Paper: `recycle`, stages at layers 3, 7 and 16 with the budgets of `sparsevlm_stages`; version 1.5 renumbers
     (`positions: compact`). Version 2 (no paper): no recycling, `heads: 14`, original positions. Cost: one row of
-    attention per word, U x Q products; with `recycle` N^2 distances in fp64, N = 0.3 V.
+    attention per text token, U x Q products; with `recycle` N^2 distances in fp64, N = 0.3 V.
     Unlike the official code: any budget and batch; exact counts, which include recycled tokens; ties of density go
     to the earlier token (there random noise), and densities are compared before the exp, where far or near tokens do
-    not all tie; recycled tokens stand in the order of positions (there behind all ranked ones); a prompt whose words
-    are all equally close has all of them rate (there none). Version 2's division by an all-ones rotary attention
-    map is left out: no view gives it. The strongest heads are those of the raters' own attention. The paper's
-    adaptive number of tokens (rank of the attention matrix) is left out, as in the official code.
+    not all tie; recycled tokens stand in the order of positions (there after all ranked ones); a prompt whose text
+    tokens are all equally close has all of them rate (there none). Version 2's division by an all-ones rotary attention
+    map is left out: no view gives it. The strongest heads are those of the raters' own attention. The paper's adaptive
+    number of tokens (rank of the attention matrix) is left out, as in the official code.
 
     Args:
         recycle: merge the best dropped tokens instead of losing them.
@@ -140,27 +140,27 @@ def sparsevlm_stages(tokens: int, version: str = "1.5", num_tokens: int = 576) -
 
 
 def question(role_BQ: Tensor) -> Tensor:
-    """bool (B, Q): the words after the row's last vision token, or all words of a prompt that has none there."""
+    """bool (B, Q): the text tokens after the row's last vision token; all text tokens of a prompt without any there."""
     after_BQ = role_BQ == INSTRUCTION
     return torch.where(after_BQ.any(1, keepdim=True), after_BQ, role_BQ > 0)
 
 
 def text_raters(vision_BUD: Tensor, valid_BU: Tensor, word_BQD: Tensor, span_BQ: Tensor) -> Tensor:
-    """Words that are closer to the image than the average word, bool (B, Q); all of the span if none is.
+    """Text tokens that are closer to the image than the average text token, bool (B, Q); all of the span if none is.
 
     Args:
         vision_BUD: vision tokens at the language model's input.
         valid_BU: False where a shorter row was padded.
-        word_BQD: words at the language model's input.
+        word_BQD: text tokens at the language model's input.
         span_BQ: which of them may rate.
     """
     logits_BUQ = vision_BUD.float() @ word_BQD.float().mT
-    # A finite floor: a row without any word must not become NaN.
+    # A finite floor: a row without any text token must not become NaN.
     share_BUQ = logits_BUQ.masked_fill(~span_BQ[:, None], torch.finfo(torch.float32).min).softmax(-1)
     share_BQ = share_BUQ.masked_fill(~valid_BU[..., None], 0.0).sum(1) / valid_BU.sum(1, keepdim=True).clamp(min=1)
     share_BQ = share_BQ.masked_fill(~span_BQ, 0.0)
     mean_B1 = share_BQ.sum(1, keepdim=True) / span_BQ.sum(1, keepdim=True).clamp(min=1)
-    # Rounding alone lifts nobody: the same word twice can differ by it.
+    # The margin excludes rounding: two equal text tokens can differ by it.
     rater_BQ = (share_BQ > mean_B1 * (1 + 1e-5)) & span_BQ
     return torch.where(rater_BQ.any(1, keepdim=True), rater_BQ, span_BQ)
 
@@ -169,8 +169,8 @@ def rater_score(attention_BHQV: Tensor, rater_BQ: Tensor, valid_BV: Tensor, head
     """Mean attention of the raters to each vision token, fp32 (B, V).
 
     Args:
-        attention_BHQV: attention of each word to each vision token.
-        rater_BQ: the words that count.
+        attention_BHQV: attention of each text token to each vision token.
+        rater_BQ: the text tokens that count.
         valid_BV: False where a shorter row was padded.
         heads: how many heads count, those whose raters attend to the vision tokens most; 0 = all.
     """
@@ -243,13 +243,13 @@ def density_peaks(x_BND: Tensor, valid_BN: Tensor, num_B: Tensor, most: int) -> 
         x_BND: features.
         valid_BN: False where a shorter row was padded.
         num_B: int64, peaks of each row, on the same device.
-        most: no fewer than any row's peaks; a number of the host.
+        most: no fewer than any row's peaks; known on the host.
 
     Returns:
         int64 (B, N): each token's place in the order of rho delta, and the index of the peak whose cluster it is in.
     """
     N, D = x_BND.shape[1:]
-    # |a|^2 + |b|^2 - 2 ab, in fp64 and with a floor: its rounding must not tell equal tokens apart.
+    # |a|^2 + |b|^2 - 2 ab, in fp64 and with a floor: its rounding must not separate equal tokens.
     x_BND = x_BND.double()
     size_BN = x_BND.square().sum(-1)
     sizes_BNN = size_BN[:, :, None] + size_BN[:, None]

@@ -27,14 +27,14 @@ class ToFu(Pruner):
     plain mean is shorter than what it is made of.
 
     The paper's hybrid prunes in early layers, whose answer to an interpolated input is far from linear, and merges in
-    late ones. A stage knows nothing of the others, so hybrid is a plan: one stage in mode prune, a later one in mode
+    late ones. Stages are independent, so hybrid is a plan: one stage in mode prune, a later one in mode
     merge. `metric`, `proportional` and `rounds` as in `tome`; a pruned token counts for no size.
 
     needs  nothing, or tower_keys with keys.     gives  keep_BV, scores_BV = 1 - the similarity by which a dropped
     token was paired, 3 for retained ones; in mode merge vision_BVD and size_BV.
     Paper: keys, in every layer of a ViT, pruning in its first half; here `features` are the default, as in `tome`.
     Cost: that of `tome`; in mode merge also a norm of each token.
-    Unlike the official code: none is known to us. Ours: all at once at the stage; MLERP once over all that a token
+    Unlike the official code: none was found. Ours: all at once at the stage; MLERP once over all that a token
     stands for, where layer after layer would weigh late members more; the mean over a group goes on as its metric in
     mode merge, the retained token's own in mode prune; proportional attention kept from ToMe.
     """
@@ -91,7 +91,7 @@ def mlerp(x_BVD: Tensor, group_BV: Tensor, keep_BV: Tensor, num_keep: int) -> Te
         x_BVD: values to merge.
         group_BV: the token that each one's group goes by.
         keep_BV: the retained tokens.
-        num_keep: no fewer than any row retains; a number of the host.
+        num_keep: no fewer than any row retains; known on the host.
 
     Returns:
         (B, V, D) in the dtype of `x_BVD`; a group whose mean is 0 has no direction and stays 0.

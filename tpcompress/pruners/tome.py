@@ -23,7 +23,7 @@ class ToMe(Pruner):
     stands for, at its own position. r is the same in each of the `rounds`, (V - budget) / rounds to within one, but
     at most half of what is left; further rounds follow where that is too little for the budget. m is the token itself
     (`metric: features`) or the mean over heads of its keys in the vision tower (`metric: keys`). With `proportional`,
-    layers behind the stage add log s to the logits of each key.
+    layers after the stage add log s to the logits of each key.
 
     needs  nothing, or tower_keys with keys.     gives  keep_BV, vision_BVD, size_BV, scores_BV = 1 - the similarity by
     which a dropped token was merged; 3 for retained ones.

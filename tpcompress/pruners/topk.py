@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SAME = 1e-6
-"""Cosines nearer to 1 than this are 1: rounding alone must not tell duplicates apart."""
+"""Cosines nearer to 1 than this are 1: rounding must not separate duplicates."""
 
 
 def keep_topk(scores_BV: Tensor, valid_BV: Tensor, num_keep_B: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ def rank(scores_BV: Tensor, valid_BV: Tensor) -> Tensor:
 
 
 def slots(chosen_BV: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The chosen tokens of each row one behind the other, ascending; the others behind them.
+    """The chosen tokens of each row one after the other, ascending; the others after them.
 
     Args:
         chosen_BV: bool (B, V).
-        num: how many slots; a number of the host.
+        num: how many slots; known on the host.
 
     Returns:
         int64 (B, K), the token of each slot, and bool (B, K), whether it is a chosen one; K = `num`, or V if less.
@@ -62,7 +62,7 @@ def head_mean(x_BHV: Tensor) -> Tensor:
 
 
 def on(num_keep_B: Tensor, like: Tensor) -> Tensor:
-    """The counts on the device of `like`, without making the host wait."""
+    """The counts on the device of `like`, without a host-device sync."""
     return num_keep_B.to(like.device, non_blocking=True)
 
 

@@ -19,15 +19,16 @@ class TOPS(Pruner):
     c_i = sum_j max(0, s(i, j) - max_{k in S} s(j, k)),   d_i = 1 - max_{k in S} s(i, k),   s = cosine of the tokens;
     ~ = stretched to [0, 1] over these tokens, anew for each pick (`normalise: mean` divides by their mean instead).
     r = relevance: before the language model, attention in the vision tower (`relevance: class`, or `received`);
-    inside it, the mean over heads and raters of the attention that they pay (`raters`: the words of the instruction
-    that pay the vision tokens at least as much as such words do on average), or that of the last prompt token (`last`).
+    inside it, the mean over heads and raters of the attention that they pay (`raters`: the text tokens of the
+    instruction that pay the vision tokens at least as much as such text tokens do on average), or that of the last
+    prompt token (`last`).
 
     needs  tower_cls, tower_received, attention_prompt or attention, by relevance (the last two: layer >= 1).
     gives  keep_BV, scores_BV = - order of the pick (unpicked tokens last).
     Paper: diversity = 0.5, and coverage = 0.5 before the language model; LLaVA-1.5-7B at 64: 576 -> 128 tokens there,
     64 at layer 12, 16 at layer 24 (coverage = 1.0 in both), compact positions.
     Cost: one V x V Gram matrix, then V x V work per pick; on a CPU V for each token that a pick covers better.
-    Unlike the official code: none is known to us. Where the paper leaves it open: its section 4 stretches, its
+    Unlike the official code: none was found. Where the paper leaves it open: its section 4 stretches, its
     algorithms divide by the mean, neither says over which tokens (here: those that may still be picked); it gives no
     threshold for raters (here: the mean, as in SparseVLM).
     """
@@ -95,8 +96,9 @@ def rater_attention(attention_BHQV: Tensor, role_BQ: Tensor, valid_BV: Tensor) -
     """Mean attention that each vision token gets from the raters, fp32 (B, V).
 
     Args:
-        attention_BHQV: attention of the words of the prompt (B, H, Q, V).
-        role_BQ: their roles; raters are among those of the instruction, or among all words of a prompt without one.
+        attention_BHQV: attention of the text tokens of the prompt (B, H, Q, V).
+        role_BQ: their roles; raters are among those of the instruction, or among all text tokens of a prompt without
+            one.
         valid_BV: bool (B, V).
     """
     attention_BQV = attention_BHQV.float().mean(1)

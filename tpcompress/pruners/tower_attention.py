@@ -1,5 +1,4 @@
-"""How much the vision tower itself attends to each token, and merging before the projector: what encoder-side pruners
-share.
+"""Attention of the vision tower to each token, and merging before the projector, for encoder-side pruners.
 
 B rows, V tokens, L layers, H heads, C width of what the projector is given, K slots of merged tokens.
 """
@@ -13,7 +12,7 @@ from tpcompress.pruners.base import TokenView
 from tpcompress.pruners.topk import head_mean
 
 SOURCES = {"class": "tower_cls", "received": "tower_received"}
-"""The view behind each source: attention of the class token (CLIP and its like), or the mean attention that a patch
+"""The view of each source: attention of the class token (CLIP and its like), or the mean attention that a patch
 receives from all others (towers without a class token)."""
 
 MERGE_AT = ("features", "tokens")

@@ -33,10 +33,10 @@ class VisionZip(Pruner):
     gives  keep_BV, scores_BV = (dominant, target or dropped; attention), vision_BVD with the merged targets.
     Paper: 54 + 10 tokens of 576 (the same shares at 128 and 192), layer -2, merging what the projector is given; new
     values are projector(merged). `merge_at: tokens` merges after the projector: where that is not token-wise, and at
-    layers behind the first.
+    layers after the first.
     Cost: V x C cosines. Unlike the official code: any count, one more patch in place of the class token, which the
     official code sends to the language model as one of its dominant tokens (here it has no position); targets stand at
-    their own places (there behind all dominant ones); the budget is one image's (there tile by tile); no class of the
+    their own places (there after all dominant ones); the budget is one image's (there tile by tile); no class of the
     process is changed. `compat` retains the official patches: one less, since the class token took a slot.
     """
 
@@ -114,7 +114,7 @@ def joins(keys_BVd: Tensor, target_BV: Tensor, others_BV: Tensor, num: int) -> T
         keys_BVd: what similarity is measured on (cosine).
         target_BV: the tokens that are targets.
         others_BV: the tokens that join.
-        num: K, no fewer than any row has targets, 1 at least; a number of the host.
+        num: K, no fewer than any row has targets, 1 at least; known on the host.
 
     Returns:
         fp32 (B, K, V): row k holds 1 / members on the members of the k-th target, nothing but 0 if it has none.

@@ -9,11 +9,11 @@ from tpcompress.pruners.base import Pruner, Selection, TokenView
 
 
 class VTW(Pruner):
-    """Withdraws every vision token: from the stage's layer on, only words are left.
+    """Withdraws every vision token: from the stage's layer on, only text tokens are left.
 
         keep_v = 0 for every token v
 
-    What the words took over from the image in the layers before is all that later layers know of it. Separators, such
+    Later layers read the image only through what the text tokens have taken over from it. Separators, such
     as LLaVA-NeXT's newlines, are no vision tokens and stay. At layer 0 the model is blind: a lower bound.
 
     needs nothing    gives no score: all are 0

@@ -19,9 +19,9 @@ class Window(Composed):
     image is the inner rule itself.
 
     needs  what the inner rule needs.     gives  keep_BV, scores_BV = - place in the order above.
-    Paper: FastV before layer 2; the size of its windows is not known to us.
+    Paper: FastV before layer 2; the size of its windows is not published.
     Cost: two runs of the inner rule, one of them at full budget (a greedy rule then makes V picks), and sorts of V.
-    Unlike the official code: none is known to us. Ours: 4 x 4 windows (6 x 6 tokens on LLaVA-1.5), inner rules other
+    Unlike the official code: none was found. Ours: 4 x 4 windows (6 x 6 tokens on LLaVA-1.5), inner rules other
     than FastV, and what becomes of a budget that the windows do not divide.
     """
 

@@ -10,7 +10,7 @@ from tpcompress.pruners.gate_components import Applier, Choice
 
 
 class GatherValue(Applier):
-    """v'_j = (1 + m_j - sg(m_j)) v_j in every layer behind the stage, for the retained tokens j.
+    """v'_j = (1 + m_j - sg(m_j)) v_j in every layer after the stage, for the retained tokens j.
 
     Needs no full length: training is inference, bit for bit, in both modes. dL/dm_j = sum_i a_ij <g_i, v_j>, as the
     value gate has it, but only retained tokens have one; dropped ones learn through what ties gates together, such as

@@ -15,7 +15,7 @@ FLOOR = -30.0
 
 
 class LogBias(Applier):
-    """l'_ij = l_ij + log(m_j + e^-30 (1 - m_j)) in every layer behind the stage.
+    """l'_ij = l_ij + log(m_j + e^-30 (1 - m_j)) in every layer after the stage.
 
     So the softmax weighs keys by m: DynamicViT's masked attention, without its eps, which leaks later tokens, and with
     no row that loses its largest logit. Needs full length; in mode `drop` the sequence is cut as by `gather`.

@@ -16,7 +16,7 @@ from tpcompress.pruners.gate_components import Applier, Choice
 class Noise(Applier):
     """x'_j = mu + sqrt(m_j) (x_j - mu) + sqrt(1 - m_j) sigma eps;     mu, sigma per channel over the batch.
 
-    Destroys direction, which is what survives a norm, and edits the stage's input alone: no layer behind it is touched.
+    Destroys direction, which is what survives a norm, and edits the stage's input alone: no layer after it is touched.
     Needs full length; in mode `drop` the sequence is cut as by `gather`. With hard gates training is not inference:
     dropped tokens are noise, but keep their places in the softmax.
     Source: the variance-preserving gate of AutoSelect (2603.07135), here around the mean of each channel.

@@ -5,8 +5,9 @@
               which the code for LLaVA-1.5 stops with an error above V - 4
     qwen      4 + 8 m tokens with m = int(V (1 - reduction) / 8), whatever the plan's budget
 (4 and 8: the vision pivots and all pivots). Pivots are visited in the order of a Python set of their positions, and
-text pivots come from the words after the image only. Where the official code stops with an error - fewer words after
-the image than text pivots, or fewer than m free tokens - the count stays as above, or all tokens are retained.
+text pivots come from the text tokens after the image only. Where the official code stops with an error - fewer text
+tokens after the image than text pivots, or fewer than m free tokens - the count stays as above, or all tokens are
+retained.
 
 B rows, V vision tokens, P pivots, N slots of a hash table, T slots tried.
 """
@@ -70,7 +71,7 @@ def set_order(value_BP: Tensor) -> Tensor:
     """The order in which CPython walks through `set(values)` of each row: that of the slots of its hash table.
 
     A whole number is its own hash. A table of n slots (8 at first) is tried at i = hash mod n and, if they all exist,
-    at the 9 slots behind; then at i = 5 i + 1 + hash >> 5, hash >> 10, ... An insertion that fills 3/5 of n - 1 slots
+    at the 9 slots after; then at i = 5 i + 1 + hash >> 5, hash >> 10, ... An insertion that fills 3/5 of n - 1 slots
     moves everything, slot by slot, to the smallest power of two above 4 times what is held.
 
     Args:

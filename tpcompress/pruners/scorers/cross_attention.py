@@ -15,9 +15,9 @@ from tpcompress.pruners.scorers.weighted import WeightedScorer, masked_mean, spr
 
 
 class CrossAttention(WeightedScorer):
-    """score_u = mean_v vote_vu, with the votes of LightVLA behind four learned projections.
+    """score_u = mean_v vote_vu, with the votes of LightVLA after four learned projections.
 
-        x, t = rms(vision), rms(words)
+        x, t = rms(vision), rms(text tokens)
         g_v     = sum_w softmax_w(A x_v . K t_w / sqrt(W)) R t_w          what token v reads in the prompt
         vote_vu = rms(g_v) . P x_u / sqrt(W)                              how it rates token u
 
@@ -27,7 +27,7 @@ class CrossAttention(WeightedScorer):
     needs  text.     Source: LightVLA (arXiv 2509.12594), query generation and token scoring.
     Cost: O((V + S) D W + V S W); `union` adds V^2 W.
     Starts: A, K, R and P are equal (random, or the identity at full width), so a fresh scorer is LightVLA's own rule
-    up to a random projection. Equal tokens are ranked by `spread`; so are all tokens if the prompt has no word.
+    up to a random projection. Equal tokens are ranked by `spread`; so are all tokens if the prompt has no text token.
     Unlike the paper: it has no weights (here they make a rule that can imitate others), and its choice is the union.
 
     Args:
@@ -74,7 +74,7 @@ class CrossAttention(WeightedScorer):
 
 
 def prompt_queries(ask_BVW: Tensor, word_BSW: Tensor, read_BSW: Tensor, text_BS: Tensor) -> Tensor:
-    """What each token reads in the words of the prompt, normed to root mean square 1 (B, V, W); 0 without a word."""
+    """Attention output of each token over the prompt's text, scaled to root mean square 1 (B, V, W); 0 without text."""
     logits_BVS = ask_BVW @ word_BSW.mT * ask_BVW.shape[-1] ** -0.5
     weight_BVS = logits_BVS.masked_fill(~text_BS[:, None], -1e4).softmax(-1).masked_fill(~text_BS[:, None], 0.0)
     # Padding may hold any number, also one that is not: 0 times it would not be 0.

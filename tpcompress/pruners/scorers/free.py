@@ -15,7 +15,7 @@ from tpcompress.pruners.registry import create
 
 
 class Free(Scorer):
-    """score_v = that of a pruner without weights, which is asked to keep everything so that it ranks every token.
+    """score_v = that of a pruner without weights, run at full budget so that it ranks every token.
 
     Under the plain top-k it retains what the pruner itself retains, if that is the top of its scores. Rules whose
     choice is more than their scores (`dart`, `window`) are read for their scores alone, and where these are all the
@@ -27,7 +27,8 @@ class Free(Scorer):
         pruner: a pruner, its name, or a mapping with its `type`.
 
     Raises:
-        ValueError: the pruner has weights, merges tokens, counts for itself or retains nothing; or it is a dotted path.
+        ValueError: the pruner has weights, merges tokens, chooses its own count or retains nothing; or it is a dotted
+            path.
     """
 
     name = "free"
@@ -41,7 +42,7 @@ class Free(Scorer):
     def __init__(self, pruner: Pruner | str | dict[str, Any] = "novelty") -> None:
         super().__init__()
         if isinstance(pruner, str) and "." in pruner:
-            # It may come from a checkpoint that nobody trusts: only whoever makes all mappings knows.
+            # It may come from an untrusted checkpoint; `create_part` has built all mappings that are allowed.
             raise ValueError(
                 f"free does not import '{pruner}' from outside tpcompress; write {{type: {pruner}}} instead."
             )
@@ -49,7 +50,7 @@ class Free(Scorer):
         reasons = {
             "has weights of its own": self.pruner.learned,
             "merges tokens": self.pruner.merges,
-            "counts for itself": not self.pruner.exact_count,
+            "chooses its own count": not self.pruner.exact_count,
             "retains nothing": self.pruner.keeps_none,
         }
         for reason, holds in reasons.items():
@@ -81,6 +82,6 @@ class Free(Scorer):
 
     @torch.no_grad()
     def forward(self, tokens: TokenView) -> Scores:
-        """Score every token; the count of valid ones is on the device, so all V are asked for: padding comes last."""
+        """Score every token; the count of valid ones is on the device, so the budget is V: padding ranks last."""
         B, V = tokens.valid_BV.shape
         return Scores(self.pruner(tokens, torch.tensor([V] * B)).scores_BV.float())

@@ -16,8 +16,8 @@ from tpcompress.pruners.scorers.weighted import WeightedScorer, spread
 class Linear(WeightedScorer):
     """score_v = w . LN(x_v).
 
-    The floor that every other network has to beat. A token knows nothing of the others, so equal tokens stay together
-    or go together. No bias and no weights in the norm: they would move all scores alike, or say what w says.
+    The baseline of the other networks. Tokens are scored independently, so equal tokens are retained or dropped
+    together. No bias and no weights in the norm: they would shift all scores equally, or duplicate w.
 
     needs  nothing.     Source: the router of mixture-of-depths (arXiv 2404.02258, section 3.2), with a norm before it.
     Cost: O(V D).     Starts: small random weights; equal tokens are ranked by `spread`.

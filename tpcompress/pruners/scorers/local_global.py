@@ -32,7 +32,7 @@ class LocalGlobal(WeightedScorer):
 
     Args:
         width: W.
-        question: let each token attend to the words of the prompt. The scorer then does part of the visual search
+        question: let each token attend to the text tokens of the prompt. The scorer then does part of the visual search
             itself, and a wrong question breaks it; without it the scorer never sees a prompt.
 
     Raises:
@@ -97,9 +97,10 @@ class LocalGlobal(WeightedScorer):
 
 
 class QuestionAttention(nn.Module):
-    """Each vision token attends to the prompt text; near-identity projections, so equal words match from the start.
+    """Each vision token attends to the prompt text; near-identity projections, so equal text tokens match from the
+    start.
 
-    A prompt without words adds nothing.
+    A prompt without text tokens adds nothing.
     """
 
     def __init__(self, hidden_size: int, width: int, heads: int = 4) -> None:
@@ -124,5 +125,5 @@ class QuestionAttention(nn.Module):
         value_BHSw = self.value(text_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         read_BVW = (logits_BHVS.softmax(-1) @ value_BHSw).transpose(1, 2).flatten(2)
         read_BVW = read_BVW + self.match(logits_BHVS.amax(-1).transpose(1, 2))
-        # Without a word the weights are those of everything that may not be read, answers among it.
+        # Without a text token the weights are those of everything that may not be read, answers among it.
         return read_BVW.masked_fill(~tokens.text_valid_BS.any(1)[:, None, None], 0.0)

@@ -1,4 +1,4 @@
-"""Twig: a few decoder blocks of its own read the sequence; what their last prompt word attends to is retained.
+"""Twig: a few decoder blocks of its own read the sequence; what the last prompt token attends to is retained.
 
 B rows, V vision tokens, S sequence length, D hidden size, H heads, d head size.
 """
@@ -17,19 +17,19 @@ from tpcompress.pruners.scorers.weighted import WeightedScorer, spread
 
 
 class Twig(WeightedScorer):
-    """score_v = log mean over heads of A[last prompt word, v] in the last of `layers` causal blocks of its own.
+    """score_v = log mean over heads of A[last prompt token, v] in the last of `layers` causal blocks of its own.
 
     The blocks grow on the hidden states at the stage. They can be trained like a short model: in training
     `Scores.text_BSD` holds what they make of the whole sequence, for a label loss through the model's own last norm
     and head (fp32; its columns of vision tokens and padding mean nothing). Without that loss the gradient of the
     scores reaches all weights but the values and what follows them in the last block.
 
-    A row's sequence is that of the model, with its own vision tokens, all words and the answers; neither separators nor
-    tokens of other images are in it. No answer changes a score: what comes later is not seen. The query is the last
-    vision token if no word follows it. The logarithm keeps the order of the attention, whose numbers are too small and
-    too uneven for scores that are standardised.
+    A row's sequence is that of the model, with its own vision tokens, all text tokens and the answers; neither
+    separators nor tokens of other images are in it. No answer changes a score: what comes later is not seen. The query
+    is the last vision token if no text token follows it. The logarithm keeps the order of the attention, whose numbers
+    are too small and too uneven for scores that are standardised.
 
-    needs  text.     Source: TwigVLM (arXiv 2503.14075), section 3: 3 layers behind layer 2.
+    needs  text.     Source: TwigVLM (arXiv 2503.14075), section 3: 3 layers after layer 2.
     Cost: O(layers (S D^2 (4 + 3 expand) + S^2 D)).     Starts: random blocks whose outputs are small; equal tokens are
     ranked by `spread`.
     Unlike the official code: blocks do not start as later layers of the model and have no rotary embedding (what
@@ -95,7 +95,7 @@ class Block(nn.Module):
                 weight.mul_(0.1)
 
     def forward(self, x_BSD: Tensor, seen_BSS: Tensor) -> Tensor:
-        """Hidden states behind the block; `seen_BSS` says which columns (last) each column sees."""
+        """Hidden states after the block; `seen_BSS` is True where a query (second dimension) sees a key (third)."""
         h_BSD = self.norm(x_BSD)
         query_BHSd, key_BHSd, value_BHSd = (self._split(layer(h_BSD)) for layer in (self.query, self.key, self.value))
         read_BHSd = F.scaled_dot_product_attention(query_BHSd, key_BHSd, value_BHSd, seen_BSS[:, None])

@@ -15,7 +15,7 @@ from tpcompress.pruners.base import TokenView
 from tpcompress.pruners.gate_components import Scorer, Scores
 
 TIE = 1e-3
-"""Largest number that `spread` adds to a score: above rounding, far below what tells tokens apart."""
+"""Largest number that `spread` adds to a score: above rounding, far below differences between tokens."""
 
 GOLDEN = 0x9E3779B1
 """2^32 / 1.618..., whose multiples are spread evenly over the 32-bit numbers."""
@@ -41,7 +41,7 @@ class WeightedScorer(Scorer):
         raise NotImplementedError(f"{type(self).__name__} must define make(hidden_size).")
 
     def rate(self, tokens: TokenView) -> Scores:
-        """Score every token, in the dtype of the weights: fp32, or fp64 where somebody asked for it."""
+        """Score every token, in the dtype of the weights: fp32, or fp64 after `.double()`."""
         raise NotImplementedError(f"{type(self).__name__} must define rate(tokens) -> Scores.")
 
     def build(self, hidden_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Argmax union: each token votes for one token, and whoever has a vote stays.
+"""Argmax union: each token votes for one token, and tokens with a vote are retained.
 
 B rows, V tokens: rows of a V x V matrix vote, columns are voted for.
 """
@@ -27,7 +27,7 @@ class ArgmaxUnion(Selector):
     sum of m.
     Source: LightVLA (2509.12594). Its training puts, at the place of each voter, the token that it voted for: a
     sequence of full length with duplicates, which inference then drops. Here both have the set. The cap is ours.
-    Cost: V x V votes, V x V noise; it counts for itself, so the host waits for the number.
+    Cost: V x V votes, V x V noise; it chooses its own count, read by one host-device sync.
     """
 
     name = "argmax_union"

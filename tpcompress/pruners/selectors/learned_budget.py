@@ -20,13 +20,13 @@ class LearnedBudget(Annealed):
     A token of place r in the order of scores passes with probability q_r = sum of p_c over all c whose count exceeds r.
     gate = keep + q - sg(q) + m - sg(m): a learns through q, the scores through m = soft_topk(s / T, K). The factors
     lie evenly from 1 - `spread` to 1 + `spread`, at least one token and at most all; p starts even, so K starts at the
-    budget. The gates alone ask for more and more tokens: a loss on expected_B must ask for fewer.
+    budget. The gates alone increase the count without bound: add a loss on expected_B.
 
     gives  keep_BV with K tokens; exploring also gate_BV, 0 or 1 forward, and expected_B = K with the gradient of the
     sum. Under several stages of a plan the factors move tokens between layers.
     Source: DiffRate (2305.17997), section 3, whose candidates are all counts and whose scores learn nothing. m is ours.
-    Cost: two sorts of V, V x C probabilities. K is a weight's value, so the host waits for the number; a trained factor
-    is written into a plan as its budget to be rid of that.
+    Cost: two sorts of V, V x C probabilities. K depends on a weight, so it is read by one host-device sync; a trained
+    factor is written into a plan as its budget to be rid of that.
     """
 
     name = "learned_budget"
@@ -86,6 +86,6 @@ def round_up(count: Tensor) -> Tensor:
 
 
 def prefix_probability(place_BV: Tensor, count_BC: Tensor, share_C: Tensor) -> Tensor:
-    """Probability (B, V) that the token of a place is retained: the share of all candidates that reach behind it."""
+    """Probability (B, V) that the token of a place is retained: the share of all candidates that reach after it."""
     reaches_BVC = place_BV[..., None] < round_up(count_BC)[:, None]
     return (reaches_BVC * share_C).sum(-1)

@@ -28,7 +28,7 @@ class Threshold(Annealed):
     floor, and expected_B = its sum, for a budget loss: nothing else holds theta.
     Source: LTP (2107.00910), soft phase, there one theta per layer; `per_sample` as in ATP-LLaVA (2412.00447), of which
     no code is known. The start at the budget, cap, floor and T are ours.
-    Cost: one sort of V; it counts for itself, so the host waits for the number.
+    Cost: one sort of V; it chooses its own count, read by one host-device sync.
     """
 
     name = "threshold"

@@ -11,7 +11,7 @@ from tpcompress.pruners.topk import keep_topk
 class TopK(Selector):
     """keep = the k tokens of the highest score; ties go to the earlier one.
 
-    gives  keep_BV alone: a scorer behind it learns only from a loss on its scores, or from an applier that weighs
+    gives  keep_BV alone: a scorer after it learns only from a loss on its scores, or from an applier that weighs
     tokens by their scores.
     Cost: one sort of V.
     """
