@@ -20,7 +20,7 @@ from tpcompress.insertion.shorten.columns import put_tokens, take
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.insertion.views.build import build_view
-from tpcompress.insertion.views.context import StageContext
+from tpcompress.insertion.views.stage_context import StageContext
 from tpcompress.pruners import Selection, TokenView
 
 

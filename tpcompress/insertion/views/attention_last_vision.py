@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tpcompress.insertion.shorten.columns import to_device_async
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.flex_attention import unreadable_masks
 from tpcompress.insertion.views.registry import provides
+from tpcompress.insertion.views.stage_context import StageContext
 
 
 @provides("attention_last_vision", why_unavailable=unreadable_masks)

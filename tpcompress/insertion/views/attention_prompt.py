@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.flex_attention import unreadable_masks
 from tpcompress.insertion.views.registry import provides
+from tpcompress.insertion.views.stage_context import StageContext
 
 
 @provides("attention_prompt", why_unavailable=unreadable_masks)

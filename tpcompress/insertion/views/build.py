@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tpcompress.insertion.shorten.columns import to_device_async
 from tpcompress.insertion.shorten.sequence import BudgetRows
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.registry import providers
+from tpcompress.insertion.views.stage_context import StageContext
 from tpcompress.pruners import TokenView
 from tpcompress.pruners.views import fields_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tpcompress.insertion.shorten.columns import get_tokens
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.registry import provides
+from tpcompress.insertion.views.stage_context import StageContext
 
 
 @provides("input")

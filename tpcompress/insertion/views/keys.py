@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.registry import provides
+from tpcompress.insertion.views.stage_context import StageContext
 
 
 @provides("keys")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tpcompress.families import Parts, Tower
 from tpcompress.families.base import ToTokens
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.registry import captures
+from tpcompress.insertion.views.stage_context import StageContext
 
 
 def pixel_tokens(tower: Tower) -> ToTokens | None:

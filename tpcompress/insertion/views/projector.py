@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tpcompress.families import Parts, Tower, list_families
 from tpcompress.families.base import ToTokens
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.registry import captures
+from tpcompress.insertion.views.stage_context import StageContext
 from tpcompress.pruners.views import ViewSpec
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tpcompress.families import Parts, Tower
 from tpcompress.families.base import ToTokens
-from tpcompress.insertion.views.context import StageContext
+from tpcompress.insertion.views.stage_context import StageContext
 from tpcompress.pruners.views import VIEWS, ViewSpec
 
 Why = Callable[[Parts, ViewSpec, int], str | None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpcompress.insertion.views.context import StageContext
 from tpcompress.insertion.views.registry import provides
+from tpcompress.insertion.views.stage_context import StageContext
 from tpcompress.pruners.views import INSTRUCTION
 
 
