@@ -42,8 +42,11 @@ def load_chat(
     on_bad_row: OnBadRow = "skip",
     check_images: bool = True,
     cache_dir: str | Path | None = None,
+    default_family: str = "chat",
 ) -> tuple[datasets.Dataset, BadRows]:
     """Read chat data as rows.
+
+    A column `families` (one name per conversation of a row) or `family` (one name per row) groups the questions.
 
     Args:
         source: JSON or JSONL file, parquet file or folder of them, folder written by `save_to_disk`, or the name of
@@ -54,6 +57,7 @@ def load_chat(
         check_images: read the header of every image during the scan; if False, missing and corrupt images are only
             detected when their row is used.
         cache_dir: folder for Arrow files; by default the cache folder of `datasets`.
+        default_family: family of conversations without one.
 
     Returns:
         data set whose items are rows with an additional `id`, and the report of the rows left out.
@@ -69,7 +73,7 @@ def load_chat(
     if not len(table):
         raise ValueError(f"{source} holds no rows; give a data set with at least one conversation.")
     base = Path(image_folder) if image_folder is not None else _folder_of(source)
-    table, to_rows = _prepare(table, source, base)
+    table, to_rows = _prepare(table, source, base, default_family)
     good, report = _scan(table, to_rows, on_bad_row, check_images)
     if not good:
         raise ValueError(f"No usable row in {source}: {report}.")
@@ -123,14 +127,14 @@ def _folder_of(source: str | Path) -> Path:
     return path.parent if path.is_file() else path if path.is_dir() else Path()
 
 
-def _prepare(table: datasets.Dataset, source: str | Path, base: Path) -> tuple[datasets.Dataset, Any]:
+def _prepare(table: datasets.Dataset, source: str | Path, base: Path, family: str) -> tuple[datasets.Dataset, Any]:
     """Select the columns that rows need, with images undecoded, and build the transform from columns to rows."""
     names = table.column_names
     turns = next((name for name in TURN_COLUMNS if name in names), None)
     if turns is None:
         raise ValueError(f"{source} has the columns {', '.join(names)}; chat data needs 'messages' or 'conversations'.")
     images = next((name for name in IMAGE_COLUMNS if name in names), None)
-    wanted = [turns, images, *(name for name in ("id", "families") if name in names)]
+    wanted = [turns, images, *(name for name in ("id", "families", "family") if name in names)]
     table = table.select_columns([name for name in wanted if name is not None])
     if images is not None:
         feature, undecoded = table.features[images], datasets.Image(decode=False)
@@ -138,14 +142,19 @@ def _prepare(table: datasets.Dataset, source: str | Path, base: Path) -> tuple[d
             table = table.cast_column(images, undecoded)
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             table = table.cast_column(images, datasets.List(undecoded))
-    return table.with_format(None), partial(_rows_of_batch, turns=turns, images=images, base=str(base))
+    return table.with_format(None), partial(_rows_of_batch, turns=turns, images=images, base=str(base), family=family)
 
 
-def _rows_of_batch(batch: dict[str, list], turns: str, images: str | None, base: str) -> dict[str, list]:
+def _rows_of_batch(
+    batch: dict[str, list], turns: str, images: str | None, base: str, family: str = "chat"
+) -> dict[str, list]:
     """Convert the columns of a batch to columns of rows; runs on access."""
     conversations = [parse_conversations(value) for value in batch[turns]]
     num_rows = len(conversations)
-    families = batch.get("families") or [["chat"] * len(row) for row in conversations]
+    listed, named = (batch.get(name) or [None] * num_rows for name in ("families", "family"))
+    families = [
+        known or [str(name or family)] * len(row) for known, name, row in zip(listed, named, conversations, strict=True)
+    ]
     return {
         "id": [str(row_id) for row_id in batch["id"]] if "id" in batch else [""] * num_rows,
         "images": [parse_images(value, base) for value in batch[images]] if images else [[] for _ in range(num_rows)],

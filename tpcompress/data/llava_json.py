@@ -12,7 +12,7 @@ from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, chat_message
 
 READ_CHARS = 1 << 20  # characters read at a time
 GIVE_UP_AFTER = 100  # records without a conversation after which the file is rejected
-LAYOUT = 1  # part of the cache key; increase it when the output of `_llava_records` changes
+LAYOUT = 2  # part of the cache key; increase it when the output of `_llava_records` changes
 
 
 def read_llava_json(path: Path, cache_dir: str | None) -> datasets.Dataset:
@@ -26,23 +26,27 @@ def read_llava_json(path: Path, cache_dir: str | None) -> datasets.Dataset:
         cache_dir: folder for the Arrow file; by default the cache folder of `datasets`.
 
     Returns:
-        table with the columns `id`, `images` (paths as written) and `messages`.
+        table with the columns `id`, `images` (paths as written) and `messages`, and `families` if a record has
+        `families` (a list of names) or `family` (a name).
 
     Raises:
         ValueError: the file is empty, is not JSON, or has no conversations.
     """
     turns = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
-    features = {"id": datasets.Value("string"), "images": datasets.List(datasets.Value("string")), "messages": turns}
+    texts = datasets.List(datasets.Value("string"))
+    features = {"id": datasets.Value("string"), "images": texts, "messages": turns, "families": texts}
     stamp = path.stat()  # part of the cache key, so that an edited file is read again
     arguments = {"path": str(path.resolve()), "stamp": (stamp.st_size, stamp.st_mtime_ns), "layout": LAYOUT}
     if not stamp.st_size:
         raise ValueError(f"{path} is empty; give a list of records with 'conversations'.")
     try:
-        return datasets.Dataset.from_generator(
+        table = datasets.Dataset.from_generator(
             _llava_records, features=datasets.Features(features), gen_kwargs=arguments, cache_dir=cache_dir
         )
     except DatasetGenerationError as error:
         raise ValueError(str(error.__cause__ or error).splitlines()[0]) from None
+    has_families = any(len(chunk.values) for chunk in table.data.column("families").chunks)
+    return table if has_families else table.remove_columns("families")
 
 
 def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[dict]:
@@ -60,9 +64,17 @@ def _llava_records(path: str, stamp: tuple[int, int], layout: int) -> Iterator[d
             "id": str(record.get("id", number)),
             "images": [str(image) for image in (images if isinstance(images, list) else [images])],
             "messages": [chat_message(turn) for turn in turns],
+            "families": [str(name) for name in _families_of(record)],
         }
     if not known:
         raise ValueError(f"{path}: no record has 'conversations' or 'messages'; give data in LLaVA's format.")
+
+
+def _families_of(record: dict) -> list:
+    """Families of a record: its list `families`, its single `family`, or none."""
+    if isinstance(record.get("families"), list):
+        return record["families"]
+    return [record["family"]] if record.get("family") else []
 
 
 def _values_of(path: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 
@@ -10,13 +11,14 @@ from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.evaluation.tasks import create_task, list_tasks
 
 
-def write_chat(folder, rows, answer: str = "red"):
-    """Three images with a question each, as LLaVA's JSON."""
+def write_chat(folder, rows, answer: str = "red", **fields):
+    """Three images with a question each, as LLaVA's JSON; `fields` of every record, each with a value per record."""
     records = []
     for number in range(3):
         rows[number]["images"][0].save(folder / f"{number}.png")
         turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": answer}]
-        records.append({"id": number, "image": f"{number}.png", "conversations": turns})
+        more = {name: values[number] for name, values in fields.items() if values[number] is not None}
+        records.append({"id": number, "image": f"{number}.png", "conversations": turns} | more)
     path = folder / "chat.json"
     path.write_text(json.dumps(records))
     return path
@@ -71,6 +73,26 @@ def test_chat_rows_without_families_are_one_family(vqa, processor, rows, tmp_pat
     assert [row["families"] for row in task.rows] == [["all"], ["all"]]
     scores = task.score(vqa, processor)
     assert (scores.names, scores.num_images) == (("all",), 2)
+
+
+@pytest.mark.parametrize("fields", [{"family": ["a", None, "b"]}, {"families": [["a"], None, ["b"]]}])
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_chat_rows_have_the_families_of_their_records(rows, tmp_path, fields, ending):
+    path = write_chat(tmp_path, rows, **fields)
+    if ending == "parquet":
+        columns = {name: [] for name in ("image", "conversations", *fields)}
+        for record in json.loads(path.read_text()):
+            for name, column in columns.items():
+                column.append(record.get(name))
+        path = tmp_path / "chat.parquet"
+        datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    task = create_task({"type": "chat", "data": str(path)})
+    assert [row["families"] for row in task.rows] == [["a"], ["all"], ["b"]]
+
+
+def test_a_record_with_too_many_families_is_left_out(rows, tmp_path):
+    task = create_task({"type": "chat", "data": str(write_chat(tmp_path, rows, families=[["a"], ["a", "b"], ["b"]]))})
+    assert [row["families"] for row in task.rows] == [["a"], ["b"]]
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from tpcompress.data.chat import load_chat
 from tpcompress.data.rows import OnBadRow
 from tpcompress.evaluation.scoring.evaluate import Rows
 from tpcompress.evaluation.tasks.base import Task
 
 FAMILY = "all"
-"""Family of every question in data without a `families` column."""
+"""Family of questions for which the data has none."""
 
 
 class Chat(Task):
     """Conversations of a file, folder or data set, see `tpcompress.data.load_chat` for the formats.
 
-    A column `families` (one name per conversation of a row) groups the questions; without it all of them are one
+    A column `families` (one name per conversation of a row) or `family` groups the questions; without them all are one
     family. Give rows that the model is not trained on. The default metric suits open answers; `exact_match` is for
     closed ones.
 
@@ -56,29 +53,12 @@ class Chat(Task):
             FileNotFoundError: no such file or image folder.
             ValueError: unknown format, split or columns, or no usable row.
         """
-        rows, _ = load_chat(self.data, self.image_folder, self.split, self.on_bad_row, self.check_images)
-        if self.num_images is not None:
-            rows = rows.select(range(min(self.num_images, len(rows))))
-        return rows if "families" in rows.column_names else _OneFamily(rows)
+        rows, _ = load_chat(
+            self.data, self.image_folder, self.split, self.on_bad_row, self.check_images, default_family=FAMILY
+        )
+        return rows if self.num_images is None else rows.select(range(min(self.num_images, len(rows))))
 
     @property
     def description(self) -> str:
         """Path or name of the data."""
         return self.data
-
-
-class _OneFamily:
-    """Rows whose conversations all belong to one family; nothing is copied."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {**row, "families": [FAMILY] * len(row["conversations"])}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
