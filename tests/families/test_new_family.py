@@ -80,7 +80,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
         (folder / "families" / f"{name}.py").write_text(FAMILY.format(name=name, grid=grid))
     (folder / "toy_plugin.py").write_text(PLUGIN.format(folder=str(folder / "families")))
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "toy_plugin", "-p", "no:cacheprovider", "-k", CHOSEN,
+        sys.executable, "-m", "pytest", "-q", "-p", "toy_plugin", "-p", "no:cacheprovider", "-m", "", "-k", CHOSEN,
         f"--junitxml={folder / 'report.xml'}", "tests/matrix/test_forward.py", "tests/families/test_families.py",
     ]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

@@ -10,15 +10,15 @@ import torch
 from exact import tolerance
 from structure import some
 from subjects import Subject
-from support import answer_labels, generate, gradients, logit_gap, tiny_model
+from support import answer_labels, case_id, generate, gradients, logit_gap, model_cases, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach
 from tpcompress.insertion.plan import Stage
 
-# Plain layers, and states beside attention. What else there is of structures (M-RoPE, two masks) compiles for minutes.
-QUICK = ("llava-clip_vision_model", "lfm2_vl-lfm2")
+# Plain layers, and states besides attention. Other structures (M-RoPE, two masks) compile for minutes: `--all`.
+QUICK = (("llava-clip_vision_model", "compile"), ("llava-clip_vision_model", "forward"), ("lfm2_vl-lfm2", "compile"))
 # Its experts loop over the tokens they got: without a plan, too, the second step compiles one frame more.
 SETTLES_LATER = ("ernie4_5_vl_moe",)
 STAGES = [Stage("pool", 0, keep_ratio=0.5), Stage("divprune", 2, keep_ratio=0.3)]
@@ -52,8 +52,17 @@ def pruned_pair(subject: Subject) -> tuple[Any, Any]:
     return attach(subject.model, plan), attach(other, plan)
 
 
-@some(*QUICK)
-@pytest.mark.parametrize("how", ["compile", "forward"])
+@pytest.mark.parametrize(
+    ("subject", "how"),
+    [
+        pytest.param(
+            case, how, id=f"{case_id(case)}-{how}", marks=() if (case_id(case), how) in QUICK else pytest.mark.slow
+        )
+        for case in model_cases()
+        for how in ("compile", "forward")
+    ],
+    indirect=["subject"],
+)
 def test_steps_of_one_shape_compile_once(subject: Subject, how: str) -> None:
     model, other = pruned_pair(subject)
     batches = [subject.batch(*SAMPLES, seed=seed) for seed in range(3)]
@@ -80,7 +89,7 @@ def test_steps_of_one_shape_compile_once(subject: Subject, how: str) -> None:
     assert frames[4] <= frames[5] == frames[6] <= frames[4] + spare, frames
 
 
-@some("llava-clip_vision_model", "gemma3")
+@some("llava-clip_vision_model")
 def test_decoding_into_a_static_cache_compiles_once(subject: Subject) -> None:
     if subject.case[0] in SETTLES_LATER:
         pytest.skip("its experts compile anew for other words, without a plan as well")

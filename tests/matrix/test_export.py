@@ -10,6 +10,7 @@ import pytest
 import torch
 from exact import tolerance
 from export.helpers import make_processor
+from structure import each_family
 from subjects import Subject
 from support import generate, logit_gap, stir
 
@@ -32,6 +33,7 @@ def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         return model(**inputs).logits
 
 
+@each_family()
 def test_round_trip(subject: Subject, processor: Any, tmp_path: Path) -> None:
     model = subject.model
     batch, single = subject.batch((5, subject.kinds, 9), (4, 1, 7)), subject.batch((5, subject.kinds, 9))
