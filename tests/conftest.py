@@ -1,4 +1,4 @@
-"""Models that many tests read. Nobody may change them: what attaches also detaches."""
+"""Models that many tests share. Tests must not change them: what attaches also detaches."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Reference:
         return torch.stack([axis.gather(1, self.places[stage]) for axis in positions])
 
     def _closed(self, hidden: Tensor, alive: Tensor, real: Tensor) -> Tensor:
-        """Position ids without the values that nobody has any more, in plain loops."""
+        """Position ids without values that no retained token has, in plain loops."""
         B, S = alive.shape
         positions = torch.arange(S)[None] if self.positions is None else self.positions
         if positions.ndim == 3:

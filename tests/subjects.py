@@ -35,7 +35,7 @@ class Subject:
 
     @property
     def kinds(self) -> list[str]:
-        """Every kind of picture that the family knows."""
+        """Every kind of image that the family knows."""
         return list(self.family.tiny.kinds)
 
     @property
@@ -77,7 +77,7 @@ def lent(case: Case) -> Iterator[Subject]:
 
 
 def ragged(subject: Subject) -> list[Sample]:
-    """Samples with one picture, two, none and all kinds."""
+    """Samples with one image, two, none and all kinds."""
     return [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, subject.kinds, 4)]
 
 

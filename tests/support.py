@@ -186,7 +186,7 @@ TOKENS = 64
 """Vision tokens per image of a tiny LLaVA."""
 
 Sample = tuple[int, int | Sequence[str], int]
-"""Words before the pictures, pictures (a number of images, or their kinds), words at the end."""
+"""Words before the images, images (a number of images, or their kinds), words at the end."""
 
 Case = tuple[str, tuple[Any, ...]]
 
@@ -220,7 +220,7 @@ def batch(
     """Inputs of one call.
 
     Args:
-        samples: what each sample holds; two words follow each picture.
+        samples: what each sample holds; two words follow each image.
         side: where shorter samples are padded.
         seed: of words and pixels.
         family: whose inputs.
@@ -295,7 +295,7 @@ def answer_labels(inputs: dict[str, Tensor], words: int = 4) -> Tensor:
 
 
 def generate(model: Any, inputs: dict[str, Any], new: int = 5, **more: Any) -> Any:
-    """Greedy generation that never produces a placeholder or a mark around pictures, with its logits."""
+    """Greedy generation that never produces a placeholder or a mark around images, with its logits."""
     options = {"max_new_tokens": new, "do_sample": False, "suppress_tokens": list(range(PLACEHOLDER, 112))} | more
     with torch.no_grad():
         return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)

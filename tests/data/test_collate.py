@@ -305,7 +305,7 @@ def test_a_batch_counts_its_answers_and_names_its_sequences(pack, collator_of, p
     turned = collator([second, first])["meta"].ids
     assert turned == meta.ids[-1:] + meta.ids[:-1]  # whatever the batch, the order and the padding
     others = [
-        row(photos[1:2], *first["conversations"]),  # another picture
+        row(photos[1:2], *first["conversations"]),  # another image
         row(photos[:1], talk("how many ?", "two"), talk("colour ?", "yes")),  # other answers
         row([], talk("how many ?", "one"), talk("colour ?", "red")),
     ]

@@ -10,7 +10,7 @@ TEXTS = ["a cat", "a woman in space suit " * 6, "red " * 50, "what is this ? " *
 
 @pytest.fixture(scope="module")
 def rows_of(tmp_path_factory, photo_folder, record):
-    """Rows with none to two pictures and texts of several lengths, in a format."""
+    """Rows with none to two images and texts of several lengths, in a format."""
     folder = tmp_path_factory.mktemp("lengths")
     cases = [(i % 3, TEXTS[i % 4]) for i in range(24)]
 

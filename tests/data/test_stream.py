@@ -103,7 +103,7 @@ FORMATS = {
 
 @pytest.fixture
 def shards_of(tmp_path, photo_folder):
-    """Two shards of four rows in a format; every other row has a picture, of its own kind of entry."""
+    """Two shards of four rows in a format; every other row has an image, of its own kind of entry."""
 
     def write(ending: str):
         pictures = ("astronaut.jpg", "coffee.jpg")
@@ -287,7 +287,7 @@ def test_going_on_opens_neither_pictures_nor_finished_shards(tmp_path, monkeypat
 
 
 def broken_shard(folder, ending: str, photo_folder) -> None:
-    """The second of three shards is cut in the middle, in the third picture if it is an archive."""
+    """The second of three shards is cut in the middle, in the third image if it is an archive."""
     for shard in range(3):
         records = [talk(10 * shard + i, "astronaut.jpg") for i in range(4)]
         FORMATS[ending](folder / f"part-{shard}.{ending}", records, photo_folder)

@@ -1,4 +1,4 @@
-"""Smaller pictures: exact grids, the encoder's own interpolation, nothing left behind, and the comparison's arm."""
+"""Smaller images: exact grids, the encoder's own interpolation, nothing left behind, and the comparison's arm."""
 
 import json
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def test_batches_have_as_many_placeholders_as_the_encoder_makes(vqa, processor, 
 
 
 def test_the_tower_interpolates_by_itself(vqa, processor, rows):
-    """The features are those of the tower asked directly, on the picture resized without us."""
+    """The features are those of the tower asked directly, on the image resized without us."""
     plain = PromptCollator(processor)([dict(rows[0])])["pixel_values"][:1]
     small = torch.nn.functional.interpolate(plain, (16, 24), mode="bilinear", antialias=True, align_corners=False)
     wanted = vqa.model.get_image_features(small, interpolate_pos_encoding=True, return_dict=True).pooler_output[0]

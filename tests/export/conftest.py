@@ -31,13 +31,13 @@ def processor() -> LlavaProcessor:
 
 @pytest.fixture(scope="session")
 def trained() -> Any:
-    """An attached model; nobody changes it."""
+    """An attached model; tests must not change it."""
     return attach(make_base(), two_stages()).eval()
 
 
 @pytest.fixture(scope="session")
 def exported(trained: Any, processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its folder; nobody changes it."""
+    """Its folder; tests must not change it."""
     return export(trained, processor, tmp_path_factory.mktemp("exports") / "two_stages")
 
 

@@ -19,7 +19,7 @@ PLACEHOLDER = 100
 
 
 def make_processor() -> LlavaProcessor:
-    """Words w3 .. w89 and the placeholder; pictures of 32 pixels."""
+    """Words w3 .. w89 and the placeholder; images of 32 pixels."""
     special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 99, "<image>": PLACEHOLDER}
     words = {f"w{i}": i for i in range(3, 90)} | {"USER:": 90, "ASSISTANT:": 91}
     tokenizer = Tokenizer(models.WordLevel(words | special, unk_token="<unk>"))
@@ -34,7 +34,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_base(**config: Any) -> Any:
-    """A tiny random LLaVA whose answer depends on its picture."""
+    """A tiny random LLaVA whose answer depends on its image."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(tiny_config(**config), attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(1)
@@ -48,7 +48,7 @@ def make_base(**config: Any) -> Any:
 
 
 def make_inputs(batch: int = 2, seed: int = 5) -> dict[str, torch.Tensor]:
-    """A left-padded batch with one picture each, other than the probe's."""
+    """A left-padded batch with one image each, other than the probe's."""
     generator = torch.Generator().manual_seed(seed)
     ids, mask = torch.zeros(2, batch, 64 + 12, dtype=torch.long)
     for b in range(batch):

@@ -1,4 +1,4 @@
-"""A folder is whole or not there, and nobody loads it without its plan."""
+"""An export folder is complete or absent, and cannot be loaded without its plan."""
 
 from __future__ import annotations
 

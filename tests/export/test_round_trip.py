@@ -1,4 +1,4 @@
-"""What is exported is what was trained: same logits, same tokens, same plan, whoever loads it."""
+"""Export round trips: the loaded model has the logits, tokens and plan of the trained one."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def encode(parts: Parts, inputs: dict[str, Any]) -> dict[str, tuple[list[int], l
 
 
 def pictures(parts: Parts, *samples: Sequence[str]) -> dict[str, Any]:
-    """Inputs of one call whose samples hold these kinds of pictures."""
+    """Inputs of one call whose samples hold these kinds of images."""
     return batch([(3, kinds, 4) for kinds in samples], family=parts.family.name, config=parts.model.config)
 
 
@@ -132,7 +132,7 @@ def test_tables_read_rectangles_row_by_row(case: Case) -> None:
 
 @every_case
 def test_the_token_of_a_corner_sees_that_corner(case: Case) -> None:
-    """Rows and columns are those of the picture: where pixels are images, the nearest token changes most."""
+    """Rows and columns are those of the image: where pixels are images, the nearest token changes most."""
     parts = parts_of(case)
     inputs = pictures(parts, ["image"])
     pixels = inputs.get("pixel_values")

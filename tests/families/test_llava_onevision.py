@@ -1,6 +1,6 @@
 """LLaVA-OneVision's `batch_num_images`: several images of one sample come whole, an only one in tiles.
 
-`Tiny` says how many ids a picture has by its kind alone, so this cannot be one of its kinds.
+`Tiny` says how many ids an image has by its kind alone, so this cannot be one of its kinds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows and columns behind the real processors: a corner of a picture changes the token that the layout puts there.
+"""Rows and columns behind the real processors: a corner of an image changes the token that the layout puts there.
 
 `test_families` does the same where pixels are images; here the processors cut, merge and pack them on their own.
 """
@@ -40,7 +40,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def encode(parts: Any, processor: Any, picture: np.ndarray) -> tuple[torch.Tensor, Layout]:
-    """The tokens that the model makes of a picture (placeholders, D), and how they lie."""
+    """The tokens that the model makes of an image (placeholders, D), and how they lie."""
     made = processor(images=[Image.fromarray(picture)], return_tensors="pt")
     names = inspect.signature(parts.core.get_image_features).parameters
     arguments = {name: value for name, value in made.items() if name in names}

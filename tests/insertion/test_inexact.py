@@ -33,7 +33,7 @@ class Above(Pruner):
         norm_BV = tokens.vision_BVD.float().norm(dim=-1)
         count_B1 = tokens.valid_BV.sum(1, keepdim=True)
         mean_B1 = norm_BV.masked_fill(~tokens.valid_BV, 0.0).sum(1, keepdim=True) / count_B1
-        # padding is not left out here: whoever calls must see to it
+        # padding is not left out here: the caller must do so
         return Selection(norm_BV > self.factor * mean_B1, norm_BV)
 
 

@@ -96,7 +96,7 @@ def test_cached_equals_recomputed(subject: Subject, name: str, positions: str) -
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_new_picture_continues(subject: Subject, name: str) -> None:
-    """Words, picture, words, picture, from a cache and at once."""
+    """Words, image, words, image, from a cache and at once."""
     turns = [subject.batch((5, 1, 7)), subject.batch((3, 1, 4), seed=5)]
     ids = torch.cat([turn["input_ids"] for turn in turns], 1)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | subject.family.tiny.arguments(
@@ -129,7 +129,7 @@ def test_a_new_picture_continues(subject: Subject, name: str) -> None:
 
 
 def test_a_loss_trains_what_stands_before(subject: Subject) -> None:
-    """The gradient reaches the picture through the words of the layers before; at layer 0 nothing is left to train."""
+    """The gradient reaches the image through the words of the layers before; at layer 0 nothing is left to train."""
     inputs = subject.batch((5, 1, 7), (3, 2, 8))
     labels = answer_labels(inputs)
     reached = []

@@ -21,7 +21,7 @@ KL = {"teacher": "FrozenCopy", "losses": ["Label", {"class_path": "KL", "init_ar
 
 
 def small(**others) -> Study:
-    """Two steps of two pictures."""
+    """Two steps of two images."""
     values = {
         "recipe": {"trainer": {"max_steps": 2}, "model": {"optimizer": {"lr": 5e-4}}, "data": DATA},
         "contenders": (

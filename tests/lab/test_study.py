@@ -105,7 +105,7 @@ def test_a_second_run_makes_nothing_and_changes_nothing(done, monkeypatch):
 
 
 def test_a_run_is_what_fit_makes_of_its_recipe(done, tmp_path):
-    """Pictures kept from run to run and encoded once change no weight."""
+    """Images kept from run to run and encoded once change no weight."""
     study, folder = done
     run = next(r for c in cells_of(study) for r in c.runs if r.name == "taught-gate-9-seed0")
     path = tmp_path / "recipe.yaml"

@@ -28,13 +28,13 @@ PLANS = {
 
 
 def whole(subject: Subject, *parts: dict[str, Any]) -> dict[str, Any]:
-    """Several prompts as one: ids and pictures one after the other."""
+    """Several prompts as one: ids and images one after the other."""
     inputs = {"input_ids": torch.cat([p["input_ids"] for p in parts], 1)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs |= subject.family.tiny.arguments(subject.config, inputs["input_ids"])
     for name in {k for p in parts for k in p} - set(inputs):
         given = [p[name] for p in parts if name in p]
-        # One row of pictures per sample in some families, one entry per picture in others.
+        # One row of images per sample in some families, one entry per image in others.
         dim = 1 if subject.family.splits_tiles else 0
         most = [max(x.shape[i] for x in given) for i in range(given[0].ndim)]
         room = [[n for i in reversed(range(dim + 1, x.ndim)) for n in (0, most[i] - x.shape[i])] for x in given]
@@ -52,7 +52,7 @@ def reads_ahead(subject: Subject, inputs: dict[str, Any]) -> bool:
 @plans(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
 @ways("drop prefill", "drop continuing", "drop decoding")
 def test_text_continues(subject: Subject, name: str, positions: str) -> None:
-    """A second question about the same picture, through `generate`."""
+    """A second question about the same image, through `generate`."""
     inputs = subject.batch((5, subject.kinds, 7))
     attach(subject.model, subject.plan(PLANS[name], positions=positions))
     first = generate(subject.model, inputs, new=3)
@@ -68,7 +68,7 @@ def test_text_continues(subject: Subject, name: str, positions: str) -> None:
 
 @plans(PLANS, "stage 0, original", "layer 2, compact", "three, compact")
 def test_new_picture_continues(subject: Subject, name: str, positions: str) -> None:
-    """A picture in the second turn is pruned, too, and everything is as if both had come at once."""
+    """An image in the second turn is pruned, too, and everything is as if both had come at once."""
     turns = [subject.batch((5, subject.kinds, 7)), subject.batch((3, 1, 4), seed=5)]
     for turn in turns:
         del turn["attention_mask"]
@@ -85,7 +85,7 @@ def test_new_picture_continues(subject: Subject, name: str, positions: str) -> N
         expected = subject.model(**together, use_cache=True)
     hook.remove()
     second = dict(turns[1])
-    if subject.family.positions == "mrope":  # a caller must say where a later picture is; transformers cannot know
+    if subject.family.positions == "mrope":  # a caller must say where a later image is; transformers cannot know
         second["position_ids"] = seen[0][..., length:]
     if subject.family.blocks is not None:  # these are read by position, from the start of the conversation
         second |= subject.family.tiny.arguments(subject.config, together["input_ids"])
@@ -111,7 +111,7 @@ def test_new_picture_continues(subject: Subject, name: str, positions: str) -> N
 
 
 def test_words_before_the_first_picture(subject: Subject) -> None:
-    """A conversation that starts without a picture has nothing of ours on its cache when one comes."""
+    """A conversation that starts without an image has nothing of ours on its cache when one comes."""
     turns = [subject.batch((9, 0, 0)), subject.batch((3, 1, 4), seed=5)]
     for turn in turns:
         del turn["attention_mask"]
@@ -134,7 +134,7 @@ def test_words_before_the_first_picture(subject: Subject) -> None:
 
 
 def test_batches_continue(subject: Subject) -> None:
-    """Samples of unequal length, padded left, with other pictures: fillers of the first turn stay hidden."""
+    """Samples of unequal length, padded left, with other images: fillers of the first turn stay hidden."""
     inputs = subject.batch((5, 1, 7), (3, subject.kinds, 8))
     for name in PLANS:
         attach(subject.model, subject.plan(PLANS[name]))
@@ -159,7 +159,7 @@ def test_a_cache_cropped_into_the_prompt_is_refused(subject: Subject) -> None:
         with torch.no_grad():
             cache = subject.model(**inputs, use_cache=True).past_key_values
             try:
-                cache.crop(-15)  # nine words stand behind the picture
+                cache.crop(-15)  # nine words stand behind the image
             except (RuntimeError, ValueError, NotImplementedError):
                 pytest.skip("transformers cannot crop this cache")
             with pytest.raises(ValueError, match="Cannot continue here"):

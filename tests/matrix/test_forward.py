@@ -1,4 +1,4 @@
-"""One forward call in every family: what is not pruned is untouched, what is pruned equals the reference."""
+"""One forward call in every class: what is not pruned is untouched, what is pruned equals the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEFT = [(5, 2, 7), (9, 2, 8)]
 
 
 def ragged(subject: Subject) -> list[Any]:
-    """One picture, two, none, and every kind that the family knows: each sample loses another number of tokens."""
+    """One image, two, none, and every kind that the family knows: each sample loses another number of tokens."""
     return [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, subject.kinds, 4)]
 
 

@@ -1,4 +1,4 @@
-"""Generation in every family: whoever makes the cache and however it is read, the tokens are the same."""
+"""Generation in every class: with any cache, by beams, sampling, assistance or by hand, the tokens are the same."""
 
 from __future__ import annotations
 

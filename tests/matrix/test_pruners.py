@@ -1,4 +1,4 @@
-"""Every rule on every family: exact counts on any pictures, and a choice that no batch partner changes."""
+"""Every rule on every family: exact counts on any images, and a choice that no batch partner changes."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def samples(subject: Subject) -> list[Any]:
-    """One picture, all kinds, none."""
+    """One image, all kinds, none."""
     return [(5, 1, 7), (6, subject.kinds, 6), (4, 0, 9)]
 
 

@@ -50,7 +50,7 @@ def test_the_projector_makes_the_tokens_of_its_rows(subject: Subject) -> None:
 
 
 def test_pixels_are_those_of_the_patches(subject: Subject) -> None:
-    """A change of one patch changes one token; where patches weigh alike, their mean is the picture's."""
+    """A change of one patch changes one token; where patches weigh alike, their mean is the image's."""
     plan, tower = plan_of("pixels"), subject.family.tower
     if tower is None:
         with pytest.raises(ValueError, match="needs pixels, but the patches of .* cannot be followed"):

@@ -265,7 +265,7 @@ def test_raters() -> None:
 
 @pytest.mark.parametrize("Q", [1, 2, 3, 7, 10])
 def test_equally_close_words_all_rate(Q: int) -> None:
-    """Nobody lies above the mean: the official rule has no rater then, and divides by none."""
+    """No word lies above the mean: the official rule then has no rater and divides by zero."""
     vision, valid = features(2, 5), torch.ones(2, 5, dtype=torch.bool)
     word = features(2, 1, seed=6).expand(2, Q, D)
     assert text_raters(vision, valid, word, torch.ones(2, Q, dtype=torch.bool)).all()

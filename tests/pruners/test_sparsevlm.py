@@ -98,7 +98,7 @@ def test_density_peaks() -> None:
 
 
 def test_density_peaks_of_groups() -> None:
-    """Three far groups of different density: one peak each, and nobody joins a stranger."""
+    """Three far groups of different density: one peak each, and no token joins another group."""
     g = torch.Generator().manual_seed(1)
     group = torch.arange(18) % 3
     x = torch.randn(1, 18, D, generator=g) * 0.1 + torch.eye(D)[group] * 5

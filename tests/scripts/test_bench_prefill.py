@@ -37,7 +37,7 @@ def logits(run) -> torch.Tensor:
     [("llava", 0, "compact"), ("llava", 2, "original"), ("qwen", 2, "original")],
 )
 def test_the_ideal_computes_the_very_same(model, layer, positions):
-    """A stage before Qwen's language model keeps places of the whole picture, which no picture of nine tokens has."""
+    """A stage before Qwen's language model keeps places of the whole image, which no image of nine tokens has."""
     one = case(model, layer, positions=positions)
     assert torch.equal(logits(one.pruned), logits(one.ideal))
     assert (logits(one.full) - logits(one.ideal)).abs().max() > 0.01

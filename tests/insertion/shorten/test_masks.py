@@ -97,7 +97,7 @@ def test_packed_questions_equal_each_alone(
 @pytest.mark.parametrize("name", ["stage 0", "layer 2", "three"])
 @torch.no_grad()
 def test_ragged_batch_of_packed_rows(model: Any, name: str) -> None:
-    """Two images in one row, one in the other: fillers appear, and nobody sees them."""
+    """Two images in one row, one in the other: fillers appear, and no token attends to them."""
     row, allowed, _ = packed()
     S = row["input_ids"].shape[1]
     extra = torch.full((1, TOKENS), PLACEHOLDER)

@@ -1,4 +1,4 @@
-"""Positions after a cut: values that nobody uses close up, in plain rows and in rows of M-RoPE."""
+"""Positions after a cut: unused values are closed up, in plain rows and in rows of M-RoPE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PICTURE = torch.tensor([
     [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
     [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
 ])[:, None]  # fmt: skip
-"""(3, 1, 10): two words, a picture of 2 x 3, two words. It spans three positions, so the words go on at 5."""
+"""(3, 1, 10): two words, an image of 2 x 3, two words. It spans three positions, so the words go on at 5."""
 
 
 def close(alive: list[bool], positions: Tensor = PICTURE, real: list[bool] | None = None) -> tuple[Tensor, int]:
@@ -33,7 +33,7 @@ def test_nothing_dropped_moves_nothing() -> None:
 
 
 def test_a_value_stays_while_any_axis_uses_it() -> None:
-    # Of the picture only the first and the last column of the first row stay: 2 and 4 are used, 3 is free.
+    # Of the image only the first and the last column of the first row stay: 2 and 4 are used, 3 is free.
     moved, lost = close([V, V, V, o, V, o, o, o, V, V])
     assert lost == 1
     assert moved[:, [2, 4]].tolist() == [[2, 2], [2, 2], [2, 3]]
@@ -56,7 +56,7 @@ def test_a_picture_that_is_gone_leaves_no_gap() -> None:
 
 
 def test_gaps_of_the_unpruned_model_stay() -> None:
-    # Frames of a video two apart in time: nobody uses 3, so it is not freed either.
+    # Frames of a video two apart in time: 3 is unused, so it is not freed either.
     times = torch.tensor([[0, 2, 4, 5], [0, 2, 2, 5], [0, 2, 2, 5]])[:, None]
     moved, lost = close([V, V, V, V], times)
     assert lost == 0

@@ -153,7 +153,7 @@ class First(Pruner):
 
 
 def test_a_size_is_that_many_equal_tokens(model: Any, base: Any) -> None:
-    """To the words behind a picture of equal tokens at one position, its first one counts for all: no mask says so."""
+    """To the words behind an image of equal tokens at one position, its first one counts for all: no mask says so."""
     inputs = batch([(5, 1, 7)])
     place = inputs["input_ids"][0] == PLACEHOLDER
     positions = (torch.arange(len(place)) - (place.cumsum(0) - 1).clamp(min=0))[None]

@@ -48,7 +48,7 @@ def lent(case: Case, impl: str = "eager") -> Iterator[Any]:
 
 
 def inputs_of(case: Case, model: Any, *, videos: bool = True) -> dict[str, Any]:
-    """Two samples with pictures of every kind, one without."""
+    """Two samples with images of every kind, one without."""
     kinds = [k for k in list_families()[case[0]].tiny.kinds if videos or k != "video"]
     return batch([(5, ["image"], 7), (3, kinds, 4), (4, 0, 9)], family=case[0], config=model.config)
 
@@ -192,7 +192,7 @@ def test_features_projected_are_the_vision_tokens(name: str) -> None:
 
 
 def test_windows_of_qwen_are_undone() -> None:
-    """Row and column of a token are where its patches are: neighbours in the picture, not in the order of windows."""
+    """Row and column of a token are where its patches are: neighbours in the image, not in the order of windows."""
     case = ("qwen2_5_vl", ())
     for model in lent(case):
         inputs = batch([(5, ["image"], 7)], family=case[0], config=model.config)

@@ -34,7 +34,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def records(folder: Path) -> list[dict]:
-    """LLaVA records, the i-th with the answer n<i>; every third row is text only, the others' pictures are written."""
+    """LLaVA records, the i-th with the answer n<i>; every third row is text only, the others' images are written."""
     found = []
     for i in range(NUM_ROWS):
         image = {} if i % 3 == 2 else {"image": f"{i}.jpg"}

@@ -46,7 +46,7 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
 
 
 class Note(Callback):
-    """Writes each rank's losses, the sequences and pictures of its batches, and its calls of the vision tower."""
+    """Writes each rank's losses, the sequences and images of its batches, and its calls of the vision tower."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)

@@ -240,7 +240,7 @@ def test_imitation_of_scores_is_over_when_the_order_and_shape_agree():
 
 
 def test_a_guide_may_read_what_the_gate_reads():
-    """And no more: nobody would show it."""
+    """No other views: training does not collect them."""
 
     def plan(**scorer):
         gate = {"type": "learned_gate", "scorer": {"type": "local_global", **scorer}}

@@ -50,5 +50,5 @@ def test_duplicates_cost_nothing_and_what_is_unique_is_worth_a_gate():
     error = reconstruction_error(x, x, lost, valid)
     assert error > 0.5
     error.sum().backward()
-    assert lost.grad[0, 2:].max() < -1  # what nobody else can rebuild, dropped or not
+    assert lost.grad[0, 2:].max() < -1  # no other token can rebuild it, dropped or not
     assert lost.grad[0, :2].min() > -0.2
