@@ -388,8 +388,10 @@ def test_a_processor_of_another_model_is_noticed():
         inspect_prefill(model, TextOnly(), red(8, 8), "w5")
 
 
-def test_the_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    (command,) = re.findall(r"`tpcompress (inspect .*?)`", (ROOT / "README.md").read_text())
+def test_the_command_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    (command,) = re.findall(
+        r"^tpcompress (inspect .*)$", (ROOT / "scripts/docs_site/guides/prune.md").read_text(), re.M
+    )
     words = shlex.split(command)
     monkeypatch.chdir(tmp_path)
     red(120, 90).save(words[words.index("--image") + 1])
