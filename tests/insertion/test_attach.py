@@ -182,7 +182,7 @@ def test_plan_and_model_do_not_share_pruners(model: Any) -> None:
 
 
 def check_independent(original: Any, other: Any, expected: torch.Tensor) -> None:
-    """The copy prunes with its own controller, and what happens to one does not reach the other."""
+    """The copy prunes with its own attachment, and changes to one do not reach the other."""
     inputs = batch(SAMPLES)
     tokens = generate(original, inputs).sequences
     assert controller_of(other) is not controller_of(original)
