@@ -57,8 +57,10 @@ def shown(one: str) -> tuple[str, str]:
 def word(one: str) -> str:
     """What the ids of the new member's tests contain."""
     path, code = shown(one)
-    name = re.search(r'^    name = "(\w+)"', code, flags=re.M)
-    return name[1] if name and one != "family" else Path(path).stem
+    if one == "family":
+        return Path(path).stem
+    names = re.findall(r'^    name = "(\w+)"', code, flags=re.M) or re.findall(r"^class (\w+)", code, flags=re.M)
+    return str(names[0])
 
 
 @pytest.fixture(scope="module")
