@@ -35,8 +35,8 @@ CONTRACTS = {
     "loss": ("tests/training/losses/test_losses.py",),
     "teacher": ("tests/training/teachers/test_teachers.py",),
     "schedule": ("tests/training/schedules/test_contract.py",),
-    "task": ("tests/evaluation/tasks/test_tasks.py",),
-    "metric": ("tests/evaluation/scoring/test_metrics.py",),
+    "task": ("tests/evaluation/tasks/test_contract.py",),
+    "metric": ("tests/evaluation/scoring/test_metric_contract.py",),
 }
 """Test files of each kind, of which the tests named after the new member run."""
 
