@@ -1,4 +1,4 @@
-"""Draw the README's picture: retained tokens of three pruners on held-out images of the built-in benchmark.
+"""Draw the image of the README: retained tokens of three pruners on held-out images of the built-in benchmark.
 
     python scripts/draw_retained.py --out scripts/docs_site/images/retained.png
 
