@@ -76,8 +76,8 @@ def test_a_picture_answers_its_question_once():
     assert samples.query_B.min() >= 0
     assert samples.query_B.max() < KEYS
     again, other = draw(64), draw(64, seed=1)
-    assert torch.equal(samples.picture_BVD, again.picture_BVD)
-    assert not torch.equal(samples.picture_BVD, other.picture_BVD)
+    assert torch.equal(samples.image_BVD, again.image_BVD)
+    assert not torch.equal(samples.image_BVD, other.image_BVD)
 
 
 def test_hiding_by_log_bias_is_gathering_and_by_values_is_not(model):
@@ -124,7 +124,7 @@ def test_weights_come_back_in_half_precision(tmp_path):
     loaded = load_model(tmp_path / "w.npz").state_dict()
     for name, value in made.state_dict().items():
         assert torch.equal(value.half().float(), loaded[name])
-    with pytest.raises(FileNotFoundError, match=r"scripts/build_retrieval.py makes them"):
+    with pytest.raises(FileNotFoundError, match=r"run scripts/build_retrieval.py"):
         load_model(tmp_path / "none.npz")
 
 

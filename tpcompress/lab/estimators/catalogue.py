@@ -1,8 +1,8 @@
-"""Estimators by name: how a choice of tokens is made to carry a gradient, as data.
+"""Estimators by name: ways to pass a gradient through a discrete choice of tokens.
 
-An estimator is a selector, an applier, whether training runs at full length, on gathered tokens or on both in turns,
-and the losses beside the label loss. Which of them teach a scorer that starts without knowledge is measured, see
-`retrieval_runs`, and kept in `tpcompress.training.diagnostics.estimator_results`.
+An estimator is a selector, an applier, training at full length, on gathered tokens or on both in turns, and losses
+beside the label loss. Which of them train a scorer from scratch is measured on the toy task, see `toy_run`, and stored
+in `tpcompress.training.diagnostics.estimator_results`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tpcompress.training.losses import Loss, Ramp
 from tpcompress.training.losses.label import Label
 
 SCORER = {"type": "mlp", "width": 32}
-"""Starts without knowledge, so that what it knows in the end it has learnt."""
+"""Random weights, so that its skill after training comes from training alone."""
 
 Config = Mapping[str, Any]
 
@@ -27,11 +27,11 @@ class Estimator:
     """One way to train a scorer.
 
     Attributes:
-        name: in tables and on the shell.
-        selector, applier: of `learned_gate`, as in plans.
+        name: name in tables and on the shell.
+        selector, applier: parts of `learned_gate`, as in plans.
         full_every: as in a phase of training: 1 always at full length, 0 never, m in one step of m.
-        losses: beside the label loss, as in recipes: class and arguments.
-        source: the method that trains in this way, if it is somebody's.
+        losses: losses beside the label loss, as in recipes: class and arguments.
+        source: published method that trains in this way.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Estimator:
         }
 
     def make_losses(self) -> list[Loss]:
-        """The label loss and its own."""
+        """The label loss and the losses of the estimator."""
         return [Label(), *(_make_loss(config) for config in self.losses)]
 
     def recipe_losses(self) -> list[dict[str, Any]]:
-        """The same as a recipe writes them."""
+        """The same losses as in a recipe."""
         return [{"class_path": "Label"}, *(dict(config) for config in self.losses)]
 
     def full_length(self, step: int) -> bool:
-        """Whether a step runs at full length; one of a mix's steps does, the first among them."""
+        """Whether a step runs at full length; in a mix, the first of every `full_every` steps does."""
         return self.full_every > 0 and step % self.full_every == 0
 
 
@@ -109,7 +109,7 @@ ESTIMATORS: dict[str, Estimator] = {estimator.name: estimator for estimator in _
 
 
 def learns(name: str) -> bool:
-    """Whether an estimator taught a scorer without knowledge when it was last measured.
+    """Whether an estimator trained a scorer from scratch when it was last measured.
 
     Raises:
         ValueError: no such estimator.

@@ -1,4 +1,4 @@
-"""The first yardstick: estimators on the retrieval task, its answerer frozen, a scorer without knowledge to train.
+"""Trains a scorer from scratch with an estimator on the toy task, whose model is frozen.
 
 B samples, V vision tokens.
 """
@@ -23,9 +23,9 @@ from tpcompress.training.schedules import progress_at
 BATCH = 48
 RATE = 2e-3
 STEPS = (60, 240)
-"""When a scorer is looked at; the last one is where its training ends."""
+"""Steps after which a scorer is tested; training ends with the last."""
 ENOUGH = 0.95
-"""An estimator learns if its scorer answers this share right in the end, and retains this share of the facts."""
+"""An estimator learns if, after training, this share of answers is right and this share of facts is retained."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class Look:
 
     @property
     def enough(self) -> bool:
-        """It has learnt."""
+        """Answers and recall are high enough to count as learnt."""
         return min(self.accuracy, self.recall) >= ENOUGH
 
 
 def train_scorer(
     estimator: Estimator, seed: int, steps: Sequence[int] = STEPS, scorer: str | Config = SCORER
 ) -> list[Look]:
-    """Train a scorer and look at it on the way.
+    """Train a scorer and test it on the way.
 
     Args:
-        estimator: how.
-        seed: of its weights, of the pictures and of all noise.
-        steps: when to look, rising; the last is the end of training.
-        scorer: what to train.
+        estimator: how to train.
+        seed: seed of weights, images and noise.
+        steps: rising steps after which to test; the last is the end of training.
+        scorer: the scorer.
     """
     model, world, generator = load_model(), World.make(), torch.Generator().manual_seed(1000 + seed)
     looks = []
@@ -75,7 +75,7 @@ def train_scorer(
             terms = weighed(losses, as_pass(done, samples.answer_B), None, progress)
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad()
-            if loss.requires_grad:  # gathered steps of a mix may have nothing to teach the scorer
+            if loss.requires_grad:  # gathered steps of a mix may have no gradient for the scorer
                 loss.backward()
                 nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
                 optimizer.step()
@@ -85,14 +85,14 @@ def train_scorer(
 
 
 def untrained(pruner: str | Config | Pruner) -> Look:
-    """What a pruner is worth as it is."""
+    """The result of a pruner without training."""
     made = create(pruner if isinstance(pruner, str | Pruner) else dict(pruner))
     made.build(WIDTH)
     return Look(0, *hard_scores(load_model(), made))
 
 
 def as_pass(done: Answered, answer_B: torch.Tensor) -> Pass:
-    """What losses read of a forward call: one answer token per sample."""
+    """The input of losses from a forward call: one answer token per sample."""
     B = len(answer_B)
     trace = None
     if done.selection is not None:

@@ -1,8 +1,8 @@
-"""A task of 24 tokens that tells gates that learn from gates that do not, in seconds on one core.
+"""A toy retrieval task of 24 tokens that shows in seconds on one core whether a gate learns.
 
-Four tokens of a picture are facts: a key plus a value plus a flag of its kind. The other twenty look the same, but bear
-another flag and mean nothing. A query names the key of one fact and asks for its value. The model that answers is
-trained on all tokens and then frozen, so that only a pruner can learn: which four of the 24 tokens matter.
+Four tokens of an image are facts: the sum of a key, a value and a flag. The other twenty are distractors: they have a
+key and a value, too, but another flag. A query gives the key of one fact; the answer is its value. The model that
+answers is trained on all tokens and then frozen, so that only a pruner can learn which four of the 24 tokens matter.
 
 B samples, V vision tokens, D width, S = V + 1 positions, N facts, K retained slots, C values.
 """
@@ -27,24 +27,24 @@ WEIGHTS = PACKAGE / "assets" / "retrieval.npz"
 WIDTH, HEADS, LAYERS = 48, 4, 2
 TOKENS, FACTS, KEYS, VALUES = 24, 4, 8, 8
 FLAG, NOISE = 0.45, 0.9
-"""Size of the flag that tells facts from distractors, and of the noise on every token: the flag is weak on purpose."""
+"""Size of the flag that separates facts from distractors, weak on purpose, and of the noise on every token."""
 KEEP = 5
-"""Tokens that a pruner may keep: the facts and one more."""
+"""Tokens that a pruner keeps: the facts and one more."""
 DENSE_STEPS, DENSE_BATCH, DENSE_RATE = 1600, 64, 2e-3
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures with a question each.
+    """Images with a question each.
 
     Attributes:
-        picture_BVD: the tokens before the projector.
-        query_B: the key that is asked for.
+        image_BVD: tokens before the projector.
+        query_B: key of the fact in question.
         answer_B: its value.
         fact_BV: bool, which tokens are facts.
     """
 
-    picture_BVD: Tensor
+    image_BVD: Tensor
     query_B: Tensor
     answer_B: Tensor
     fact_BV: Tensor
@@ -52,7 +52,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class World:
-    """The vectors that all pictures are made of: one per key, per value and per flag."""
+    """The vectors that all images are made of: one per key, per value and per flag."""
 
     keys: Tensor
     values: Tensor
@@ -60,35 +60,35 @@ class World:
 
     @classmethod
     def make(cls) -> World:
-        """The one world; a function of nothing."""
+        """The same vectors at every call."""
         generator = torch.Generator().manual_seed(0)
         keys, values, flags = (torch.randn(n, WIDTH, generator=generator) for n in (KEYS, VALUES, 2))
         return cls(keys, values, FLAG * flags)
 
     def draw(self, batch: int, generator: torch.Generator) -> Samples:
-        """New pictures.
+        """Draw images with a question each.
 
         Args:
-            batch: how many.
-            generator: of the random numbers.
+            batch: number of images.
+            generator: source of the random numbers.
         """
         key_BV = torch.randint(KEYS, (batch, TOKENS), generator=generator)
         value_BV = torch.randint(VALUES, (batch, TOKENS), generator=generator)
         place_BN = torch.rand(batch, TOKENS, generator=generator).argsort(1)[:, :FACTS]
-        named_BN = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :FACTS]  # no key is named twice
+        named_BN = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :FACTS]  # keys of facts are distinct
         key_BV = key_BV.scatter(1, place_BN, named_BN)
         fact_BV = torch.zeros(batch, TOKENS, dtype=torch.bool).scatter(1, place_BN, True)
         noise_BVD = NOISE * torch.randn(batch, TOKENS, WIDTH, generator=generator)
-        picture_BVD = self.keys[key_BV] + self.values[value_BV] + self.flags[(~fact_BV).long()] + noise_BVD
+        image_BVD = self.keys[key_BV] + self.values[value_BV] + self.flags[(~fact_BV).long()] + noise_BVD
         asked_B1 = torch.randint(FACTS, (batch, 1), generator=generator)
         answer_BN = value_BV.gather(1, place_BN)
         return Samples(
-            0.5 * picture_BVD, named_BN.gather(1, asked_B1)[:, 0], answer_BN.gather(1, asked_B1)[:, 0], fact_BV
+            0.5 * image_BVD, named_BN.gather(1, asked_B1)[:, 0], answer_BN.gather(1, asked_B1)[:, 0], fact_BV
         )
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; values may be gated and keys biased, as in the layers behind a stage."""
+    """Pre-norm attention and MLP; values may be gated and keys biased, as in the layers after a stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Block(nn.Module):
 
 
 class RetrievalModel(nn.Module):
-    """A projector and a small causal decoder over [vision tokens, query]; it has no positions but its order."""
+    """A projector and a small causal decoder over [vision tokens, query], without position embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,20 +127,20 @@ class RetrievalModel(nn.Module):
         """Answer.
 
         Args:
-            vision_BVD: tokens behind the projector, all of them or what a pruner retained.
-            query_B: the key that is asked for.
-            gate_BV: multiplies the values of vision tokens in every layer.
-            bias_BV: is added to the attention logits of their keys in every layer.
+            vision_BVD: tokens after the projector, all of them or the retained ones.
+            query_B: key of the fact in question.
+            gate_BV: factors on the values of vision tokens in every layer.
+            bias_BV: terms added to the attention logits of their keys in every layer.
 
         Returns:
-            Logits (B, C), and what the head read (B, D).
+            logits (B, C), and the input of the head (B, D)
         """
         x_BSD = torch.cat([vision_BVD, self.query(query_B)[:, None]], 1)
         B, S, _ = x_BSD.shape
         gate_BS = x_BSD.new_ones(B, S) if gate_BV is None else F.pad(gate_BV, (0, 1), value=1.0)
         bias_BSS = x_BSD.new_full((S, S), -torch.inf).triu(1).expand(B, S, S)
         if bias_BV is not None:
-            # A token still sees itself, as in DynamicViT: a row must not lose everything.
+            # A token still attends to itself, as in DynamicViT, so that no row of the softmax is empty.
             off_SS = 1 - torch.eye(S)
             bias_BSS = bias_BSS + F.pad(bias_BV, (0, 1))[:, None] * off_SS
         for block in self.blocks:
@@ -151,12 +151,12 @@ class RetrievalModel(nn.Module):
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model made of samples.
+    """The output of a model on samples.
 
     Attributes:
-        logits_BC: of the values.
-        hidden_BD: what the head read.
-        view, selection: what the pruner saw and said; None without one.
+        logits_BC: logits over the values.
+        hidden_BD: input of the head.
+        view, selection: input and output of the pruner; None without one.
     """
 
     logits_BC: Tensor
@@ -168,16 +168,16 @@ class Answered:
 def answer(
     model: RetrievalModel, samples: Samples, pruner: Pruner | None = None, keep: int = KEEP, full_length: bool = False
 ) -> Answered:
-    """Run the model with a pruner between projector and decoder, by the rules of a stage in `insertion`.
+    """Run the model with a pruner between projector and decoder, as a stage of `insertion` does.
 
     Args:
-        model: the answerer.
-        samples: what to answer.
-        pruner: None keeps everything.
+        model: the frozen model.
+        samples: images and questions.
+        pruner: the pruner; None keeps all tokens.
         keep: tokens to retain.
-        full_length: nothing is cut if the pruner gives gates (mode `mask`); else the retained tokens are gathered.
+        full_length: keep all tokens if the pruner returns gates (mode `mask`); else gather the retained ones.
     """
-    vision_BVD = model.projector(samples.picture_BVD)
+    vision_BVD = model.projector(samples.image_BVD)
     if pruner is None:
         return Answered(*model(vision_BVD, samples.query_B))
     view = TokenView.of(vision_BVD, (4, TOKENS // 4), soft=full_length)
@@ -203,11 +203,11 @@ def hard_scores(
     """Share of right answers on gathered tokens, and share of the facts that were retained.
 
     Args:
-        model: the answerer.
-        pruner: in eval mode for the while; None keeps everything.
-        batch: samples.
+        model: the frozen model.
+        pruner: the pruner, set to eval mode meanwhile; None keeps all tokens.
+        batch: number of samples.
         keep: tokens to retain.
-        seed: of the samples.
+        seed: seed of the samples.
     """
     samples = World.make().draw(batch, torch.Generator().manual_seed(seed))
     training = pruner is not None and pruner.training
@@ -222,11 +222,11 @@ def hard_scores(
 
 
 def train_dense(steps: int = DENSE_STEPS, seed: int = 0) -> RetrievalModel:
-    """Train the answerer on all tokens; under a minute.
+    """Train the model on all tokens; under a minute.
 
     Args:
-        steps: of AdamW, with warm-up and linear decay.
-        seed: of weights and pictures.
+        steps: steps of AdamW, with warm-up and linear decay.
+        seed: seed of weights and images.
     """
     generator, world = torch.Generator().manual_seed(seed), World.make()
     with torch.random.fork_rng(devices=[]):
@@ -252,16 +252,16 @@ def save_weights(model: RetrievalModel, path: Path = WEIGHTS) -> None:
 
 
 def load_model(path: Path = WEIGHTS) -> RetrievalModel:
-    """The trained answerer, frozen.
+    """The trained model, frozen.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"No weights at {path}; scripts/build_retrieval.py makes them.")
+        raise FileNotFoundError(f"No weights at {path}; run scripts/build_retrieval.py to train the model.")
     with np.load(path) as stored:
         state: dict[str, Any] = {name: torch.from_numpy(stored[name]).float() for name in stored.files}
-    with torch.device("meta"):  # without drawing weights that are thrown away
+    with torch.device("meta"):  # skips the initialisation of weights that are replaced
         model = RetrievalModel()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
