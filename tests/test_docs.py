@@ -14,6 +14,8 @@ from docs_site.links import broken_links
 from docs_site.pages import all_pages, navigation
 from docs_site.reference import RECIPES, signature
 
+import tpcompress as tp
+from tpcompress.cli.commands import COMMANDS
 from tpcompress.families import Family
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,11 @@ def test_every_member_of_every_kind_has_a_page(pages: dict[str, str]) -> None:
                 assert set(signature(member)) <= arguments
     inside = [name for name in pages if name.startswith("reference/recipes/")]
     assert len(inside) == len(RECIPES) + 1
+
+
+def test_every_command_and_public_name_is_documented(pages: dict[str, str]) -> None:
+    assert set(re.findall(r"^### ([\w-]+)$", pages["reference/commands.md"], flags=re.M)) == set(COMMANDS)
+    assert set(re.findall(r"^### tp\.(\w+)$", pages["reference/python.md"], flags=re.M)) == set(tp.__all__)
 
 
 def test_every_kind_has_a_guide_with_a_file(pages: dict[str, str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from docs_site import reference
+from docs_site import interface, reference
 from docs_site.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def sources() -> dict[str, str]:
 def all_pages() -> dict[str, str]:
     """Markdown of the whole site by path."""
     written = sources()
-    generated = reference.pages() | {"reference/index.md": _reference_index()}
+    generated = reference.pages() | interface.pages() | {"reference/index.md": _reference_index()}
     known = set(written.values()) | set(generated)
     pages = {}
     for path, page in written.items():
@@ -69,7 +70,11 @@ def navigation(pages: dict[str, str]) -> list[dict]:
     kinds = [each.one for each in KINDS] + list(EXTRA_ADDING)
     adding = [f"adding/{one}.md" for one in kinds if f"adding/{one}.md" in pages]
     notes = [page for page in NOTES.values() if page.startswith("notes/") and page in pages]
-    references = [{"Overview": "reference/index.md"}]
+    references: list[Any] = [
+        {"Overview": "reference/index.md"},
+        {"Python interface": "reference/python.md"},
+        {"Command line": "reference/commands.md"},
+    ]
     for many in [*(kind.many for kind in KINDS), "views", "recipes"]:
         folder = f"reference/{many}/"
         inside = [page for page in pages if page.startswith(folder) and not page.endswith("/index.md")]
@@ -98,6 +103,7 @@ def _name(page: str) -> str:
 
 def _reference_index() -> str:
     lines = ["# Reference\n", "Generated from the registries, docstrings and recipes of this version.\n"]
+    lines += ["- [Python interface](python.md)", "- [Command line](commands.md)"]
     lines += [
         f"- [{kind.many.capitalize()}]({kind.many}/index.md): {len(kind.members())}. {kind.about}" for kind in KINDS
     ]
