@@ -55,7 +55,7 @@ def test_more_rows_than_samples_are_shuffled_by_the_seed(tmp_path):
     in_order = colours(6, 1)
     assert in_order == sorted(set(in_order)), "with as many samples as rows, rows are taken in order"
     for seed in range(3):
-        shuffled = [int(Path(images[0]).stem) for images in rows.rows.shuffle(seed)[:3]["images"]]
+        shuffled = [int(Path(images[0]).stem) for images in rows.shuffle(seed)[:3]["images"]]
         assert [in_order.index(colour) for colour in colours(3, seed)] == shuffled
 
 
