@@ -45,7 +45,7 @@ class FastV(Pruner):
     paper = "2403.06764"
     group = "attention in the language model"
     paper_plan = """
-    # FastV: behind the second layer, half of the tokens, by the attention of the last prompt token (288 of
+    # FastV: after the second layer, half of the tokens, by the attention of the last prompt token (288 of
     # LLaVA-1.5's 576).
     stages:
       - {pruner: fastv, layer: 2, keep_ratio: 0.5}  # K = 2, R = 50 %

@@ -27,7 +27,7 @@ class VisionZip(Pruner):
 
     Every other token joins the target of most similar key (cosine of the head-mean keys), and a target becomes
     h_target + mean of h over those that joined it: the sum of the paper's listing, not the mean of both. A target that
-    nobody joins stays as it is, so a budget of all tokens changes none.
+    no token joins stays as it is, so a budget of all tokens changes none.
 
     needs  tower_keys, tower_cls or tower_received (`attention`), projector with `merge_at: features`.
     gives  keep_BV, scores_BV = (dominant, target or dropped; attention), vision_BVD with the merged targets.
