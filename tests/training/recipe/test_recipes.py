@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
+@cache
 def kind(path: Path) -> str:
     """comparison, estimators, overlay, run or study, by what the file says."""
     values = yaml.safe_load(path.read_text())
