@@ -202,7 +202,7 @@ class ChatStream(IterableDataset):
         turns: list = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
         images = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), None)
         conversations = parse_conversations(turns)
-        families = record.get("families") or ["chat"] * len(conversations)
+        families = record.get("families") or [str(record.get("family") or "chat")] * len(conversations)
         problem = find_problem(conversations, families, images, self.base, check_images=False)
         return (row_id, problem) if problem is not None else RawRow(row_id, conversations, families, images)
 
