@@ -170,3 +170,17 @@ def test_the_plan_file_is_a_plan() -> None:
     (text,) = fences("yaml", (ROOT / "scripts/docs_site/guides/prune.md").read_text())
     plan = tp.PruningPlan.from_dict(yaml.safe_load(text))
     assert plan.counts(576) == [144, 64]
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    text = (ROOT / "scripts/docs_site/guides/troubleshooting.md").read_text()
+    quoted = re.findall(r'^\| "([^"]+)"', text, flags=re.M)
+    assert len(quoted) >= 7
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "tpcompress").rglob("*.py")))
+    assert [message for message in quoted if message not in code] == []
+
+
+def test_the_comparison_of_the_guide_is_read(tmp_path: Path) -> None:
+    (text,) = fences("yaml", (ROOT / "scripts/docs_site/guides/compare.md").read_text())
+    (tmp_path / "compare.yaml").write_text(text)
+    assert Comparison.from_file(tmp_path / "compare.yaml").metric == "token_accuracy"
