@@ -210,3 +210,20 @@ def test_a_folder_of_an_earlier_version_is_refused(name, shared, tmp_path):
     for kind in KINDS:
         path = file_of(kind, tmp_path / kind, *shared)
         refused(kind, path, tmp_path / "out", "holds results of an earlier version of tpcompress; choose another --out")
+
+
+def test_a_run_that_ended_before_it_was_marked_is_taken(again, shared, tmp_path, monkeypatch):
+    """Killed between the last checkpoint and the mark: nothing is trained again, and the numbers are the same."""
+    kind, out = again
+    (run,) = [path.parent for path in out.glob("train/*/done") if "dense" not in path.parent.name]
+    (run / "done").unlink()
+    lost = [p for p in (out / "cells").glob("*.json") if run.name in json.loads(p.read_text())["key"]["runs"]]
+    before = {path: Scores.load(path.with_suffix(".npz")).value_IF for path in lost}
+    for path in lost:
+        path.unlink()
+    monkeypatch.setattr("tpcompress.evaluation.engine.runs.run_recipe", lambda *a: pytest.fail("trained again"))
+    RUN[kind](file_of(kind, tmp_path, *shared), out)
+    assert lost
+    assert (run / "done").is_file()
+    for path, value_IF in before.items():
+        np.testing.assert_array_equal(Scores.load(path.with_suffix(".npz")).value_IF, value_IF)

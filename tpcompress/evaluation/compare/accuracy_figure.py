@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.figures.canvas import new_figure, save
+from tpcompress.evaluation.scoring.metrics import PERCENT
 
 GREY = "#555555"
 MANY = 16
@@ -48,9 +49,12 @@ def accuracy_figure(report: Report, path: str | Path) -> None:
         _draw_curves(axes, curves, colours, sorted(budgets))
     else:
         _draw_columns(axes, curves, colours)
+    unit = report.metric.unit
+    if unit == PERCENT:
+        axes.set_ylim(0, 103)
     _draw_levels(axes, report)
-    axes.set_ylabel("accuracy, mean of learnt families (%)")
-    axes.set_ylim(0, 103)
+    words = "%" if unit == PERCENT else unit.title
+    axes.set_ylabel(f"{report.metric.title.lower()}, mean of learnt families ({words})")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,7 +105,8 @@ def _curves(report: Report) -> Curves:
     curves: Curves = {}
     for key, points in groups.items():
         means = {tokens: np.mean(values, axis=0) for tokens, values in sorted(points.items())}
-        curves[key] = [_Point(tokens, 100 * float(s), 100 * float(ci)) for tokens, (s, ci) in means.items()]
+        scale = report.metric.unit.scale
+        curves[key] = [_Point(tokens, scale * float(s), scale * float(ci)) for tokens, (s, ci) in means.items()]
     return curves
 
 
@@ -158,15 +163,17 @@ def _draw_levels(axes: Axes, report: Report) -> None:
     dense: list[float | None] = [row.score for row in report.arm("dense") if row.score is not None]
     levels: list[tuple[str, list[float | None], str]]
     levels = [("dense", dense[:1], "-"), ("dense, same steps", after[:1], "--"), ("blind", [report.blind_score], ":")]
-    drawn: list[tuple[float, str]] = []
+    unit, drawn = report.metric.unit, list[tuple[float, str]]()
     for name, values, style in levels:
         for value in [v for v in values if v is not None]:
-            axes.axhline(100 * value, color=GREY, linewidth=1.2, linestyle=style, zorder=1)
-            drawn.append((100 * value, f"{name} {100 * value:.1f}"))
+            height = unit.scale * value
+            axes.axhline(height, color=GREY, linewidth=1.2, linestyle=style, zorder=1)
+            drawn.append((height, f"{name} {unit.number(value)}"))
     # Labels are placed right of the axes and do not overlap where lines are close together.
-    last = 200.0
+    low, high = axes.get_ylim()
+    apart, last = 0.0437 * (high - low), float("inf")  # 4.5 points of the 103 of a percent axis
     for value, words in sorted(drawn, reverse=True):
-        last = min(value, last - 4.5)
+        last = min(value, last - apart)
         axes.annotate(
             words, (1.0, last), xycoords=axes.get_yaxis_transform(), xytext=(5, 0), textcoords="offset points",
             va="center", fontsize=9, color=GREY, annotation_clip=False,
