@@ -11,7 +11,7 @@ import torch
 from structure import Structure
 from transformers import StaticCache
 
-from tpcompress.insertion.attach import controller_of, is_attached
+from tpcompress.insertion.attach import attachment_of, is_attached
 from tpcompress.insertion.plan import Stage
 
 
@@ -75,7 +75,7 @@ def watched(model: Any) -> Iterator[set[Way]]:
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if is_attached(module):
-            attached = controller_of(module)
+            attached = attachment_of(module)
             stages = attached.plan.stages
             seen.add(Way(kind_of(stages), attached.plan.positions, attached.settings.mode, kind_of_call(args, kwargs)))
 

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -302,17 +301,15 @@ def test_a_run_prints_little_and_stops_at_once_when_interrupted(work):
                 break
         for _ in range(2):
             run.send_signal(signal.SIGINT)
-            start = time.monotonic()
             try:
                 out, err = run.communicate(timeout=60)
                 break
             except subprocess.TimeoutExpired:  # Python drops an interrupt that falls into a destructor: press again
                 continue
     assert run.returncode == 130
-    assert time.monotonic() - start < 30
     assert out == ""
     # Python says so where it loses an interrupt; the run stops all the same.
     lines += re.sub(r"Exception ignored in.*?\nKeyboardInterrupt: ?\n", "", err, flags=re.S).splitlines(keepends=True)
     assert all(line.startswith(("step ", "error: ")) for line in lines), lines
     assert lines[-1].startswith("error: Interrupted; resume with the same command and --ckpt_path ")
-    assert work.saved()["tpcompress"]["step"] >= 20
+    assert 20 <= work.saved()["tpcompress"]["step"] < 5000

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import tpcompress as tp
 from tpcompress.export import load, verify
-from tpcompress.insertion.attach import controller_of
+from tpcompress.insertion.attach import attachment_of
 
 FRESH = """
 import torch
@@ -91,16 +91,16 @@ def test_caller_keeps_their_model(base: Any, round_trip: Any) -> None:
     model.model.vision_tower.eval()
     training = {name: module.training for name, module in model.named_modules()}
     curriculum = [tp.Budget(keep_ratio=0.9), tp.Budget(keep_ratio=0.8)]
-    controller_of(model).set_defaults(budgets=tuple(curriculum))
+    attachment_of(model).set_defaults(budgets=tuple(curriculum))
     parameters = {name: (p, p.clone()) for name, p in model.named_parameters()}
     loaded = round_trip(model)
-    assert controller_of(model).settings.mode == "mask"
-    assert controller_of(model).settings.budgets == tuple(curriculum)
+    assert attachment_of(model).settings.mode == "mask"
+    assert attachment_of(model).settings.budgets == tuple(curriculum)
     assert {name: module.training for name, module in model.named_modules()} == training
     assert all(p is parameters[n][0] and torch.equal(p, parameters[n][1]) for n, p in model.named_parameters())
     assert type(model) is LlavaForConditionalGeneration
     assert model.config.model_type == "llava"
-    assert controller_of(loaded).settings.mode == "drop"  # and the curriculum's end, not its middle
+    assert attachment_of(loaded).settings.mode == "drop"  # and the curriculum's end, not its middle
     assert [stage.keep_tokens for stage in tp.plan_of(loaded).stages] == [32, 8]
 
 
@@ -165,8 +165,8 @@ assert not {"lightning", "deepspeed", "datasets"} & set(sys.modules), sys.module
 def test_loaded_model_is_a_model_like_any(exported: Path, tmp_path: Path, processor: Any) -> None:
     model = load(exported)
     copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    assert controller_of(copied).parts.model is copied
-    assert controller_of(pickled).parts.model is pickled
+    assert attachment_of(copied).parts.model is copied
+    assert attachment_of(pickled).parts.model is pickled
     again = load(tp.export(model, processor, tmp_path / "again"))
     for other in (copied, pickled, again):
         assert equal(model, other)

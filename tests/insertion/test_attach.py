@@ -17,9 +17,9 @@ from tpcompress.insertion.attach import (
     ATTACHED,
     PRUNERS,
     attach,
+    attachment_of,
     base_of,
     budgets,
-    controller_of,
     detach,
     mode,
     plan_of,
@@ -135,7 +135,7 @@ def test_a_gate_of_another_width_is_refused(model: Any) -> None:
 
 
 def test_nothing_attached(model: Any) -> None:
-    for call in (detach, plan_of, controller_of):
+    for call in (detach, plan_of, attachment_of):
         with pytest.raises(ValueError, match="No plan is attached"):
             call(model)
     with pytest.raises(ValueError, match="No plan is attached"), mode(model, "off"):
@@ -150,7 +150,7 @@ def test_unknown_mode_and_restored_mode(model: Any) -> None:
         pass
     with pytest.raises(RuntimeError), mode(model, "off"):
         raise RuntimeError
-    assert controller_of(model).settings.mode == "mask"
+    assert attachment_of(model).settings.mode == "mask"
 
 
 def test_the_inner_model_alone_is_pruned_and_forgets(model: Any, base: Any) -> None:
@@ -185,8 +185,8 @@ def check_independent(original: Any, other: Any, expected: torch.Tensor) -> None
     """The copy prunes with its own attachment, and changes to one do not reach the other."""
     inputs = batch(SAMPLES)
     tokens = generate(original, inputs).sequences
-    assert controller_of(other) is not controller_of(original)
-    assert controller_of(other).parts.model is other
+    assert attachment_of(other) is not attachment_of(original)
+    assert attachment_of(other).parts.model is other
     with record(other) as its, record(original) as ours:
         assert torch.equal(logits(other, inputs), expected)
         assert generate(other, inputs).sequences.equal(tokens)

@@ -10,7 +10,7 @@ from exact import tolerance
 from gating import Gating
 from support import answer_labels, batch, generate, gradients, tiny_model
 
-from tpcompress.insertion.attach import attach, controller_of, layers, mode, record
+from tpcompress.insertion.attach import attach, attachment_of, layers, mode, record
 from tpcompress.insertion.plan import PruningPlan, Stage
 
 SAMPLES = [(5, 1, 9), (3, 2, 8), (4, 0, 9)]
@@ -97,14 +97,14 @@ def test_hooks_are_those_of_the_layers(model: Any) -> None:
 )
 def test_layers_that_cannot_be(model: Any, stages: list[Any], to: list[int], reason: str | None) -> None:
     attach(model, PruningPlan([Stage(rule, at, keep_tokens=9 - i) for i, (rule, at) in enumerate(stages)]))
-    before = controller_of(model).settings.layers
+    before = attachment_of(model).settings.layers
     if reason is None:
         with layers(model, to):
-            assert controller_of(model).settings.layers == tuple(to)
+            assert attachment_of(model).settings.layers == tuple(to)
     else:
         with pytest.raises(ValueError, match=reason), layers(model, to):
             pass
-    assert controller_of(model).settings.layers == before
+    assert attachment_of(model).settings.layers == before
 
 
 def test_shared_keys_and_views_bound_moves() -> None:

@@ -19,8 +19,8 @@ from tpcompress.insertion.answers import answers
 from tpcompress.insertion.attach import (
     ATTACHED,
     attach,
+    attachment_of,
     budgets,
-    controller_of,
     detach,
     force_retain,
     layers,
@@ -75,7 +75,7 @@ def attached(family: str) -> tuple[Any, list[dict[str, Any]]]:
 
 def nothing_left(model: Any) -> bool:
     """No call, setting or encoder of this context is open."""
-    attachment = controller_of(model)
+    attachment = attachment_of(model)
     return attachment.request is None and attachment.settings is attachment.defaults and not attachment.tower.is_open
 
 
@@ -144,7 +144,7 @@ def test_settings_and_records_hold_in_their_thread(model: Any) -> None:
 def test_a_new_thread_runs_under_the_settings_of_attach(model: Any) -> None:
     attach(model, PLAN, mode="mask")
     inputs, seen = batch([(5, 1, 7)]), []
-    job = lambda: seen.append(controller_of(model).settings.mode)  # noqa: E731
+    job = lambda: seen.append(attachment_of(model).settings.mode)  # noqa: E731
     with mode(model, "off"):
         for run in (job, lambda: contextvars.copy_context().run(job)):
             thread = threading.Thread(target=run)
@@ -155,7 +155,7 @@ def test_a_new_thread_runs_under_the_settings_of_attach(model: Any) -> None:
     thread.start()
     thread.join()
     assert seen == ["mask", "mask", "off"], "only a context that was copied in the block has its settings"
-    assert controller_of(model).settings.mode == "mask"
+    assert attachment_of(model).settings.mode == "mask"
     assert forward(model, inputs).shape[1] == inputs["input_ids"].shape[1]
 
 
@@ -235,7 +235,7 @@ def test_training_steps_in_threads(model: Any) -> None:
         for (a, m), (b, n) in zip(found, expected, strict=True):
             assert torch.equal(a, b)
             assert m == n
-    assert "labels" not in vars(controller_of(model))
+    assert "labels" not in vars(attachment_of(model))
 
 
 class Stop(BaseException):
@@ -258,7 +258,7 @@ def test_a_call_that_fails_leaves_nothing(
     attach(model, PLAN)
     inputs = batch([(5, 1, 7)])
     expected, tokens = forward(model, inputs), generate(model, inputs).sequences
-    attachment = controller_of(model)
+    attachment = attachment_of(model)
     module, name = {
         "tower": (model.model.vision_tower, "forward"),
         "projector": (model.model.multi_modal_projector, "forward"),

@@ -10,7 +10,7 @@ from gating import Gating
 from support import answer_labels, batch, gradients, tiny_model
 from torch import Tensor
 
-from tpcompress.insertion.attach import attach, budgets, controller_of, mode
+from tpcompress.insertion.attach import attach, attachment_of, budgets, mode
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 
 PLANS = {
@@ -52,7 +52,7 @@ def test_checkpointed_layers_are_recomputed_elsewhere(family: str, plan: str, re
             loss = model(**inputs, use_cache=False).loss
         backward(loss, elsewhere)
         found.append((loss.detach(), gradients(model)))
-        assert controller_of(model).request is None
+        assert attachment_of(model).request is None
     (plain, expected), (here, ours), (there, theirs) = found
     assert torch.equal(plain, here)
     assert torch.equal(plain, there)

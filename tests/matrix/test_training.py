@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ways import ways
 
 from tpcompress.families import resolve
-from tpcompress.insertion.attach import ATTACHED, PRUNERS, attach, base_of, controller_of, detach, mode, record
+from tpcompress.insertion.attach import ATTACHED, PRUNERS, attach, attachment_of, base_of, detach, mode, record
 from tpcompress.insertion.plan import Stage
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 
@@ -186,7 +186,7 @@ def test_lora_before_and_after(subject: Subject) -> None:
 def check_independent(original: Any, other: Any, inputs: dict[str, Any]) -> None:
     """Both prune with controllers of their own; detaching one leaves the other attached."""
     expected, tokens = logits(original, inputs), generate(original, inputs, new=2).sequences
-    assert controller_of(other).parts.model is other
+    assert attachment_of(other).parts.model is other
     with record(other) as its, record(original) as ours:
         assert torch.equal(logits(other, inputs), expected)
         assert torch.equal(generate(other, inputs, new=2).sequences, tokens)

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tpcompress.insertion.attach import controller_of
+from tpcompress.insertion.attach import attachment_of
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -117,7 +117,7 @@ class Watch(Callback):
         def note(module: Any, args: tuple, kwargs: dict) -> None:
             if torch.is_grad_enabled():  # not the teacher
                 self.widths.append(kwargs["inputs_embeds"].shape[1])
-                self.modes.append(controller_of(pl_module.model).settings.mode if pl_module.plan else "none")
+                self.modes.append(attachment_of(pl_module.model).settings.mode if pl_module.plan else "none")
 
         language_model = next(m for n, m in pl_module.model.named_modules() if n.endswith("language_model"))
         language_model.register_forward_pre_hook(note, with_kwargs=True)

@@ -21,7 +21,7 @@ from tpcompress.export import load
 from tpcompress.export.registry import PREFIX
 from tpcompress.families import family_of
 from tpcompress.inference import inference, inputs_for
-from tpcompress.insertion.attach import attach, controller_of, detach, is_attached, record
+from tpcompress.insertion.attach import attach, attachment_of, detach, is_attached, record
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.models import load_base, load_processor
@@ -128,14 +128,14 @@ def inspect_prefill(model: Any, processor: Any, image: Image.Image, prompt: str)
     Raises:
         ValueError: no plan is attached, the prompt cannot be rendered, or the prefill had no vision tokens.
     """
-    controller = controller_of(model)
+    attachment = attachment_of(model)
     inputs = chat_inputs(processor, image, prompt)
     with inference(model), record(model) as trace:
         output = model(**inputs_for(model, inputs), use_cache=True)
     if not trace.stages:
         raise ValueError("No vision token reached the language model; use the processor that belongs to the model.")
-    pruners = [controller.plan.stages[stage.stage].pruner.name for stage in trace.stages]
-    return Inspection(image, inputs, trace.stages, pruners, cache_columns(controller.parts, output.past_key_values))
+    pruners = [attachment.plan.stages[stage.stage].pruner.name for stage in trace.stages]
+    return Inspection(image, inputs, trace.stages, pruners, cache_columns(attachment.parts, output.past_key_values))
 
 
 def cache_columns(parts: Any, cache: Any) -> list[int | None]:

@@ -15,7 +15,7 @@ import numpy as np
 from tpcompress.evaluation.scoring.stats import NORMAL
 from tpcompress.families import Layout
 from tpcompress.inference import inference, inputs_for
-from tpcompress.insertion.attach import controller_of, record
+from tpcompress.insertion.attach import attachment_of, record
 from tpcompress.insertion.trace import Trace
 
 THIRDS = 3
@@ -194,7 +194,7 @@ def position_bias(model: Any, batches: Iterable[Mapping[str, Any]]) -> list[Rete
     Raises:
         ValueError: no plan is attached.
     """
-    controller_of(model)
+    attachment_of(model)
     bias = PositionBias()
     with inference(model):
         for number, batch in enumerate(batches):

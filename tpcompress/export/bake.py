@@ -27,7 +27,7 @@ from tpcompress.export.probe import Probe, default_inputs, record_probe
 from tpcompress.export.probe_diff import ProbeDiff
 from tpcompress.export.registry import config_class, register_model, stock_class
 from tpcompress.families import family_of
-from tpcompress.insertion.attach import controller_of
+from tpcompress.insertion.attach import attachment_of
 from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan
 
@@ -81,7 +81,7 @@ def export(
     """
     out = Path(out)
     check_free(out, overwrite)
-    attached = controller_of(model)
+    attached = attachment_of(model)
     base, plan = attached.parts.model, with_budgets(attached.plan, budgets)
     _refuse(base, processor)
     recipe_text = _recipe(recipe)

@@ -27,7 +27,7 @@ from tpcompress.errors import first_line
 from tpcompress.export.budgets import as_dict
 from tpcompress.export.folder import read_json, write_json
 from tpcompress.inference import inference
-from tpcompress.insertion.attach import budgets, controller_of, mode, record
+from tpcompress.insertion.attach import attachment_of, budgets, mode, record
 from tpcompress.insertion.budget import Budget
 
 NEW_TOKENS = 8
@@ -123,7 +123,7 @@ def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget]
     if odd or "input_ids" not in inputs:
         what = f"'{odd[0]}' is a {type(inputs[odd[0]]).__name__}" if odd else "input_ids are missing"
         raise ValueError(f"probe_inputs are tensors as a processor makes them (return_tensors='pt'), but {what}.")
-    attached = controller_of(model)
+    attached = attachment_of(model)
     base: Any = attached.parts.model
     chosen: AbstractContextManager[None] = nullcontext() if values is None else budgets(model, values)
     with inference(base), mode(model, "drop"), chosen, record(model) as trace:

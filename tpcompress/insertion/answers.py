@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tpcompress.insertion.attach import base_of, controller_of, is_attached
+from tpcompress.insertion.attach import attachment_of, base_of, is_attached
 from tpcompress.insertion.context import PerContext
 from tpcompress.insertion.signatures import unbound_signature
 
@@ -197,7 +197,7 @@ class _AnswersForward:
 
     def _shortened(self, labels: Tensor) -> Tensor:
         """The call's labels, shortened like the sequence."""
-        call = controller_of(self.model).call if is_attached(self.model) else None
+        call = attachment_of(self.model).call if is_attached(self.model) else None
         if call is None or call.frame is None or labels.shape[1] != call.frame.length:
             return labels
         return call.frame.labels(labels)

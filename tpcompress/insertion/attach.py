@@ -109,7 +109,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def controller_of(model: nn.Module) -> Attachment:
+def attachment_of(model: nn.Module) -> Attachment:
     """The attachment of a model: plan, pruners, parts, and the settings of this context.
 
     Raises:
@@ -129,7 +129,7 @@ def plan_of(model: nn.Module) -> PruningPlan:
     Raises:
         ValueError: no plan is attached.
     """
-    return controller_of(model).plan
+    return attachment_of(model).plan
 
 
 def mode(model: nn.Module, name: str) -> AbstractContextManager[None]:
@@ -138,7 +138,7 @@ def mode(model: nn.Module, name: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: unknown mode, or no plan attached.
     """
-    return controller_of(model).using(mode=name)
+    return attachment_of(model).using(mode=name)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -171,7 +171,7 @@ def budgets(
     chosen = read_budgets(values, keep_tokens, keep_ratio)
     if chosen is None:
         raise ValueError("No budget is given; give keep_tokens, keep_ratio, or one Budget per stage.")
-    return controller_of(model).using(budgets=tuple(chosen))
+    return attachment_of(model).using(budgets=tuple(chosen))
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def force_retain(model: nn.Module, trace: Trace) -> Iterator[None]:
         ValueError: a pruner to whose choice nothing can be added. A call raises it for another batch, and for a budget
             smaller than the number of tokens to retain.
     """
-    attachment = controller_of(model)
+    attachment = attachment_of(model)
     check_nestable(attachment.plan)
     with attachment.using(retained={stage.stage: stage for stage in trace.stages}):
         yield
@@ -216,7 +216,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
     Raises:
         ValueError: no plan is attached.
     """
-    attachment, trace = controller_of(model), Trace()
+    attachment, trace = attachment_of(model), Trace()
     with attachment.using(traces=(*attachment.settings.traces, trace)):
         yield trace
 
@@ -242,6 +242,6 @@ def _hooks_of(model: nn.Module) -> Hooks:
 
 
 __all__ = [
-    "ATTACHED", "MODES", "PRUNERS", "Attachment", "attach", "base_of", "budgets", "controller_of", "detach",
+    "ATTACHED", "MODES", "PRUNERS", "Attachment", "attach", "base_of", "budgets", "attachment_of", "detach",
     "force_retain", "is_attached", "layers", "mode", "plan_of", "record",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tpcompress.insertion.attach import controller_of
+from tpcompress.insertion.attach import attachment_of
 from tpcompress.insertion.cost import count_lengths, decoder_flops, has_formula, kv_bytes
 from tpcompress.insertion.plan import PruningPlan
 
@@ -107,7 +107,7 @@ def summary(model: nn.Module, vision_tokens: int | None = None, text_tokens: int
     Raises:
         ValueError: no plan attached, or image sizes vary and `vision_tokens` is not given.
     """
-    attached = controller_of(model)
+    attached = attachment_of(model)
     parts, plan = attached.parts, attached.plan
     config: Any = parts.model.config
     tokens = vision_tokens if vision_tokens is not None else parts.family.tokens_per_image(config)

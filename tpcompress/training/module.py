@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
-from tpcompress.insertion.attach import attach, controller_of
+from tpcompress.insertion.attach import attach, attachment_of
 from tpcompress.models import load_base, load_processor
 from tpcompress.training.checkpoint_content import KEY, check_settings, check_weights, trained_state
 from tpcompress.training.context import StepContext
@@ -201,7 +201,7 @@ class PruningModule(L.LightningModule):
     def pruner_parameters(self) -> list[nn.Parameter]:
         """The weights of the plan's pruners."""
         assert self.model is not None
-        return [] if self.plan is None else list(controller_of(self.model).pruners.parameters())
+        return [] if self.plan is None else list(attachment_of(self.model).pruners.parameters())
 
     # ------------------------------------------------------------------ a step
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tpcompress.insertion.attach import budgets, controller_of, layers
+from tpcompress.insertion.attach import attachment_of, budgets, layers
 from tpcompress.training.schedules import Schedule, draw_for, progress_at
 from tpcompress.training.step_values import step_budgets, step_layers
 
@@ -35,7 +35,7 @@ def schedule_step(model: nn.Module, schedule: Schedule, progress: float, draw: f
     """
     if not 0 <= progress <= 1 or not 0 <= draw < 1:
         raise ValueError(f"progress must be in [0, 1] and draw in [0, 1), got {progress} and {draw}.")
-    attached = controller_of(model)
+    attached = attachment_of(model)
     passes = step_budgets(attached.plan, schedule, progress, draw)
     chosen = passes[int(draw * len(passes))]
     for pruner in attached.pruners:
@@ -85,5 +85,5 @@ class ScheduleCallback(TrainerCallback):
     ) -> None:
         """Restore the plan's budgets and set pruners with a schedule to its end, as in an export."""
         self.stack.close()
-        for pruner in controller_of(kwargs["model"]).pruners:
+        for pruner in attachment_of(kwargs["model"]).pruners:
             pruner.set_progress(1.0)  # type: ignore[operator]

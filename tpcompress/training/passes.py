@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpcompress.insertion.answers import answer_places, answers
-from tpcompress.insertion.attach import base_of, budgets, controller_of, is_attached, record
+from tpcompress.insertion.attach import attachment_of, base_of, budgets, is_attached, record
 from tpcompress.insertion.plan import Budget
 from tpcompress.insertion.trace import Trace
 
@@ -75,7 +75,7 @@ def run_pass(
         if is_attached(model):
             if values is not None:
                 stack.enter_context(budgets(model, values))
-            used = list(controller_of(model).settings.budgets)
+            used = list(attachment_of(model).settings.budgets)
             trace = stack.enter_context(record(model))
         run = _all_positions if own else _answers_only
         result = run(model, call, inputs["labels"], count_answers(batch), trace)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tpcompress.insertion.attach import controller_of, is_attached, layers, mode
+from tpcompress.insertion.attach import attachment_of, is_attached, layers, mode
 from tpcompress.training.context import StepContext
 from tpcompress.training.losses import needs_of, weighed
 from tpcompress.training.losses.base import at
@@ -69,7 +69,7 @@ def check_gradient_reaches_pruner(
     may_come = phase.full_every > 1 or not all(at(loss.weight, progress) for loss in phase.losses)
     if not phase.pruner or phase.rest or may_come or not any(losses for _, losses in passes):
         return
-    pruners = controller_of(ctx.model).pruners
+    pruners = attachment_of(ctx.model).pruners
     stages = [stage for student, _ in passes if student.trace is not None for stage in student.trace.stages]
     if any(stage.selection is not None and any(stage.vision_in) and pruners[stage.stage].learned for stage in stages):
         raise ValueError(NO_GRADIENT_REACHES_PRUNER)
@@ -80,7 +80,7 @@ def set_progress_done(model: nn.Module) -> None:
 
     The next training step sets the progress again.
     """
-    for pruner in controller_of(model).pruners if is_attached(model) else []:
+    for pruner in attachment_of(model).pruners if is_attached(model) else []:
         pruner.set_progress(1.0)  # type: ignore[operator]
 
 
@@ -97,7 +97,7 @@ def pruning(ctx: StepContext, phase: Phase, progress: float, full: bool | None =
     if ctx.plan is None:
         yield
         return
-    for pruner in controller_of(ctx.model).pruners:
+    for pruner in attachment_of(ctx.model).pruners:
         # A trained pruner that is frozen selects as in the export; a pruner with a schedule follows this phase.
         learning = phase.pruner or not pruner.learned
         pruner.set_progress(progress if learning else 1.0)  # type: ignore[operator]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training.helpers import found, weights
 
-from tpcompress.insertion.attach import controller_of
+from tpcompress.insertion.attach import attachment_of
 from tpcompress.pruners import Pruner, Selection
 from tpcompress.pruners.topk import keep_topk
 from tpcompress.training.diagnostics.probe import Findings, random_selection, take_snapshot
@@ -61,11 +61,11 @@ def test_runs_without_anything_to_see(work, how):
 
 def test_random_choice_is_random_and_goes_away(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}})
-    own = list(controller_of(run.model.model).pruners)
+    own = list(attachment_of(run.model.model).pruners)
     with random_selection(run.model.model):
-        inside = list(controller_of(run.model.model).pruners)
+        inside = list(attachment_of(run.model.model).pruners)
         assert [p.name for p in inside] == ["random"]
-    assert all(a is b for a, b in zip(own, controller_of(run.model.model).pruners, strict=True))
+    assert all(a is b for a, b in zip(own, attachment_of(run.model.model).pruners, strict=True))
 
 
 class Corner(Pruner):
@@ -82,7 +82,7 @@ def test_a_pruner_that_looks_at_places_alone_is_noticed(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}}, data={"batch_size": 4})
     module = run.model
     seen = take_snapshot(module.context, module.phases[-1], probe(run)).findings
-    controller_of(module.model).pruners[0] = Corner()
+    attachment_of(module.model).pruners[0] = Corner()
     blind = take_snapshot(module.context, module.phases[-1], probe(run)).findings
     assert blind.overlap_images == 1.0
     assert blind.never_kept == pytest.approx(1 - 16 / 144)
@@ -105,7 +105,7 @@ def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
     run = work.fit(model={"plan": GATE | {"pruner": gate}, "pruner_phase": {"steps": 1}}, data={"batch_size": 4})
     model, (batch,) = run.model.model.eval(), probe(run)
     with torch.no_grad():
-        controller_of(model).pruners[0].selector.level.sub_(0.5)
+        attachment_of(model).pruners[0].selector.level.sub_(0.5)
     own = run_pass(model, batch)
     with random_selection(model, own.trace):
         random = run_pass(model, batch)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from support import answer_labels, batch, tiny_model
 
 from tpcompress.families import resolve
-from tpcompress.insertion.attach import attach, budgets, controller_of, layers, mode, record
+from tpcompress.insertion.attach import attach, attachment_of, budgets, layers, mode, record
 from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 from tpcompress.training.context import StepContext
 from tpcompress.training.losses import Ramp
@@ -84,7 +84,7 @@ def state_of(model, plan):
     adapters = [part.disable_adapters for part in model.modules() if hasattr(part, "disable_adapters")]
     if plan is None:
         return parts, adapters
-    settings = controller_of(model).settings
+    settings = attachment_of(model).settings
     return parts, adapters, settings.mode, settings.budgets, settings.layers, settings.retained
 
 

@@ -15,7 +15,7 @@ import yaml
 from tpcompress.data.encode import EncodedSequence
 from tpcompress.evaluation.engine.cell import Run
 from tpcompress.files import write_atomic
-from tpcompress.insertion.attach import controller_of, detach, is_attached
+from tpcompress.insertion.attach import attachment_of, detach, is_attached
 from tpcompress.pruners import Pruner
 from tpcompress.training.checkpoint_content import KEY
 from tpcompress.training.checkpoints.load import load_trained
@@ -113,7 +113,7 @@ def load_run(run: Run, folder: Path) -> Trained:
     model: Any = load_trained(folder).model
     pruner: Any = None
     if is_attached(model):
-        pruner = copy.deepcopy(controller_of(model).pruners[-1])
+        pruner = copy.deepcopy(attachment_of(model).pruners[-1])
         detach(model)
     return Trained(run.name, model.eval(), pruner)
 

@@ -17,7 +17,7 @@ from tpcompress.data.collate import ChatCollator
 from tpcompress.data.rows import IMAGE_MARKER
 from tpcompress.evaluation.figures.canvas import denormalized, new_figure, save
 from tpcompress.inference import inference, inputs_for
-from tpcompress.insertion.attach import controller_of, record
+from tpcompress.insertion.attach import attachment_of, record
 from tpcompress.insertion.trace import StageTrace
 
 OUTLINE = "#ffd60a"
@@ -51,7 +51,7 @@ def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]
     Raises:
         ValueError: no plan is attached, or a row has no image that the plan prunes.
     """
-    controller, collator = controller_of(model), ChatCollator(processor)
+    attachment, collator = attachment_of(model), ChatCollator(processor)
     samples = []
     with inference(model):
         for number, row in enumerate(rows):
@@ -63,7 +63,7 @@ def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]
                 raise ValueError(
                     f"Row {number} was not pruned: it has no image, or the plan is off; give rows with images."
                 )
-            sample = _retained(trace.stages, trace.stages[0].layouts[0][0].canvas, batch, processor, controller.pruners)
+            sample = _retained(trace.stages, trace.stages[0].layouts[0][0].canvas, batch, processor, attachment.pruners)
             question = str(row["conversations"][0][0]["content"]).replace(IMAGE_MARKER, "").strip()
             samples.append(dataclasses.replace(sample, question=question))
     return samples

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompress.inference import inference
-from tpcompress.insertion.attach import controller_of, mode
+from tpcompress.insertion.attach import attachment_of, mode
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Pruner, Selection, TokenView, create
 from tpcompress.training.context import StepContext
@@ -187,7 +187,7 @@ def random_selection(model: nn.Module, trace: Trace | None = None) -> Iterator[N
         model: model with a plan.
         trace: trace of a call on the same batch, for the counts of pruners with a variable budget.
     """
-    pruners, stages = controller_of(model).pruners, {} if trace is None else {one.stage: one for one in trace.stages}
+    pruners, stages = attachment_of(model).pruners, {} if trace is None else {one.stage: one for one in trace.stages}
     own = list(pruners)
     for number, pruner in enumerate(own):
         if not pruner.exact_count and number in stages:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from tpcompress.families import Parts
-from tpcompress.insertion.attach import controller_of, is_attached
+from tpcompress.insertion.attach import attachment_of, is_attached
 
 
 class FSDP2(ModelParallelStrategy):
@@ -89,8 +89,8 @@ def shard(model: nn.Module, parts: Parts, mesh: DeviceMesh) -> None:
     pruners: set[nn.Parameter] = set()
     watched: frozenset[int] = frozenset()
     if is_attached(model):
-        controller = controller_of(model)
-        pruners, watched = set(controller.pruners.parameters()), controller.settings.placement.watched
+        attachment = attachment_of(model)
+        pruners, watched = set(attachment.pruners.parameters()), attachment.settings.placement.watched
     for parameter in pruners:
         parameter.data = parameter.data.to(mesh.device_type)
     for index, layer in enumerate(parts.layers):
