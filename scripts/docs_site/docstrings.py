@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
-LABEL = re.compile(r"(needs|gives|[A-Z][\w ]{2,28}:)(?=\s)")
+LABEL = re.compile(r"(needs|gives|Unlike the official code[^:]{0,60}:|[A-Z][\w ]{2,28}:)(?=\s)")
 """How a line begins that is a paragraph of its own, such as `Paper: ...` or `Cost: ...`."""
+WORDS = {"needs": "Needs:", "gives": "Returns:"}
+"""Labels that are written differently on a page."""
 INDENT = "    "
 
 
@@ -62,7 +64,8 @@ def escape(text: str) -> str:
     """Text with Markdown and HTML characters outside of code spans escaped."""
     parts = re.split(r"(`[^`]*`)", text)
     for number in range(0, len(parts), 2):
-        parts[number] = re.sub(r"([*_|\[\]])", r"\\\1", parts[number]).replace("<", "&lt;")
+        plain = re.sub(r"(?<!\w)\*(\w+)\*(?!\w)", r"\1", parts[number])  # emphasis of one word
+        parts[number] = re.sub(r"([*_|\[\]])", r"\\\1", plain).replace("<", "&lt;")
     return "".join(part.replace("|", "\\|") if part.startswith("`") else part for part in parts)
 
 
@@ -106,9 +109,10 @@ def _markdown(lines: list[str]) -> str:
             code.clear()
 
     for line in _separated(lines):
-        indented = line.startswith("  ")
+        indented = line.startswith(INDENT) or (line.startswith("  ") and not paragraph)
         listed = line.startswith("- ")
-        continues = indented and bool(paragraph) and paragraph[0].startswith("- ")
+        open_end = bool(paragraph) and not paragraph[-1].endswith((":", "."))
+        continues = indented and bool(paragraph) and (paragraph[0].startswith("- ") or open_end)
         if not line.strip():
             flush()
         elif indented and not continues:
@@ -143,10 +147,12 @@ def _indented(text: str) -> str:
 def _separated(lines: list[str]) -> Iterator[str]:
     """Lines with labels in their middle (`Paper: ...     Cost: ...`) on lines of their own."""
     for line in lines:
-        if line.startswith("  "):
+        if line.startswith(INDENT):
             yield line
         else:
-            yield from re.sub(r"(?:\s{3,}|(?<=\.) )(?=(?:gives|keep =|Cost:)\s)", "\n", line).split("\n")
+            yield from re.sub(
+                r"(?:\s{3,}|(?<=\.) )(?=(?:gives|keep =|Cost:|Unlike the official code)\s)", "\n", line
+            ).split("\n")
 
 
 def _paragraph(text: str) -> str:
@@ -154,5 +160,5 @@ def _paragraph(text: str) -> str:
     text = re.sub(r"\s{3,}", " · ", text.removeprefix("- "))
     match = LABEL.match(text)
     if match:
-        return f"**{escape(match[1])}** {escape(text[match.end() :].strip())}"
+        return f"**{escape(WORDS.get(match[1], match[1]))}** {escape(text[match.end() :].strip())}"
     return ("- " if listed else "") + escape(text)

@@ -139,13 +139,13 @@ def _page(kind: Kind, name: str, member: Any) -> str:
         lines.append(_pruner_facts(member))
     lines.append("\n" + _usage(kind, name, member))
     lines.append(_arguments(member, own))
+    if own.sections.get("Raises"):
+        lines.append("\n## Errors\n")
+        lines += [f"- `{error}`: {escape(reason)}" for error, reason in own.sections["Raises"].items()]
     if issubclass(member, Pruner):
         for plan, text in pruner_catalogue.plans_of(member).items():
             lines.append(f"\n## {plan}:paper\n\nThe settings of the paper, wherever a plan is read (`{plan}:paper`):\n")
             lines.append(f"```yaml\n{text}```")
-    if own.sections.get("Raises"):
-        lines.append("\n## Errors\n")
-        lines += [f"- `{error}`: {escape(reason)}" for error, reason in own.sections["Raises"].items()]
     used = _used_in(kind, name)
     if used:
         lines.append("\n## Recipes that use it\n")
@@ -158,7 +158,7 @@ def _pruner_facts(cls: type[Pruner]) -> str:
     paper = found.get("paper", "")
     rows = [[FACTS.get(word, word), cell(text)] for word, text in found.items() if word != "paper"]
     if paper:
-        rows.append(["Paper", f"arXiv {escape(paper)}"])
+        rows.append(["Paper", escape(paper) if paper == "ours" else f"arXiv {escape(paper)}"])
     why = pruner_catalogue.unserved(cls())
     if why is not None:
         rows.append(["Not servable because", cell(why)])
