@@ -12,7 +12,8 @@ from docs_site.docstrings import parse
 from docs_site.kinds import KINDS
 from docs_site.links import broken_links
 from docs_site.pages import all_pages, navigation
-from docs_site.reference import RECIPES, signature
+from docs_site.recipes import RECIPES
+from docs_site.reference import signature
 
 import tpcompress as tp
 from tpcompress.cli.commands import COMMANDS

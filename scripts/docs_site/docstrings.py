@@ -15,6 +15,8 @@ LABEL = re.compile(r"(needs|gives|Unlike the official code[^:]{0,60}:|[A-Z][\w ]
 WORDS = {"needs": "Needs:", "gives": "Returns:"}
 """Labels that are written differently on a page."""
 INDENT = "    "
+HIDE_CONTENTS = "---\nhide:\n  - toc\n---\n"
+"""Front matter of pages with wide tables."""
 
 
 @dataclass

@@ -7,8 +7,9 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from docs_site import interface, reference
+from docs_site import interface, recipes, reference
 from docs_site.kinds import KINDS
+from tpcompress.pruners.views import VIEWS
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = Path(__file__).parent / "guides"
@@ -104,13 +105,11 @@ def _name(page: str) -> str:
 def _reference_index() -> str:
     lines = ["# Reference\n", "Generated from the registries, docstrings and recipes of this version.\n"]
     lines += ["- [Python interface](python.md)", "- [Command line](commands.md)"]
-    lines += [
-        f"- [{kind.many.capitalize()}]({kind.many}/index.md): {len(kind.members())}. {kind.about}" for kind in KINDS
-    ]
-    recipes = (
-        f"- [Recipes](recipes/index.md): {len(reference.RECIPES)}. Complete runs, plans, overlays and comparisons."
-    )
-    return "\n".join([*lines, recipes]) + "\n"
+    for kind in KINDS:
+        lines.append(f"- [{kind.many.capitalize()}]({kind.many}/index.md): {len(kind.members())}. {kind.about}")
+    lines.append(f"- [Views](views/index.md): {len(VIEWS)}. A view is what a pruner may read beside the tokens.")
+    lines.append(f"- [Recipes](recipes/index.md): {len(recipes.RECIPES)}. Runs, overlays and comparisons.")
+    return "\n".join(lines) + "\n"
 
 
 def _linked(text: str, path: str, page: str, written: dict[str, str], known: set[str]) -> str:
@@ -150,7 +149,7 @@ def _page_of(file: str, path: str, page: str, written: dict[str, str], known: se
     if in_repository in written:
         return written[in_repository]
     if in_repository.startswith("recipes/") and in_repository.endswith(".yaml"):
-        recipe = reference.recipe_page(in_repository)
+        recipe = recipes.recipe_page(in_repository)
         return recipe if recipe in known else None
     if (ROOT / in_repository).exists():
         return None

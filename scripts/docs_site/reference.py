@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from docs_site.docstrings import Docstring, cell, escape, module_docstring, own_docstring, parse, table
+from docs_site import recipes
+from docs_site.docstrings import HIDE_CONTENTS, Docstring, cell, escape, module_docstring, own_docstring, parse, table
 from docs_site.kinds import KINDS, Kind
 from tpcompress.families import Family
 from tpcompress.families import catalogue as family_catalogue
@@ -19,10 +19,6 @@ from tpcompress.pruners import catalogue as pruner_catalogue
 from tpcompress.pruners.views import VIEWS, fields_of
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-
-HIDE_CONTENTS = "---\nhide:\n  - toc\n---\n"
-"""Front matter of pages with wide tables."""
 
 FACTS = {
     "site": "Stage layers",
@@ -45,7 +41,7 @@ def pages() -> dict[str, str]:
         found[f"reference/{kind.many}/index.md"] = _index(kind)
         for name, member in members.items():
             found[f"reference/{kind.many}/{name}.md"] = _page(kind, name, member)
-    return found | {"reference/views/index.md": _views()} | dict(_recipe_pages())
+    return found | {"reference/views/index.md": _views()} | dict(recipes.pages())
 
 
 def summary(member: Any) -> str:
@@ -146,10 +142,10 @@ def _page(kind: Kind, name: str, member: Any) -> str:
         for plan, text in pruner_catalogue.plans_of(member).items():
             lines.append(f"\n## {plan}:paper\n\nThe settings of the paper, wherever a plan is read (`{plan}:paper`):\n")
             lines.append(f"```yaml\n{text}```")
-    used = _used_in(kind, name)
+    used = recipes.used_in(kind, name)
     if used:
         lines.append("\n## Recipes that use it\n")
-        lines += [f"- [`{path}`](../recipes/{_recipe_page(path)})" for path in used]
+        lines += [f"- [`{path}`](../recipes/{recipes.file_name(path)})" for path in used]
     return "\n".join(lines) + "\n"
 
 
@@ -251,120 +247,3 @@ def _views() -> str:
             table(["Field", "Meaning"], always),
         ]
     )
-
-
-# Recipes
-
-
-def recipe_kind(values: dict[str, Any]) -> str:
-    """What a recipe file is for, from its keys."""
-    if "stages" in values:
-        return "plan"
-    if "contenders" in values:
-        return "study"
-    if "estimators" in values:
-        return "estimators"
-    if "model" in values:
-        return "run"
-    return "overlay" if "trainer" in values else "comparison"
-
-
-MEANINGS = {
-    "run": "complete run, for `tpcompress fit`",
-    "overlay": "overlay, given after another recipe",
-    "plan": "plan without training",
-    "comparison": "comparison, for `tpcompress compare`",
-    "study": "grid of runs, for `tpcompress study`",
-    "estimators": "grid of gradient estimators, for `tpcompress estimators`",
-}
-
-FOLDERS = {
-    "tiny_llava": "The bundled base, on CPU",
-    "llava15_7b": "LLaVA-1.5-7B",
-    "presets": "Published training methods (see [presets](../../notes/presets.md))",
-    "own_loop": "Your own training loop",
-    "studies": "Studies (see [the study](../../notes/studies.md))",
-}
-"""Headings of the index of recipes, by folder."""
-
-
-def recipe_page(path: str) -> str:
-    """The page of a recipe file."""
-    return f"reference/recipes/{_recipe_page(path)}"
-
-
-def _recipe_page(path: str) -> str:
-    return path.removeprefix("recipes/").replace("/", "-").removesuffix(".yaml") + ".md"
-
-
-def _header(text: str) -> list[str]:
-    """Comment lines before the first key."""
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return lines
-
-
-def _recipe_pages() -> Iterator[tuple[str, str]]:
-    index = [HIDE_CONTENTS, "# Recipes\n"]
-    listed: dict[str, list[list[str]]] = {}
-    for path in RECIPES:
-        text, name = path.read_text(), str(path.relative_to(ROOT))
-        what, header = recipe_kind(yaml.safe_load(text)), _header(text)
-        prose = " ".join(line for line in header if not line.startswith("tpcompress "))
-        commands = [re.split(r"\s{2,}", line)[0] for line in header if line.startswith("tpcompress ")]
-        if what == "plan":
-            commands = [f"tpcompress export --base BASE --plan {name} --out DIR"]
-        page = [f"# {path.parent.name}/{path.stem}\n", f"*Recipe* · `{name}` · {MEANINGS[what]}\n", escape(prose), ""]
-        page += ["```bash", *commands, "```", "", "```yaml", text.rstrip(), "```"]
-        yield recipe_page(name), "\n".join(page) + "\n"
-        first = prose.partition(". ")[0].rstrip(".") + "."
-        listed.setdefault(path.parent.name, []).append([f"[`{path.stem}`]({_recipe_page(name)})", what, cell(first)])
-    for folder, rows in sorted(listed.items(), key=lambda item: list(FOLDERS).index(item[0])):
-        index += [
-            f"\n## {FOLDERS[folder]}\n",
-            f"`recipes/{folder}/`\n",
-            table(["Recipe", "Kind", "What it does"], rows),
-        ]
-    yield "reference/recipes/index.md", "\n".join(index)
-
-
-def _used_in(kind: Kind, name: str) -> list[str]:
-    """Recipes in which a member is named, by its own key."""
-    return [str(path.relative_to(ROOT)) for path in RECIPES if (kind.one, name) in _names(path)]
-
-
-_NAMES: dict[Path, set[tuple[str, str]]] = {}
-
-
-def _names(path: Path) -> set[tuple[str, str]]:
-    """(kind, name) of everything that a recipe names."""
-    if path not in _NAMES:
-        found: set[tuple[str, str]] = set()
-        _collect(yaml.safe_load(path.read_text()), found)
-        _NAMES[path] = found
-    return _NAMES[path]
-
-
-KEYS = {
-    "pruner": "pruner", "importance": "pruner", "uniqueness": "pruner", "scorer": "scorer", "selector": "selector",
-    "applier": "applier", "losses": "loss", "teacher": "teacher", "schedule": "schedule", "budget": "schedule",
-    "training_free": "pruner", "free": "pruner", "task": "task", "metric": "metric",
-}  # fmt: skip
-"""Recipe keys whose value names a member of a kind."""
-
-
-def _collect(values: Any, found: set[tuple[str, str]]) -> None:
-    if isinstance(values, list):
-        for value in values:
-            _collect(value, found)
-    if not isinstance(values, dict):
-        return
-    for key, value in values.items():
-        for one in value if isinstance(value, list) else [value]:
-            named = (one.get("type") or one.get("class_path")) if isinstance(one, dict) else one
-            if key in KEYS and isinstance(named, str):
-                found.add((KEYS[key], named))
-        _collect(value, found)
