@@ -16,11 +16,12 @@ FRAMEWORKS = {
     "torchvision", "safetensors", "matplotlib", "accelerate", "pytorch_lightning", "huggingface_hub",
 }  # fmt: skip
 
-LEAVES = {"errors", "files", "bundled", "inference", "models", "version"}
+LEAVES = {"errors", "files", "bundled", "inference", "models", "open_set", "version"}
 """Modules beside the packages, which every package may import."""
 
 MAY_IMPORT = {
     "errors": set(),
+    "open_set": set(),
     "version": set(),
     "files": set(),
     "bundled": set(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +14,7 @@ from tpcompress.errors import did_you_mean
 from tpcompress.families.counts import fixed_tokens, square_of_patches
 from tpcompress.families.layout import Layout
 from tpcompress.families.refused import check_not_refused
+from tpcompress.open_set import modules_in
 
 Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
 """(config, encoder arguments by name, token count of each encoder feature) -> one layout per image or video."""
@@ -224,8 +223,7 @@ class Parts:
 @cache
 def list_families() -> dict[str, Family]:
     """All families of this folder by name."""
-    package = importlib.import_module("tpcompress.families")
-    modules = [importlib.import_module(f"{package.__name__}.{i.name}") for i in pkgutil.iter_modules(package.__path__)]
+    modules = modules_in("tpcompress.families")
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Family)]
     return {family.name: family for family in sorted(found, key=lambda family: family.name)}
 

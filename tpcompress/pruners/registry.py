@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tpcompress.errors import did_you_mean
+from tpcompress.open_set import named_classes
 from tpcompress.pruners.base import Pruner
 from tpcompress.pruners.config_mixin import ConfigMixin
 from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
@@ -21,34 +21,7 @@ KINDS = tuple(BASES)
 @cache
 def list_pruners() -> dict[str, type[Pruner]]:
     """All pruners of this folder by name; an error in any file is raised."""
-    return find(__package__ or "", Pruner, "pruner")
-
-
-def find(package_name: str, base: type[ConfigMixin], kind: str) -> dict[str, Any]:
-    """All classes of a folder that declare a `name`, by name.
-
-    Args:
-        package_name: the folder as a package.
-        base: their base class.
-        kind: singular noun for error messages.
-
-    Raises:
-        ValueError: two have the same name.
-    """
-    found: dict[str, Any] = {}
-    package = importlib.import_module(package_name)
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package_name}.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
-                if "name" not in vars(value):  # a shared base class
-                    continue
-                if value.name in found:
-                    raise ValueError(
-                        f"Two {kind}s are named '{value.name}': {found[value.name]} and {value}; rename one."
-                    )
-                found[value.name] = value
-    return dict(sorted(found.items()))
+    return named_classes(__package__ or "", Pruner, "pruner")
 
 
 def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
@@ -82,7 +55,7 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
 @cache
 def list_parts(kind: str) -> dict[str, type[Part]]:
     """All scorers, selectors or appliers by name."""
-    return find(f"{__package__}.{kind}s", BASES[kind], kind)
+    return named_classes(f"{__package__}.{kind}s", BASES[kind], kind)
 
 
 def create_part(kind: str, config: Part | str | dict[str, Any], allow_outside: bool = True) -> Any:

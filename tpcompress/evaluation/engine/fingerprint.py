@@ -8,7 +8,6 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from tpcompress.bundled import base_path
 from tpcompress.errors import first_line
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners.config_mixin import ConfigMixin
+from tpcompress.version import __version__
 
 SMALL = 1 << 30
 """Bytes of weights up to which their content is hashed; of larger ones, names, sizes and safetensors headers."""
@@ -28,14 +28,6 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 def digest_of(value: Any) -> str:
     """Hash of plain values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def package_version() -> str:
-    """Version of this package; empty in a checkout that is not installed."""
-    try:
-        return version("tpcompress")
-    except PackageNotFoundError:
-        return ""
 
 
 def base_digest(base: str) -> str:
@@ -70,7 +62,7 @@ def code_digest(plan: PruningPlan | None) -> str:
             if not cls.__module__.startswith(("torch.", "builtins")):
                 _collect(cls.__module__, cls.__module__.partition(".")[0], modules)
     files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
-    return digest_of([package_version(), {name: _source_digest(file) for name, file in files.items() if file}])
+    return digest_of([__version__, {name: _source_digest(file) for name, file in files.items() if file}])
 
 
 def files_of(values: Any) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from tpcompress.evaluation.open_set import classes_in, create_from
+from tpcompress.evaluation.create import create_from
 from tpcompress.evaluation.tasks.base import Task
+from tpcompress.open_set import named_classes
 
 __all__ = ["Task", "create_task", "list_tasks"]
 
@@ -14,7 +15,7 @@ __all__ = ["Task", "create_task", "list_tasks"]
 @cache
 def list_tasks() -> dict[str, type[Task]]:
     """Every task of this folder by name."""
-    return classes_in(__name__, Task, "task")
+    return named_classes(__name__, Task, "task")
 
 
 def create_task(config: Task | str | dict[str, Any]) -> Task:

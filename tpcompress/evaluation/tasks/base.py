@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from tpcompress.data.rows import BadRow, open_image
-from tpcompress.evaluation.open_set import argument_names
+from tpcompress.evaluation.create import argument_names
 from tpcompress.evaluation.scoring.evaluate import Prepared, Rows, Watch, evaluate, prepare
 from tpcompress.evaluation.scoring.scores import Scores
 

@@ -13,8 +13,6 @@ A view of the vision tower is a function of what its layer computes while an enc
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +23,7 @@ from torch import Tensor
 from tpcompress.families import Parts, Tower
 from tpcompress.families.base import ToTokens
 from tpcompress.insertion.views.stage_context import StageContext
+from tpcompress.open_set import modules_in
 from tpcompress.pruners.views import VIEWS, ViewSpec
 
 Why = Callable[[Parts, ViewSpec, int], str | None]
@@ -136,10 +135,9 @@ def providers() -> dict[str, Provider]:
     Raises:
         ValueError: a view has none.
     """
-    package = importlib.import_module(__name__.rpartition(".")[0])
-    for info in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{info.name}")
+    package = __name__.rpartition(".")[0]
+    modules_in(package)
     missing = sorted(VIEWS.keys() - _providers.keys())
     if missing:
-        raise ValueError(f"No file of {package.__name__} provides the views {', '.join(missing)}.")
+        raise ValueError(f"No file of {package} provides the views {', '.join(missing)}.")
     return _providers

@@ -11,11 +11,11 @@ from typing import Any
 import lightning as L
 
 from tpcompress.errors import did_you_mean
+from tpcompress.open_set import subclasses
 from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  makes their classes known
 from tpcompress.training.datamodules.base import RowsData
 from tpcompress.training.losses import Loss
 from tpcompress.training.module import PruningModule
-from tpcompress.training.open_set import below
 from tpcompress.training.schedules import Schedule
 from tpcompress.training.teachers import Teacher
 
@@ -83,5 +83,5 @@ def _arguments(path: str) -> list[str]:
 def _classes(where: str) -> list[str]:
     """Names of the classes of this package that a recipe may give at a key."""
     base = next((cls for word, cls in OPEN_SETS.items() if word in where), RowsData)
-    known: set[type] = below(base)
+    known: set[type] = subclasses(base)
     return sorted(cls.__name__ for cls in known if cls.__module__.startswith("tpcompress.training."))

@@ -1,15 +1,15 @@
 """Budget schedules: one file each, found because it is in this folder; recipes name a schedule by its class."""
 
-from tpcompress.training.open_set import classes_in, import_files
+from tpcompress.open_set import classes_by_type, modules_in
 from tpcompress.training.schedules.base import Schedule, draw_for, progress_at
 from tpcompress.training.schedules.constant import Constant
 
-import_files(__name__, __path__)
+modules_in(__name__)  # jsonargparse resolves the bare name of a class only after its import
 
 
 def list_schedules() -> dict[str, type[Schedule]]:
     """Every schedule of this folder by class name."""
-    return classes_in(__name__, Schedule)
+    return classes_by_type(__name__, Schedule)
 
 
 def __getattr__(name: str) -> type[Schedule]:

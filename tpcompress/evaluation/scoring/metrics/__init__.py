@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from tpcompress.evaluation.open_set import classes_in, create_from
+from tpcompress.evaluation.create import create_from
 from tpcompress.evaluation.scoring.metrics.base import PERCENT, Answers, Metric, Unit
+from tpcompress.open_set import named_classes
 
 __all__ = ["PERCENT", "Answers", "Metric", "Unit", "find_metric", "list_metrics"]
 
@@ -13,7 +14,7 @@ __all__ = ["PERCENT", "Answers", "Metric", "Unit", "find_metric", "list_metrics"
 @cache
 def list_metrics() -> dict[str, type[Metric]]:
     """Every metric of this folder by name."""
-    return classes_in(__name__, Metric, "metric")
+    return named_classes(__name__, Metric, "metric")
 
 
 def find_metric(name: str) -> Metric:

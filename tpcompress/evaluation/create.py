@@ -1,40 +1,14 @@
-"""Classes that are found because their file is in a folder (tasks, metrics), and objects made of plain values."""
+"""Tasks and metrics made from their names and plain values."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tpcompress.errors import did_you_mean
 
 T = TypeVar("T")
-
-
-def classes_in(package: str, base: type[T], kind: str) -> dict[str, type[T]]:
-    """Every subclass of `base` in the files of a package, by its `name`. A file that cannot be imported raises.
-
-    Args:
-        package: dotted name of the package.
-        base: the class that they derive from.
-        kind: word for one of them, for the message.
-
-    Raises:
-        ValueError: two classes have the same name.
-    """
-    found: dict[str, type[T]] = {}
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        module = importlib.import_module(f"{package}.{info.name}")
-        for value in vars(module).values():
-            defined_here = isinstance(value, type) and value.__module__ == module.__name__
-            if not defined_here or not issubclass(value, base) or "name" not in vars(value):
-                continue
-            if value.name in found:
-                raise ValueError(f"Two {kind}s are named '{value.name}': {found[value.name]} and {value}; rename one.")
-            found[value.name] = value
-    return dict(sorted(found.items()))
 
 
 def create_from(known: Mapping[str, type[T]], base: type[T], kind: str, config: Any) -> T:
