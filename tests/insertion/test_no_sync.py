@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -47,33 +46,42 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
     return guard
 
 
+@pytest.mark.parametrize(
+    ("with_mask", "positions"),
+    [
+        (True, "compact"),
+        (False, "original"),
+        pytest.param(True, "original", marks=pytest.mark.slow),
+        pytest.param(False, "compact", marks=pytest.mark.slow),
+    ],
+)
 @every_placed(2, 0)
-def test_prefill_and_decode_never_wait(model: Any, guarded: NoSync, config: dict[str, Any], layer: int) -> None:
+def test_prefill_and_decode_never_wait(
+    model: Any, guarded: NoSync, config: dict[str, Any], layer: int, with_mask: bool, positions: str
+) -> None:
     stages = [Stage("uniform", 0, keep_tokens=40)] * (layer > 0) + [Stage(config, layer, keep_tokens=9)]
-    for with_mask, positions in itertools.product((True, False), ("original", "compact")):
-        inputs = batch([(5, 2, 7)])
-        if not with_mask:
-            del inputs["attention_mask"]
-        attach(model, PruningPlan(stages, positions=positions))
-        labels = answer_labels(inputs)
-        with torch.no_grad():
-            for how in ("drop", "mask"):
-                with mode(model, how):
-                    with record(model) as trace:
-                        out = model(**inputs, use_cache=True)
-                        model(**inputs, labels=labels)
-                    mask = None
-                    if with_mask:
-                        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
-                    place = torch.tensor([[inputs["input_ids"].shape[1]]])
-                    given = {"past_key_values": out.past_key_values, "attention_mask": mask, "position_ids": place}
-                    model(input_ids=torch.tensor([[7]]), **given)
-                if how == "drop" and trace.stages[-1].selection.size_BV is None:
-                    assert guarded.masks_made == 0, "without fillers and sizes the kernel's own causal flag serves"
-                    continue
-                assert guarded.masks_made > 0 or layer == 0  # whose hidden tokens are in the 2-D mask
-                guarded.masks_made = 0
-        detach(model)
+    inputs = batch([(5, 2, 7)])
+    if not with_mask:
+        del inputs["attention_mask"]
+    attach(model, PruningPlan(stages, positions=positions))
+    labels = answer_labels(inputs)
+    with torch.no_grad():
+        for how in ("drop", "mask"):
+            with mode(model, how):
+                with record(model) as trace:
+                    out = model(**inputs, use_cache=True)
+                    model(**inputs, labels=labels)
+                mask = None
+                if with_mask:
+                    mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+                place = torch.tensor([[inputs["input_ids"].shape[1]]])
+                given = {"past_key_values": out.past_key_values, "attention_mask": mask, "position_ids": place}
+                model(input_ids=torch.tensor([[7]]), **given)
+            if how == "drop" and trace.stages[-1].selection.size_BV is None:
+                assert guarded.masks_made == 0, "without fillers and sizes the kernel's own causal flag serves"
+                continue
+            assert guarded.masks_made > 0 or layer == 0  # whose hidden tokens are in the 2-D mask
+            guarded.masks_made = 0
     assert guarded.seen > 100, "control: the hooks ran under the guard"
 
 

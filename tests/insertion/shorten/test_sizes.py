@@ -57,12 +57,27 @@ PLANS = {
 CASES = ["llava", "qwen2_vl", "gemma3"]
 
 
+QUICK = ("layer 2", "twice", "plain first")
+every_plan = pytest.mark.parametrize(
+    ("subject", "name"),
+    [
+        pytest.param(
+            family, name, marks=() if family == "llava" or (family in CASES and name in QUICK) else pytest.mark.slow
+        )
+        for family in list_families()
+        for name in PLANS
+    ],
+    indirect=["subject"],
+)
+"""Every plan on LLaVA; on the other quick families those with sizes, places and two stages."""
+
+
 @pytest.fixture(params=[pytest.param(n, marks=() if n in CASES else pytest.mark.slow) for n in list_families()])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     yield from lent((request.param, list_families()[request.param].tiny.variants[0]))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@every_plan
 def test_equals_the_reference(subject: Subject, name: str) -> None:
     modes = ("mask",) if subject.hides else ()
     for positions in ("original", "compact") if name in ("stage 0", "layer 2") else ("original",):
@@ -79,7 +94,7 @@ def test_equals_the_reference(subject: Subject, name: str) -> None:
     check(subject.model, subject.base, subject.plan(PLANS[name]), unmasked, modes=())
 
 
-@pytest.mark.parametrize("name", PLANS)
+@every_plan
 def test_cached_equals_recomputed(subject: Subject, name: str) -> None:
     samples = [(5, 1, 7), (3, subject.kinds, 8), (4, 0, 9)]
     inputs = subject.batch(*samples)

@@ -65,9 +65,8 @@ def wholes(base_folder, chat_folder, tmp_path_factory):
 
 
 QUICK = (
-    "pool, full, within the first epoch", "pool, full, before a batch", "gate, in phase one",
-    "gate, between the phases", "LoRA with dropout, random budgets", "LoRA and its teacher",
-    "between accumulated batches", "text without images, gate",
+    "pool, full, within the first epoch", "pool, full, before a batch", "gate, between the phases",
+    "LoRA with dropout, random budgets", "between accumulated batches",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 # ------------------------------------------------------------------ two steps
 
 
-QUICK = ("default", "epic_tcd", "learned_two_stage")
+QUICK = ("epic_tcd", "learned_two_stage")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FILES])
