@@ -62,7 +62,7 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(work, model):
 
 def test_an_unfinished_run_must_be_allowed(unfinished):
     with pytest.raises(
-        ValueError, match=r"^This run stopped at step 2 of 3; finish it with[^\n]*allow_unfinished[^\n]*$"
+        ValueError, match=r"^This run stopped at step 2 of 3; finish it with[^\n]*--allow-unfinished[^\n]*$"
     ):
         load_trained(unfinished.folder / "run")
     assert load_trained(unfinished.last(), allow_unfinished=True).trained_with["steps"] == 2

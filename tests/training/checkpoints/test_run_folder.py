@@ -103,7 +103,7 @@ def test_adapters_of_a_quantised_base_are_merged_into_its_own_weights(work, tmp_
     assert verify(folder).ok
     facts = json.loads((folder / "manifest.json").read_text())["trained_with"]
     assert facts["quantize"] == {"load_in_4bit": True}
-    assert "merged into the base's own weights" in (folder / "README.md").read_text()
+    assert "merged into the unquantised weights" in (folder / "README.md").read_text()
 
 
 def test_a_checkpoint_alone_says_less(work, tmp_path):
