@@ -293,7 +293,14 @@ def test_a_run_prints_little_and_stops_at_once_when_interrupted(work):
     path = work.recipe(trainer={"max_steps": 5000, "logger": True})
     command = [sys.executable, "-m", "tpcompress.cli.main", "fit", "--config", str(path)]
     env = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env) as run:
+    # A shell's background job ignores interrupts, and so would what it starts.
+    options = {
+        "text": True,
+        "cwd": ROOT,
+        "env": env,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as run:
         lines = []
         for line in run.stderr:
             lines.append(line)

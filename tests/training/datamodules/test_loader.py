@@ -1,4 +1,6 @@
 import logging
+import multiprocessing
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -225,3 +227,14 @@ def test_the_benchmark_is_packed(processor, chat, tmp_path):
     trainer_for(tmp_path, max_epochs=1).fit(module, data)
     assert shapes == [4, 4, 4]
     assert (len(data.train_rows), len(data.val_rows)) == (6, 2)
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_worker_outlives_a_run(kind, fails, processor, chat, tmp_path):
+    before = set(multiprocessing.active_children())
+    data = ChatData(str(chat), batch_size=2, seed=5, num_workers=2, streaming=kind == "stream")
+    callbacks = [Interrupt(tmp_path / "stopped.ckpt", "batch", 2)] if fails else []
+    with pytest.raises(KeyError, match="interrupted") if fails else nullcontext():
+        run(processor, chat, tmp_path, *callbacks, data=data, max_epochs=-1, max_steps=3, limit_val_batches=0)
+    assert set(multiprocessing.active_children()) <= before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import lightning as L
@@ -19,11 +19,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tpcompress.data import BadRow, BadRows, ChatCollator, GoodRows
 from tpcompress.data.lengths import estimate_lengths
 from tpcompress.data.rows import OnBadRow
-from tpcompress.training.datamodules.loader import Position, ResumableLoader
+from tpcompress.training.datamodules.loader import Position, ResumableLoader, StatefulLoader
 from tpcompress.training.datamodules.samplers import LengthBucketSampler, ResumableBatchSampler
 from tpcompress.training.datamodules.stream_loader import StreamLoader
 
 log = logging.getLogger(__name__)
+
+AnyLoader = TypeVar("AnyLoader", bound=StatefulLoader)
 
 
 class RowsData(LightningDataModule):
@@ -73,6 +75,7 @@ class RowsData(LightningDataModule):
         self._position = Position()
         self._seen_bad: set[str] = set()
         self._loaded = False
+        self._loaders: list[StatefulLoader] = []
 
     @abstractmethod
     def load_rows(self) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
@@ -105,8 +108,8 @@ class RowsData(LightningDataModule):
         shape = {"rows": len(rows), "batch_size": self.batch_size, "world_size": num_ranks, "seed": self.seed}
         self._position.check(**shape, bucket=self.bucket)
         sampler = self._sampler(rank, num_ranks)
-        return ResumableLoader(
-            rows, sampler, position=self._position, on_bad_rows=self._count_bad, **self._map_options()
+        return self._opened(
+            ResumableLoader(rows, sampler, position=self._position, on_bad_rows=self._count_bad, **self._map_options())
         )
 
     def val_dataloader(self) -> ResumableLoader | list:
@@ -116,7 +119,21 @@ class RowsData(LightningDataModule):
         assert self.trainer is not None
         rows = GoodRows(self.val_rows, self.collator.encode, self.on_bad_row)
         sampler = ResumableBatchSampler(len(rows), self.batch_size, 0, *data_rank(self.trainer), shuffle=False)
-        return ResumableLoader(rows, sampler, on_bad_rows=self._count_bad, **self._map_options())
+        return self._opened(ResumableLoader(rows, sampler, on_bad_rows=self._count_bad, **self._map_options()))
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop the workers of all loaders."""
+        while self._loaders:
+            self._loaders.pop().close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop the workers of all loaders; Lightning skips `teardown` after an exception."""
+        self.teardown()
+
+    def _opened(self, loader: AnyLoader) -> AnyLoader:
+        """Register a loader for `teardown`."""
+        self._loaders.append(loader)
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, for the checkpoint; with several ranks to be called on all of them."""

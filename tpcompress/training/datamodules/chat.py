@@ -158,7 +158,7 @@ class ChatData(RowsData):
             "bucket": self.bucket,
         }
         self._stream_position.check(self.trainer.global_rank, shape)
-        return StreamLoader(stream, self._stream_position, self._count_bad, **self._options())
+        return self._opened(StreamLoader(stream, self._stream_position, self._count_bad, **self._options()))
 
 
 @rank_zero_only

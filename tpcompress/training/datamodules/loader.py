@@ -67,6 +67,26 @@ class StatefulLoader:
 
     def __init__(self, on_bad_rows: OnBadRows | None) -> None:
         self.on_bad_rows = on_bad_rows
+        self._running: Any = None
+
+    def close(self) -> None:
+        """Stop the worker processes. Left to the garbage collector, each of them is waited for five seconds."""
+        running, self._running = self._running, None
+        if hasattr(running, "_shutdown_workers"):  # not without workers
+            running._shutdown_workers()
+
+    def _batches(self, loader: DataLoader) -> Iterator[Any]:
+        """Batches of a loader; a worker's ValueError, whose message is a traceback, is reduced to its last line."""
+        if not loader.persistent_workers:
+            self.close()
+        self._running = running = iter(loader)
+        try:
+            yield from running
+        except ValueError as error:
+            raise type(error)(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        finally:
+            if running is self._running and not loader.persistent_workers:
+                self.close()
 
     def report_bad_rows(self, batch: dict) -> dict:
         """Call `on_bad_rows` with the bad rows of a batch, and return the batch."""
@@ -121,7 +141,7 @@ class ResumableLoader(StatefulLoader):
     def __iter__(self) -> Iterator[dict]:
         if self.position is not None:
             self._start(self.position)
-        for batch in one_line_errors(self._loader):
+        for batch in self._batches(self._loader):
             if self.position is not None:
                 self.position.batch += 1
             yield self.report_bad_rows(batch)
@@ -133,14 +153,6 @@ class ResumableLoader(StatefulLoader):
             position.epoch, position.batch = position.epoch + 1, 0
         position.fresh = True
         self.batch_sampler.start(position.epoch, position.batch)
-
-
-def one_line_errors(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader; a worker's ValueError, whose message is a traceback, is reduced to its last line."""
-    try:
-        yield from loader
-    except ValueError as error:
-        raise type(error)(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def changed_since(then: dict[str, int], now: dict[str, int], where: str, alternative: str = "") -> str:

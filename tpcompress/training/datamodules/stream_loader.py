@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tpcompress.data.stream import START, ChatStream, Place
-from tpcompress.training.datamodules.loader import OnBadRows, StatefulLoader, changed_since, one_line_errors
+from tpcompress.training.datamodules.loader import OnBadRows, StatefulLoader, changed_since
 
 HISTORY = 1024
 """Number of batches whose positions are stored; larger than any prefetch or gradient accumulation."""
@@ -130,7 +130,7 @@ class StreamLoader(StatefulLoader):
         stream.places, stream.first = position.places, position.fetched % stream.sharing.slots
         # A new loader each time, because persistent workers would keep their old positions.
         loader = DataLoader(stream, batch_size=None, collate_fn=_identity, **self.options)
-        for slot, place, batch in one_line_errors(loader):
+        for slot, place, batch in self._batches(loader):
             position.record(slot, place)
             yield self.report_bad_rows(batch)
 
