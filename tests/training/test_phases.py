@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from training.helpers import TOKENS, Watch, callback, found
 
 from tpcompress.insertion.plan import PruningPlan
@@ -96,6 +96,7 @@ def test_plain_ddp_is_refused_where_phases_train_different_weights():
         check_ddp(plain, two)
     check_ddp(plain, two[1:])
     check_ddp(looks, two)
+    check_ddp(SimpleNamespace(strategy=DeepSpeedStrategy(stage=2)), two)  # a subclass of DDPStrategy in Lightning
 
 
 def test_a_phase_without_losses_is_refused(work):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from tpcompress.training.phases import Phase
 
@@ -16,7 +16,8 @@ def check_ddp(trainer: Trainer, phases: Sequence[Phase]) -> None:
     Raises:
         ValueError: several phases, and DDP without `find_unused_parameters`.
     """
-    plain = isinstance(trainer.strategy, DDPStrategy)
+    # Lightning derives DeepSpeedStrategy from DDPStrategy, but DeepSpeed reduces gradients itself.
+    plain = isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, DeepSpeedStrategy)
     if plain and not trainer.strategy._ddp_kwargs.get("find_unused_parameters") and len(phases) > 1:  # type: ignore[attr-defined]
         raise ValueError(
             "Strategy ddp waits for gradients of all weights, and this run's phases train different ones; set "
