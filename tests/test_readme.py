@@ -75,15 +75,15 @@ def test_the_first_snippet_prunes(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     base = load_base("tiny_llava").eval()
 
-    def from_pretrained(name: str) -> Any:
-        asked.append(name)
+    def from_pretrained(name: str, dtype: str) -> Any:
+        asked.extend([name, dtype])
         return base
 
     inputs = inputs_of_an_image()
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     names: dict[str, Any] = {"inputs": inputs}
     exec(snippet, names)
-    assert asked == ["llava-hf/llava-1.5-7b-hf"]
+    assert asked == ["llava-hf/llava-1.5-7b-hf", "float16"]
     assert type(names["model"]) is transformers.LlavaForConditionalGeneration
     with tp.record(names["model"]) as trace:
         names["model"](**names["inputs"])
@@ -94,7 +94,7 @@ def test_the_first_snippet_prunes(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_the_summary_is_that_of_llava() -> None:
     (printed,) = [text for text in fences("text") if "LlavaForConditionalGeneration" in text]
     with torch.device("meta"):
-        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig()).half()
         tp.attach(model, "divprune", keep_tokens=64)
         assert str(tp.summary(model)) == printed.rstrip()
 

@@ -58,7 +58,7 @@ def test_neither_name_nor_mapping(config: Any) -> None:
 
 @pytest.mark.parametrize("name", [7, None, ["dart"], 0.5])
 def test_type_that_is_no_name(name: Any) -> None:
-    with pytest.raises(ValueError, match="(?i)no pruner|cannot be imported"):
+    with pytest.raises(ValueError, match="(?i)no pruner|neither a name nor a dotted path"):
         create({"type": name})
 
 
@@ -133,3 +133,9 @@ def test_view_of_plain_tensors() -> None:
 def test_forward_must_be_defined() -> None:
     with pytest.raises(NotImplementedError, match="must define forward"):
         Pruner()(TokenView.of(torch.randn(1, 2, 3)), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("name", [".", "..", "a..b", "no file.yaml"])
+def test_a_name_that_is_no_dotted_path_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^Pruner '[^\n]*' is neither a name nor a dotted path. Known: [^\n]*$"):
+        create(name)

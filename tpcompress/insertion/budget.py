@@ -98,7 +98,10 @@ def check_number(given: Sequence[Budget], num_stages: int) -> None:
         ValueError: another number of budgets.
     """
     if len(given) != num_stages:
-        raise ValueError(f"The plan has {num_stages} stages, got {len(given)} budgets; give one each.")
+        raise ValueError(
+            f"The plan has {num_stages} stages, got {len(given)} budgets; give one each, such as "
+            f"keep_tokens=[64, 32] for two stages."
+        )
 
 
 def _listed(value: Any) -> list[Any]:

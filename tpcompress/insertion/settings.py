@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tpcompress.insertion.budget import Budget
+from tpcompress.insertion.budget import Budget, check_number
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace, Trace
 from tpcompress.pruners.views import LAYER_BEFORE_VIEWS
@@ -69,8 +69,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if len(self.budgets) != len(self.placement.layers):
-            raise ValueError(f"The plan has {len(self.placement.layers)} stages, got {len(self.budgets)} budgets.")
+        check_number(self.budgets, len(self.placement.layers))
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -112,6 +112,8 @@ def _class(name: str, known: Mapping[str, Any], base: type[ConfigMixin], kind: s
         raise ValueError(f"No {kind} '{name}'. Known: {', '.join(known)}.{hint}")
     if not allow_outside:
         raise ValueError(f"{noun} '{name}' is outside tpcompress; load with allow_outside=True if you trust it.")
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{noun} '{name}' is neither a name nor a dotted path. Known: {', '.join(known)}.")
     path, _, attribute = name.rpartition(".")
     try:
         value = getattr(importlib.import_module(path), attribute)
