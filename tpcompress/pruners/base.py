@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tpcompress.pruners.config_mixin import ConfigMixin
-from tpcompress.pruners.views import BETWEEN, INSTRUCTION, PROMPT_VIEWS, SYSTEM, TOWER_LAYERS, TokenView
+from tpcompress.pruners.views import BETWEEN, INSTRUCTION, SYSTEM, TOWER_LAYERS, TokenView, ViewReader
 
 __all__ = ["BETWEEN", "INSTRUCTION", "SYSTEM", "TOWER_LAYERS", "Pruner", "Selection", "TokenView"]
 
@@ -51,7 +51,7 @@ class Selection:
     text_BSD: Tensor | None = None
 
 
-class Pruner(ConfigMixin):
+class Pruner(ViewReader, ConfigMixin):
     """Base class of pruners: a pruner chooses which vision tokens are retained.
 
     Subclasses set `name` (the key in plans, YAML, tables and checkpoints), take plain values in `__init__` and store
@@ -88,21 +88,6 @@ class Pruner(ConfigMixin):
     """Retains no token: the budget of its stage is 0, which no other pruner accepts."""
     untrained_equivalent: str | None = None
     """The training-free pruner that a learned one equals before training: its control in comparisons."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the views that the pruner reads; `tpcompress.pruners.views.VIEWS` has all."""
-        return frozenset()
-
-    @property
-    def tower_layers(self) -> tuple[int, ...]:
-        """Indices of the tower layers that its tower views contain; negative ones count from the end."""
-        return TOWER_LAYERS
-
-    @property
-    def prompt_dependent(self) -> bool:
-        """True if the selection depends on the prompt, so that an image is pruned again for each question."""
-        return bool(self.needs & PROMPT_VIEWS)
 
     @property
     def learned(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Selection, TokenView
 from tpcompress.pruners.config_mixin import ConfigMixin
-from tpcompress.pruners.views import PROMPT_VIEWS, TOWER_LAYERS
+from tpcompress.pruners.views import ViewReader
 
 
 class Part(ConfigMixin):
@@ -50,26 +50,11 @@ class Scores:
     votes_BVV: Tensor | None = None
 
 
-class Scorer(Part):
+class Scorer(ViewReader, Part):
     """`TokenView -> Scores`."""
 
     untrained_equivalent: ClassVar[str | None] = None
     """The training-free pruner whose ranking it has before training; None if its initial ranking is arbitrary."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the views that it reads, see `Pruner.needs`."""
-        return frozenset()
-
-    @property
-    def tower_layers(self) -> tuple[int, ...]:
-        """Tower layers that its tower views contain, see `Pruner.tower_layers`."""
-        return TOWER_LAYERS
-
-    @property
-    def prompt_dependent(self) -> bool:
-        """True if the scores depend on the prompt, see `Pruner.prompt_dependent`."""
-        return bool(self.needs & PROMPT_VIEWS)
 
     def forward(self, tokens: TokenView) -> Scores:
         """Score every token; scores of padding are arbitrary but finite."""

@@ -216,3 +216,22 @@ TOWER_VIEWS = views_at("tower_layer", "tower")
 """Views that are captured while the vision tower runs."""
 TOWER_FIELDS = {name: fields_of(name)[0] for name in sorted(views_at("tower_layer"))}
 """The field of each view of chosen layers of the vision tower."""
+
+
+class ViewReader:
+    """What a class that reads views declares: a pruner, or the scorer of a learned gate."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the views that it reads; `tpcompress.pruners.views.VIEWS` has all."""
+        return frozenset()
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Indices of the tower layers that its tower views contain; negative ones count from the end."""
+        return TOWER_LAYERS
+
+    @property
+    def prompt_dependent(self) -> bool:
+        """True if the selection depends on the prompt, so that an image is pruned again for each question."""
+        return bool(self.needs & PROMPT_VIEWS)
