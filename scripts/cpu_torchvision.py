@@ -1,9 +1,9 @@
 """Makes the installed torchvision importable beside a CPU build of torch.
 
-torchvision's wheel on PyPI is compiled for CUDA. Beside a CPU build of torch its compiled operators do not load, and the
-import fails because their fake kernels are registered for operators that do not exist. The transforms that processors
-use are written in Python, so the declarations of the operators are enough. Does nothing where torchvision works or is
-not installed.
+torchvision's wheel on PyPI is compiled for CUDA. Beside a CPU build of torch its compiled operators do not load, and
+the import fails because their fake kernels are registered for operators that do not exist. The transforms that
+processors use are written in Python, so the declarations of the operators are enough. Does nothing where torchvision
+works or is not installed.
 """
 
 import subprocess
@@ -11,13 +11,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-DECLARATIONS = '''\
+DECLARATIONS = """\
 import torch as _torch
 
 _declared = _torch.library.Library("torchvision", "FRAGMENT")  # added by scripts/cpu_torchvision.py
 for _name in ("nms", "qnms"):
     _declared.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-'''
+"""
 
 
 def works() -> bool:
