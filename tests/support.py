@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import zlib
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +216,23 @@ def tiny_model(family: str = "llava", *arguments: Any, impl: str = "sdpa", seed:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+@cache
+def family_folder(family: str, seed: int = 0) -> Path:
+    """Folder with a tiny random model of a family and its processor, as models lie on the hub; made once a session.
+
+    Copy it to change it.
+    """
+    tiny = list_families()[family].tiny
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny_{family}_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    model = tiny_model(family, *tiny.variants[0], seed=seed)
+    processor = tiny.processor(model.config)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def batch(

@@ -75,6 +75,7 @@ class Tiny:
         kinds: kinds of media: always `image`; `wide`, an image of another size, and `video` if supported.
         arguments: (config, input ids (B, S)) -> further inputs that the processor derives from the ids.
         variants: arguments of `config` for each variant that all tests cover.
+        processor: (config) -> the processor class of transformers with tiny sizes, for the config of the first variant.
     """
 
     config: Callable[..., PretrainedConfig]
@@ -83,6 +84,7 @@ class Tiny:
     kinds: tuple[str, ...] = ("image",)
     arguments: Callable[[Any, Tensor], dict[str, Tensor]] = no_arguments
     variants: tuple[tuple[Any, ...], ...] = ((),)
+    processor: Callable[[Any], Any] | None = None
 
 
 def one_image(config: Any) -> int:

@@ -12,6 +12,7 @@ from transformers import Gemma3Config
 from tpcompress.families.base import Blocks, Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import END, IMAGE, START, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer
 from tpcompress.families.towers import AVERAGING
 
 
@@ -74,6 +75,54 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return {"token_type_ids": (input_ids == IMAGE).long()}
 
 
+TOKENS = {
+    0: "<pad>", 1: "<bos>", 2: "<eos>", IMAGE: "<image_soft_token>", START: "<start_of_image>", END: "<end_of_image>",
+    105: "<start_of_turn>", 106: "<end_of_turn>",
+}  # fmt: skip
+
+TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- set system = '' -%}{%- set turns = messages -%}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set turns = messages[1:] -%}"
+    "{%- set system = messages[0]['content'] -%}"
+    "{%- if system is not string -%}{%- set system = system[0]['text'] -%}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- for message in turns -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{- raise_exception('Roles must alternate user/assistant/user/assistant/...') -}}"
+    "{%- endif -%}"
+    "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' -}}"
+    "{%- if loop.first and system -%}{{- system + '\n\n' -}}{%- endif -%}"
+    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<start_of_image>' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '<end_of_turn>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}"
+)
+"""The system prompt is the start of the first user turn; roles must alternate."""
+
+
+def tiny_processor(config: Any) -> Any:
+    """Images of 32 x 32 pixels and 64 tokens. The tokenizer adds the start token, which the template writes too."""
+    from transformers import Gemma3Processor
+
+    names = {
+        "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+    }  # fmt: skip
+    return Gemma3Processor(
+        image_processor("Gemma3ImageProcessor", size=square_size(config.vision_config.image_size)),
+        tiny_tokenizer(TOKENS, names, bos=True),
+        chat_template=TEMPLATE,
+        image_seq_length=config.mm_tokens_per_image,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 GEMMA3 = Family(
@@ -86,5 +135,5 @@ GEMMA3 = Family(
     masks_in_core=True,
     blocks=Blocks(image_blocks),
     refuse=refuse,
-    tiny=Tiny(tiny_config, fixed_pixels, tiny_run, arguments=token_types),
+    tiny=Tiny(tiny_config, fixed_pixels, tiny_run, arguments=token_types, processor=tiny_processor),
 )

@@ -11,7 +11,8 @@ from transformers import Idefics3Config
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
-from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer
 
 LIMITS = (
     "The budget applies to each tile of an image, because text separates tiles and the inputs do not group them.",
@@ -56,6 +57,49 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
 
 
+TOKENS = {
+    0: "<|endoftext|>", 1: "<|im_start|>", 2: "<end_of_utterance>", IMAGE: "<image>", VIDEO: "<video>",
+    START: "<fake_token_around_image>", 105: "<row_1_col_1>", 106: "<row_1_col_2>", 107: "<row_2_col_1>",
+    108: "<row_2_col_2>", END: "<global-img>",
+}  # fmt: skip
+
+TEMPLATE = (
+    "{{- '<|im_start|>' -}}"
+    "{%- for message in messages -%}"
+    "{{- message['role'] | capitalize + ':' -}}"
+    "{%- if message['content'] is string -%}{{- ' ' + message['content'] -}}"
+    "{%- else -%}"
+    "{%- if message['content'] and message['content'][0]['type'] != 'image' -%}{{- ' ' -}}{%- endif -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '<end_of_utterance>\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+"""One start token, roles in words; the blank after a role depends on what follows it."""
+
+
+def tile_sizes(config: Any) -> dict[str, dict[str, int]]:
+    """Images are resized to two tiles on their longer edge."""
+    side = config.vision_config.image_size
+    return {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
+
+
+def tiny_processor(config: Any) -> Any:
+    """Up to 2 x 2 tiles and an overview; every tile is named by a token for its row and column."""
+    from transformers import Idefics3Processor
+
+    return Idefics3Processor(
+        image_processor("Idefics3ImageProcessor", **tile_sizes(config)),
+        tiny_tokenizer(TOKENS, {}),
+        image_seq_len=16,
+        chat_template=TEMPLATE,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 IDEFICS3 = Family(
@@ -68,5 +112,5 @@ IDEFICS3 = Family(
     image_layouts=image_layouts,
     splits_tiles=True,
     limits=LIMITS,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES)),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), processor=tiny_processor),
 )

@@ -10,7 +10,8 @@ from transformers import InternVLConfig
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, square
-from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, square_size, tiny_tokenizer
 from tpcompress.families.towers import SHUFFLING
 
 
@@ -52,6 +53,36 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [START] + [IMAGE] * 36 * TILES[kind] + [END]
 
 
+TOKENS = CHATML | {IMAGE: "<IMG_CONTEXT>", VIDEO: "<video>", START: "<img>", END: "</img>"}
+
+NAMES = {
+    "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
+    "end_image_token": "</img>",
+}  # fmt: skip
+
+
+def tile_processor(config: Any) -> Any:
+    """One to three tiles of the size of the tower, and an overview of images with several."""
+    size = config.vision_config.image_size
+    side = size[0] if isinstance(size, list | tuple) else size
+    return image_processor(
+        "GotOcr2ImageProcessor", size=square_size(side), crop_to_patches=True, min_patches=1, max_patches=3
+    )
+
+
+def tiny_processor(config: Any) -> Any:
+    """ChatML with a line break after every image; the frames of a video are tiles with text between them."""
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+
+    return InternVLProcessor(
+        tile_processor(config),
+        tiny_tokenizer(TOKENS, NAMES),
+        InternVLVideoProcessor(size=square_size(config.vision_config.image_size[0])),
+        image_seq_length=config.image_seq_length,
+        chat_template=chatml("<IMG_CONTEXT>\\n", "<video>\\n"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 INTERNVL = Family(
@@ -62,6 +93,13 @@ INTERNVL = Family(
     tower=SHUFFLING,
     image_layouts=image_layouts,
     joins_tiles=True,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide"), variants=tuple((text,) for text in TEXTS)),
+    tiny=Tiny(
+        tiny_config,
+        tiny_pixels,
+        tiny_ids,
+        kinds=("image", "wide"),
+        variants=tuple((text,) for text in TEXTS),
+        processor=tiny_processor,
+    ),  # fmt: skip
     limits=("Every frame of a video counts as a separate image, because the prompt has text between frames.",),
 )

@@ -10,6 +10,7 @@ from transformers import LlavaConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer
 from tpcompress.families.towers import CLIP_LIKE
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -44,6 +45,39 @@ def tiny_config(tower: str = "clip_vision_model", layers: int = 6) -> LlavaConfi
     )
 
 
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] != 'system' -%}{{- message['role'] | upper + ': ' -}}{%- endif -%}"
+    "{%- if message['content'] is string -%}{%- set texts = [message['content']] -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
+    "{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}"
+    "{%- endif -%}"
+    "{%- for text in texts -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{- text + ' ' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- text + ' ' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+)
+"""Images before the text of a turn; no token ends an answer."""
+
+
+def tiny_processor(config: Any) -> Any:
+    """Images of 32 x 32 pixels; the tower's class token is counted and then dropped, as in llava-1.5."""
+    from transformers import LlavaProcessor
+
+    size = config.vision_config.image_size
+    return LlavaProcessor(
+        image_processor("LlavaImageProcessor", size={"shortest_edge": size}, crop_size=square_size(size)),
+        tiny_tokenizer({0: "<pad>", 1: "<s>", 2: "</s>", IMAGE: "<image>"}, {"image_token": "<image>"}, bos=True),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 LLAVA = Family(
@@ -54,5 +88,7 @@ LLAVA = Family(
     tower=CLIP_LIKE,
     image_layouts=image_layouts,
     refuse=refuse,
-    tiny=Tiny(tiny_config, fixed_pixels, run_of_64, variants=tuple((tower,) for tower in TOWERS)),
+    tiny=Tiny(
+        tiny_config, fixed_pixels, run_of_64, variants=tuple((tower,) for tower in TOWERS), processor=tiny_processor
+    ),
 )

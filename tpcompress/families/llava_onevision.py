@@ -12,6 +12,7 @@ from tpcompress.families import llava_next, llava_next_video
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import CHATML, image_processor, square_size, tiny_tokenizer
 from tpcompress.families.towers import SHRINKING
 
 
@@ -68,6 +69,46 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [VIDEO if kind == "video" else IMAGE] * COUNTS[kind]
 
 
+TOKENS = CHATML | {IMAGE: "<image>", VIDEO: "<video>"}
+
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + ' ' -}}"
+    "{%- if message['content'] is string -%}{%- set texts = [message['content']] -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'video' -%}{{- '<video>' -}}{%- endfor -%}"
+    "{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}"
+    "{%- endif -%}"
+    "{%- for text in texts -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{- '\n' + text -}}{%- endgeneration -%}"
+    "{%- else -%}{{- '\n' + text -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{{- '<|im_end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+"""A blank follows the role of a turn but not that of the generation prompt: no rendering is a prefix of the next."""
+
+
+def tiny_processor(config: Any) -> Any:
+    """Tiles of 16 x 16 pixels; one tile for each of several images, and for every frame."""
+    from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+
+    side = config.vision_config.image_size
+    return LlavaOnevisionProcessor(
+        image_processor(
+            "LlavaOnevisionImageProcessor", size=square_size(side), image_grid_pinpoints=config.image_grid_pinpoints
+        ),
+        tiny_tokenizer(TOKENS, {"image_token": "<image>", "video_token": "<video>"}),
+        LlavaOnevisionVideoProcessor(size=square_size(side)),
+        num_image_tokens=(side // config.vision_config.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=config.vision_aspect_ratio,
+        chat_template=TEMPLATE,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 LLAVA_ONEVISION = Family(
@@ -78,5 +119,7 @@ LLAVA_ONEVISION = Family(
     tower=SHRINKING,
     image_layouts=image_layouts,
     video_layouts=video_layouts,
-    tiny=Tiny(tiny_config, llava_next_video.tiny_pixels, tiny_ids, kinds=("image", "wide", "video")),
+    tiny=Tiny(
+        tiny_config, llava_next_video.tiny_pixels, tiny_ids, ("image", "wide", "video"), processor=tiny_processor
+    ),
 )

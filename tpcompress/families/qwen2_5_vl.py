@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig
 
+from tpcompress.families import qwen2_vl
 from tpcompress.families.base import Tiny
 from tpcompress.families.qwen2_vl import (
     MROPE,
@@ -47,6 +48,11 @@ def timed_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) 
     return inputs
 
 
+def tiny_processor(config: Any) -> Any:
+    """As for Qwen2-VL, with the seconds between frames among the outputs."""
+    return qwen2_vl.tiny_processor(config, "Qwen2_5_VLProcessor")
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 QWEN2_5_VL = replace(
@@ -54,5 +60,5 @@ QWEN2_5_VL = replace(
     name="qwen2_5_vl",
     model_types=("qwen2_5_vl",),
     tower=WINDOWED,
-    tiny=Tiny(tiny_config, timed_pixels, tiny_run, tuple(SIZES), token_types, variants=((), (True,))),
+    tiny=Tiny(tiny_config, timed_pixels, tiny_run, tuple(SIZES), token_types, ((), (True,)), tiny_processor),
 )

@@ -12,6 +12,7 @@ from transformers import Qwen2VLConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, tiny_tokenizer
 from tpcompress.families.towers import MERGING
 
 
@@ -103,6 +104,53 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": kinds}
 
 
+TOKENS = CHATML | {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", START: "<|vision_start|>", END: "<|vision_end|>"}
+
+NAMES = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}  # fmt: skip
+
+MARKS = ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
+"""Text of an image and of a video in a chat template."""
+
+
+def patch_processors(config: Any, images: str = "Qwen2VLImageProcessor", videos: Any = None, frames: int = 1) -> Any:
+    """Image and video processor by their names in `ProcessorMixin`: 16 to 64 tokens per image, 4 to 16 per frame.
+
+    Args:
+        config: config of the model.
+        images: name of the image processor.
+        videos: class of the video processor; that of Qwen2-VL without it.
+        frames: frames that the sizes of the video processor are for.
+    """
+    from transformers import Qwen2VLVideoProcessor
+
+    vision, make = config.vision_config, videos or Qwen2VLVideoProcessor
+    sizes = {
+        "patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }  # fmt: skip
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    still = {"shortest_edge": 16 * token, "longest_edge": 64 * token}
+    moving = {"shortest_edge": frames * 4 * token, "longest_edge": frames * 16 * token}
+    return {
+        "image_processor": image_processor(images, **sizes, size=still),
+        "video_processor": make(**sizes, size=moving, cap_pixels_per_frame=False, min_frames=2),
+    }
+
+
+def tiny_processor(config: Any, name: str = "Qwen2VLProcessor") -> Any:
+    """ChatML with a default system prompt."""
+    import transformers
+
+    return getattr(transformers, name)(
+        **patch_processors(config),
+        tokenizer=tiny_tokenizer(TOKENS, NAMES),
+        chat_template=chatml(*MARKS, system="You are a helpful assistant."),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 QWEN2_VL = Family(
@@ -114,5 +162,5 @@ QWEN2_VL = Family(
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     positions="mrope",
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, variants=((), (True,))),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, ((), (True,)), tiny_processor),
 )

@@ -36,5 +36,5 @@ QWEN3_5 = replace(
     QWEN3_VL,
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_moe"),
-    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, variants=((), (True,))),
+    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, ((), (True,))),
 )

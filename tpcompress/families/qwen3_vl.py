@@ -8,14 +8,19 @@ from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.qwen2_vl import (
+    MARKS,
+    NAMES,
     SIZES,
+    TOKENS,
     image_layouts,
+    patch_processors,
     tiny_ids,
     tiny_pixels,
     token_types,
     video_layouts,
 )
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.tiny_processor import chatml, tiny_tokenizer
 from tpcompress.families.towers import MERGING
 
 ROUTER_LOSS = "The load balancing loss of MoE models requires all tokens in every layer: disable output_router_logits."
@@ -58,6 +63,17 @@ def stamped_run(config: Any, kind: str) -> list[int]:
     return [START] + [IMAGE] * count + [END]
 
 
+def tiny_processor(config: Any) -> Any:
+    """ChatML without a default system prompt; the time of every frame is part of its text."""
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    return Qwen3VLProcessor(
+        **patch_processors(config, videos=Qwen3VLVideoProcessor, frames=4),
+        tokenizer=tiny_tokenizer(TOKENS, NAMES),
+        chat_template=chatml(*MARKS),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 QWEN3_VL = Family(
@@ -70,5 +86,5 @@ QWEN3_VL = Family(
     video_layouts=video_layouts,
     positions="mrope",
     limits=(ROUTER_LOSS,),
-    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, variants=((), (True,))),
+    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, ((), (True,)), tiny_processor),
 )
