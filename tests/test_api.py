@@ -89,8 +89,8 @@ def test_a_plan_gets_other_budgets_by_the_same_words(tmp_path: Path) -> None:
         ("gone.yaml", {}, "No plan at gone.yaml; give a pruner with a budget"),
         ("dart:64@2", {"layer": 3}, "layer=3 is for a single pruner, but a plan is given"),
         ("dart", {"keep_tokens": 9, "keep_ratio": 0.5}, "Both keep_tokens and keep_ratio are given"),
-        ("dart", {"keep_tokens": [9, 4]}, "The plan has 1 stages, got 2 budgets"),
-        ("dart:9,random:9@1", {"keep_tokens": 4}, "The plan has 2 stages, got 1 budgets"),
+        ("dart", {"keep_tokens": [9, 4]}, "The plan has 1 stage, got 2 budgets"),
+        ("dart:9,random:9@1", {"keep_tokens": 4}, "The plan has 2 stages, got 1 budget;"),
         (64, {}, "Not a plan: 64; give a pruner with a budget"),
         ({"stages": [], "colour": 1}, {}, "Unknown plan key 'colour'"),
     ],
@@ -149,7 +149,7 @@ def test_budgets_in_every_form(base: Any, inputs: dict[str, torch.Tensor]) -> No
     assert retained([tp.Budget(keep_tokens=8), tp.Budget(keep_tokens=2)]) == [8, 2]
     for arguments, message in (
         ({}, "No budget is given; give keep_tokens, keep_ratio"),
-        ({"keep_tokens": 4}, "The plan has 2 stages, got 1 budgets"),
+        ({"keep_tokens": 4}, "The plan has 2 stages, got 1 budget;"),
         ({"keep_tokens": [4, 2], "keep_ratio": [0.5, 0.5]}, "Both keep_tokens and keep_ratio"),
     ):
         with pytest.raises(ValueError, match=message), tp.budgets(base, **arguments):

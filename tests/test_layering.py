@@ -16,7 +16,7 @@ FRAMEWORKS = {
     "torchvision", "safetensors", "matplotlib", "accelerate", "pytorch_lightning", "huggingface_hub",
 }  # fmt: skip
 
-LEAVES = {"errors", "files", "bundled", "inference", "models", "open_set", "version"}
+LEAVES = {"auto_register", "bundled", "errors", "files", "hub", "inference", "models", "open_set", "version"}
 """Modules beside the packages, which every package may import."""
 
 MAY_IMPORT = {
@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "version": set(),
     "files": set(),
     "bundled": set(),
+    "auto_register": set(),
+    "hub": {"huggingface_hub"},
     "inference": {"torch"},
-    "models": {"torch", "transformers", "safetensors", "errors", "bundled"},
+    "models": {"torch", "transformers", "safetensors", "errors", "bundled", "hub"},
     "pruners": {"torch"},
     "families": {"torch", "transformers"},
     "insertion": {"torch", "transformers", "pruners", "families"},

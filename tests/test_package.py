@@ -44,6 +44,6 @@ def test_the_constraints_pin_every_dependency():
 
 def test_a_missing_module_names_the_extra_that_installs_it():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra in ("train", "eval"):
+    for extra in ("train", "eval", "media"):
         names = {requirement.partition(">")[0] for requirement in extras[extra]} - {"tpcompress[train]"}
         assert names == {name for name, listed in EXTRAS.items() if listed == extra}

@@ -6,7 +6,8 @@
     model.generate(**inputs)
     print(tp.summary(model))
 
-Importing the package loads torch and transformers, but not the training frameworks (lightning, deepspeed, datasets).
+Importing the package loads neither torch nor transformers: each name is imported at its first use, and the classes of
+exported folders are registered with transformers when it first looks for one.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tpcompress.export import load, load_processor, save_pretrained, verify
-from tpcompress.export import load as from_pretrained
-from tpcompress.families import list_families
-from tpcompress.insertion.attach import attach, budgets, detach, disabled, is_attached, mode, plan_of, record
-from tpcompress.insertion.plan import Budget, PruningPlan, Stage
-from tpcompress.insertion.summary import Summary, summary
-from tpcompress.insertion.trace import StageTrace, Trace
-from tpcompress.pruners import Pruner, Selection, TokenView
-from tpcompress.pruners.listing import list_pruners
+from tpcompress.auto_register import register_on_demand
 from tpcompress.version import __version__ as __version__
 
-if TYPE_CHECKING:  # at run time `tpcompress.export` is the package, which can be called
-    from tpcompress.export import export
+if TYPE_CHECKING:
+    from tpcompress.export import export, load, load_processor, save_pretrained, verify
+    from tpcompress.export import load as from_pretrained
+    from tpcompress.families import list_families
+    from tpcompress.insertion.attach import attach, budgets, detach, disabled, is_attached, mode, plan_of, record
+    from tpcompress.insertion.plan import Budget, PruningPlan, Stage
+    from tpcompress.insertion.summary import Summary, summary
+    from tpcompress.insertion.trace import StageTrace, Trace
+    from tpcompress.pruners import Pruner, Selection, TokenView
+    from tpcompress.pruners.listing import list_pruners
     from tpcompress.training.own_loop import ScheduleCallback, schedule_step
 
 __all__ = [
@@ -36,11 +37,34 @@ __all__ = [
     "schedule_step", "summary", "verify",
 ]  # fmt: skip
 
-LAZY = {name: "tpcompress.training.own_loop" for name in ("ScheduleCallback", "schedule_step")}
-"""Names that are imported on first use, because their modules load transformers' trainer."""
+MODULES = {
+    "export": ("load", "load_processor", "save_pretrained", "verify"),
+    "families": ("list_families",),
+    "insertion.attach": ("attach", "budgets", "detach", "disabled", "is_attached", "mode", "plan_of", "record"),
+    "insertion.plan": ("Budget", "PruningPlan", "Stage"),
+    "insertion.summary": ("Summary", "summary"),
+    "insertion.trace": ("StageTrace", "Trace"),
+    "pruners": ("Pruner", "Selection", "TokenView"),
+    "pruners.listing": ("list_pruners",),
+    "training.own_loop": ("ScheduleCallback", "schedule_step"),
+}
+"""Public names by the module that defines them."""
+
+WHERE = {name: module for module, names in MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in LAZY:
-        return getattr(importlib.import_module(LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "export":  # the package, which can be called
+        return importlib.import_module("tpcompress.export")
+    found = "load" if name == "from_pretrained" else name
+    if found not in WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"tpcompress.{WHERE[found]}"), found)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_on_demand()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import yaml
 
 EXTRAS = {
     "accelerate": "train", "datasets": "train", "deepspeed": "train", "lightning": "train", "peft": "train",
-    "tensorboard": "train", "torchmetrics": "train", "matplotlib": "eval",
+    "tensorboard": "train", "torchmetrics": "train", "matplotlib": "eval", "av": "media",
+    "num2words": "media", "torchvision": "media",
 }  # fmt: skip
 """Packages outside the core, by the extra of tpcompress that installs them."""
 
@@ -26,6 +28,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean X?` for the known name that is closest to `name`; empty if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which gets an s unless the number is 1: `1 stage`, `2 stages`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -44,6 +51,9 @@ def read_yaml(path: str | Path) -> Any:
 def missing_extra(error: ImportError) -> str | None:
     """How to install a package whose import failed; None if no extra of tpcompress contains it."""
     package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS:
+    if package not in EXTRAS:  # transformers names the packages of a processor in the text alone
+        named = [name for name, extra in EXTRAS.items() if extra == "media" and name in str(error).lower()]
+        package = next((name for name in named if find_spec(name) is None), "")
+    if not package:
         return None
     return f"{package} is not installed; install it with: pip install 'tpcompress[{EXTRAS[package]}]'."

@@ -10,10 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available
 
 from tpcompress.bundled import base_path
-from tpcompress.errors import first_line
+from tpcompress.errors import first_line, missing_extra
+from tpcompress.hub import looks_like_path, why_absent
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 HINT = "give a folder, a hub id that can be reached, or tiny_llava."
@@ -65,13 +66,13 @@ def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
 
 
 def _path_of(base: str) -> str:
-    path = base_path(base)
-    is_path = Path(path).is_absolute() or path.startswith((".", "~"))
-    if is_path and not Path(path).is_dir():
+    path = str(Path(base_path(base)).expanduser()) if base.startswith("~") else base_path(base)
+    if Path(path).is_dir():
+        return path
+    if looks_like_path(path):
         raise FileNotFoundError(f"No folder {path}; {HINT}")
-    if not Path(path).is_dir():
-        # The config is requested first: offline, every file of a processor would be retried several times.
-        _load(lambda: cached_file(path, "config.json"), "model", base)
+    if reason := why_absent(path):
+        raise ValueError(f"No model at '{base}': {reason}. Give another base: {HINT}")
     return path
 
 
@@ -80,4 +81,6 @@ def _load(load: Callable[[], Any], what: str, base: str) -> Any:
         return load()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         # The hub client, file formats and missing kernels raise unrelated types, most with several lines.
+        if isinstance(error, ImportError) and (hint := missing_extra(error)):
+            raise ValueError(f"The {what} of '{base}' cannot be loaded: {hint}") from error
         raise ValueError(f"No {what} at '{base}': {first_line(error)}. Give another base: {HINT}") from error

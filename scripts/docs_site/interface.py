@@ -9,7 +9,7 @@ from typing import Any
 import tpcompress as tp
 from docs_site.docstrings import cell, escape, own_docstring, parse, table
 from tpcompress.cli.commands import GROUPS, RECIPE_COMMANDS
-from tpcompress.cli.main import examples
+from tpcompress.cli.help import examples
 from tpcompress.export.bake import export
 
 
@@ -53,7 +53,7 @@ def _default(parameter: inspect.Parameter) -> str:
 def _python() -> str:
     lines = [
         "# Python interface\n",
-        "`import tpcompress as tp` gives these names; importing it loads torch and transformers only.\n",
+        "`import tpcompress as tp` gives these names; importing it loads neither torch nor transformers.\n",
     ]
     found = {name: export if name == "export" else getattr(tp, name) for name in tp.__all__}
     for title, wanted in (("Functions", inspect.isroutine), ("Classes", inspect.isclass)):

@@ -13,8 +13,9 @@ import pytest
 
 from tpcompress.bundled import find_config
 from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS
+from tpcompress.cli.help import examples
 from tpcompress.cli.lists import COUNTED
-from tpcompress.cli.main import examples, main, parse
+from tpcompress.cli.main import main, parse
 from tpcompress.cli.options import normalized, underscored
 from tpcompress.training.recipe.run import RecipeCLI
 from tpcompress.version import __version__

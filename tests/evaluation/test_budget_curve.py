@@ -107,7 +107,7 @@ def test_what_cannot_be_measured(export, work, tmp_path):
         assert "error: budgets: '" in said
     code, said = export("4/2")
     assert code == 2
-    assert "The plan has 1 stages, got 2 budgets" in said
+    assert "The plan has 1 stage, got 2 budgets" in said
     plan = tmp_path / "plan.yaml"
     plan.write_text("{pruner: uniform, keep_tokens: 16}")
     code, said = export("4", "--base", str(work.base), "--plan", str(plan), ckpt=False)

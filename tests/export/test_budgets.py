@@ -97,7 +97,7 @@ def test_ends_that_keep_what_the_plan_keeps_are_not_stored_twice(processor: Any,
     same = (tp.Budget(keep_tokens=16), tp.Budget(keep_ratio=0.25))
     out = tp.export(model, processor, tmp_path / "out", trained_budgets=[same])
     assert verify(out).others == {}
-    with pytest.raises(ValueError, match="1 stages, got 2 ranges of budgets"):
+    with pytest.raises(ValueError, match="1 stage, got 2 ranges of budgets"):
         tp.export(model, processor, tmp_path / "two", trained_budgets=[same, same])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from typing import Any
@@ -60,6 +61,20 @@ def test_neither_name_nor_mapping(config: Any) -> None:
 def test_type_that_is_no_name(name: Any) -> None:
     with pytest.raises(ValueError, match="(?i)no pruner|neither a name nor a dotted path"):
         create({"type": name})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "dart", "vision_pivots": "4"}, "Pruner 'dart': vision_pivots must be int, got '4'."),
+        ({"type": "pool", "kernel": 3}, "Pruner 'pool': kernel must be str, got 3."),
+        ({"type": "merged", "proportional": "yes"}, "Pruner 'merged': proportional must be bool, got 'yes'."),
+        ({"type": "dart", "reduction": True}, "Pruner 'dart': reduction must be float, got True."),
+    ],
+)
+def test_a_value_of_a_wrong_type_names_its_argument(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create(config)
 
 
 @pytest.mark.parametrize("name", list_pruners())

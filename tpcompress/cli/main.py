@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS
 from tpcompress.cli.console import console
+from tpcompress.cli.help import show_command, show_recipe_command, show_usage
 from tpcompress.cli.options import HELP, normalized, underscored
 from tpcompress.errors import did_you_mean, missing_extra
 from tpcompress.version import __version__
@@ -27,11 +25,16 @@ NOISE = (
     ".*LeafSpec.*",
     ".*_pytree.*",
     ".*across ranks is zero.*",
+    ".*is_gradient_checkpointing.*",
+    ".*Palette images with Transparency.*",
 )
 """Warnings of other packages that say nothing about a run."""
 
 TRAINING = (*RECIPE_COMMANDS, "compare", "study", "quickstart", "estimators", "cache-teacher")
 """Commands that import the training frameworks."""
+
+LISTS = ("list", "pruners", "families")
+"""Commands that load no model."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -47,7 +50,7 @@ def main(args: list[str] | None = None) -> int:
     show_traceback = TRACEBACK in args
     args = [a for a in args if a != TRACEBACK]
     if not args or args[0] in (*HELP, "help"):
-        _print_usage()
+        show_usage(GROUPS, console)
         return 0
     if args[0] in ("--version", "-V", "version"):
         console.print(f"tpcompress {__version__}", highlight=False)
@@ -82,15 +85,15 @@ def parse(name: str, args: list[str]) -> dict[str, Any]:
         ValueError: an unknown option, a missing or impossible value.
         SystemExit: after printing help.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     command = COMMANDS[name]
     given = normalized(command, name, args)
-    parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False, epilog=_epilog(command))
-    parser.formatter_class = _raw_epilog(parser.formatter_class)
-    for key in parser.add_function_arguments(command, as_positional=False):
-        if inspect.signature(command, eval_str=True).parameters[key].annotation is bool:
-            parser._option_string_actions[f"--{key}"].nargs = "?"  # in the help: the value may be left out
+    if given[-1:] == ["--help"]:
+        show_command(name, command, console)
+        raise SystemExit(0)
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False)
+    parser.add_function_arguments(command, as_positional=False)
     try:
         values: Any = parser.parse_args(given)
     except ArgumentError as error:
@@ -98,53 +101,16 @@ def parse(name: str, args: list[str]) -> dict[str, Any]:
     return values.as_dict()
 
 
-def examples(command: Callable[..., int]) -> list[str]:
-    """Example calls in the docstring of a command."""
-    text = inspect.getdoc(command) or ""
-    return re.findall(r"^Example:\n    (.+)$", text, flags=re.MULTILINE)
-
-
 def _run_recipe(name: str, args: list[str]) -> int:
     """Run `fit` or `validate`, whose options are parsed by the recipe."""
     command = COMMANDS[name]
-    if set(args) & set(HELP):
-        text = f"tpcompress {name}: {_summary(command)}\n\n{_epilog(command)}\n"
-        console.print(escape(text), highlight=False, soft_wrap=True)
+    if args and args[-1] in HELP:
+        show_recipe_command(name, command, console)
+        raise SystemExit(0)
+    if args[-2:] in ([word, "all"] for word in HELP):  # every option of the recipe, which the parser prints
+        args = args[:-1]
     _quieten(name)
     return command([name, *map(underscored, args)])
-
-
-def _print_usage() -> None:
-    console.print(escape("usage: tpcompress COMMAND [options] [--traceback] | --version | --help"))
-    for heading, commands in GROUPS.items():
-        table = Table.grid(padding=(0, 2))
-        for name, command in commands.items():
-            table.add_row(f"  [bold]{name}[/bold]", escape(_summary(command)))
-        console.print(f"\n{heading}")
-        console.print(table)
-    console.print("\ntpcompress COMMAND --help shows the options of a command and an example.")
-
-
-def _summary(command: Callable[..., int]) -> str:
-    return (inspect.getdoc(command) or "").partition("\n")[0]
-
-
-def _epilog(command: Callable[..., int]) -> str:
-    """Examples as they appear below the options."""
-    found = examples(command)
-    return "\n".join([f"example{'s' if len(found) > 1 else ''}:", *(f"  {line}" for line in found)])
-
-
-def _raw_epilog(formatter: Any) -> Any:
-    """A help formatter that keeps the lines of the epilog."""
-
-    class Formatter(formatter):  # type: ignore[misc]
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            if text.startswith("example"):
-                return text
-            return str(super()._fill_text(text, width, indent))
-
-    return Formatter
 
 
 def _one_line(error: Exception) -> str:
@@ -162,16 +128,21 @@ def _fail(message: str, code: int = 2) -> int:
 
 def _quieten(name: str) -> None:
     """Turn off progress bars and advice of other packages; their warnings about a run remain."""
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    if name in LISTS:
+        return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    for noise in NOISE:
-        warnings.filterwarnings("ignore", message=noise)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to reach the hub
     if name in TRAINING:
-        import datasets
-        import lightning  # noqa: F401  sets the levels of its loggers on import
+        # Lightning first: it sets the levels of its loggers, and typing caches the order of its unions of types, which
+        # decides whether jsonargparse reads `limit_train_batches: 1` as one batch or as all of them.
+        importlib.import_module("lightning")
+        datasets = importlib.import_module("datasets")
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()

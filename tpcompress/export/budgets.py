@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tpcompress.errors import counted
 from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan
 
@@ -110,7 +111,10 @@ def probed_budgets(plan: PruningPlan, ranges: Sequence[Range] | None, total: int
     if ranges is None:
         return []
     if len(ranges) != len(plan.stages):
-        raise ValueError(f"The plan has {len(plan.stages)} stages, got {len(ranges)} ranges of budgets; give one each.")
+        raise ValueError(
+            f"The plan has {counted(len(plan.stages), 'stage')}, got {counted(len(ranges), 'range')} of budgets; "
+            f"give one each."
+        )
     seen, found = [[b.count(total) for b in own_budgets(plan)]], []
     for end in ([low for low, _ in ranges], [high for _, high in ranges]):
         counts = [b.count(total) for b in end]

@@ -62,7 +62,9 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
-        raise FileExistsError(f"{out} exists already; choose another folder, or pass overwrite=True.")
+        raise FileExistsError(
+            f"{out} exists already; choose another folder, or replace it: overwrite=True, --overwrite."
+        )
     if out.is_symlink() or not out.is_dir():
         raise FileExistsError(f"{out} is not a folder; choose another place for the export.")
     if not any(out.iterdir()):

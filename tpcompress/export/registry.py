@@ -1,8 +1,9 @@
 """transformers classes of exported folders: one config and one model class per family, derived from the stock ones.
 
 A folder's `model_type` is `tpcompress_<stock model type>`, so that it cannot be loaded without the plan. Config classes
-are registered when tpcompress is imported, without importing modeling code. The model class is registered when the
-first config of its family is created, which happens before `AutoModelForImageTextToText` looks for it.
+are registered when `AutoConfig` first looks for one of them, without importing modeling code. The model class is
+registered when the first config of its family is created, which happens before `AutoModelForImageTextToText` looks for
+it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 
+from tpcompress.auto_register import PREFIX as PREFIX
 from tpcompress.families import list_families
 
-PREFIX = "tpcompress_"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
 
 

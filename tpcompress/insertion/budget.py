@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpcompress.errors import counted
 from tpcompress.pruners import Pruner
 
 
@@ -99,7 +100,7 @@ def check_number(given: Sequence[Budget], num_stages: int) -> None:
     """
     if len(given) != num_stages:
         raise ValueError(
-            f"The plan has {num_stages} stages, got {len(given)} budgets; give one each, such as "
+            f"The plan has {counted(num_stages, 'stage')}, got {counted(len(given), 'budget')}; give one each, such as "
             f"keep_tokens=[64, 32] for two stages."
         )
 

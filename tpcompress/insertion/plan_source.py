@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tpcompress.errors import did_you_mean, read_yaml
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.catalogue import paper_plans
 
-SHORT_STAGE = re.compile(r"\s*(?P<pruner>[\w.]+):(?P<keep>\d+|\d*\.\d+)(?:@(?P<layer>\d+))?\s*")
-"""One stage of the short form: `dart:64@2`, or `dart:0.25` for a ratio at layer 0."""
+SHORT_STAGE = re.compile(r"\s*(?P<pruner>[\w.]+):(?P<keep>\d+/\d+|\d+|\d*\.\d+)(?:@(?P<layer>\d+))?\s*")
+"""One stage of the short form: `dart:64@2`, or `dart:1/4` or `dart:0.25` for a ratio at layer 0."""
 
 PAPER = re.compile(r"\s*(?P<name>\w+):paper\s*")
 """A plan with the settings of a paper, by the name of its pruner: `dart:paper`."""
@@ -49,7 +50,9 @@ def read_source(source: str | Path) -> list[dict[str, Any]] | Mapping[str, Any] 
         return [_short_stage(match) for match in matches if match]
     if text in list_pruners():
         return text
-    looks_like_path = isinstance(source, Path) or "/" in text or text.endswith((".yaml", ".yml", ".json"))
+    looks_like_path = (
+        isinstance(source, Path) or ("/" in text and ":" not in text) or text.endswith((".yaml", ".yml", ".json"))
+    )
     if looks_like_path or Path(text).is_file():
         return _read_file(text)
     if ":" in text or "," in text:
@@ -58,9 +61,21 @@ def read_source(source: str | Path) -> list[dict[str, Any]] | Mapping[str, Any] 
 
 
 def _short_stage(match: re.Match[str]) -> dict[str, Any]:
-    keep = match["keep"]
-    budget = {"keep_ratio": float(keep)} if "." in keep else {"keep_tokens": int(keep)}
-    return {"pruner": match["pruner"], "layer": int(match["layer"] or 0), **budget}
+    return {"pruner": match["pruner"], "layer": int(match["layer"] or 0), **read_keep(match["keep"])}
+
+
+def read_keep(keep: str) -> dict[str, Any]:
+    """A budget as text (`64`, `0.25`, `1/9`), as the field of a stage that it sets.
+
+    Raises:
+        ValueError: another text.
+    """
+    try:
+        if "/" in keep or "." in keep:
+            return {"keep_ratio": float(Fraction(keep))}
+        return {"keep_tokens": int(keep)}
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"'{keep}' is not a budget; write tokens (64), a fraction (1/9) or a ratio (0.11).") from None
 
 
 def _paper_plan(name: str) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from tpcompress.errors import did_you_mean
 from tpcompress.open_set import named_classes
 from tpcompress.pruners.base import Pruner
-from tpcompress.pruners.config_mixin import ConfigMixin
+from tpcompress.pruners.config_mixin import ConfigMixin, wrong_type
 from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
 
 BASES: dict[str, type[Part]] = {"scorer": Scorer, "selector": Selector, "applier": Applier}
@@ -88,6 +88,8 @@ def make(config: Any, known: Mapping[str, Any], base: type[ConfigMixin], kind: s
         )
     arguments = {name: _nested(name, value, allow_outside) for name, value in config.items()}
     cls = _class(str(arguments.pop("type")), known, base, kind, allow_outside)
+    if problem := wrong_type(cls, arguments):
+        raise ValueError(f"{kind.capitalize()} '{cls.name}': {problem}.")
     try:
         return cls(**arguments)
     except TypeError as error:

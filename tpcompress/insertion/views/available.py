@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from tpcompress.errors import counted
 from tpcompress.families import Parts, list_families
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
@@ -53,7 +54,8 @@ def check_moved(parts: Parts, plan: PruningPlan, layers: Sequence[int]) -> None:
     """
     own = [stage.layer for stage in plan.stages]
     if len(layers) != len(own):
-        raise ValueError(f"The plan has {len(own)} stages, got {len(layers)} layers; give one each.")
+        given = counted(len(layers), "layer")
+        raise ValueError(f"The plan has {counted(len(own), 'stage')}, got {given}; give one each.")
     if any(layer < first for layer, first in zip(layers, own, strict=True)):
         raise ValueError(f"Stages move to later layers only: the plan has them at {own}, got {list(layers)}.")
     if any(after <= before for before, after in pairwise(layers)):
