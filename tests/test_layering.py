@@ -16,7 +16,18 @@ FRAMEWORKS = {
     "torchvision", "safetensors", "matplotlib", "accelerate", "pytorch_lightning", "huggingface_hub",
 }  # fmt: skip
 
-LEAVES = {"auto_register", "bundled", "errors", "files", "hub", "inference", "models", "open_set", "version"}
+LEAVES = {
+    "auto_register",
+    "bundled",
+    "errors",
+    "files",
+    "hub",
+    "inference",
+    "models",
+    "open_set",
+    "recipe_files",
+    "version",
+}
 """Modules beside the packages, which every package may import."""
 
 MAY_IMPORT = {
@@ -27,6 +38,7 @@ MAY_IMPORT = {
     "bundled": set(),
     "auto_register": set(),
     "hub": {"huggingface_hub"},
+    "recipe_files": {"errors", "bundled"},
     "inference": {"torch"},
     "models": {"torch", "transformers", "safetensors", "errors", "bundled", "hub"},
     "pruners": {"torch"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+MOVED = {f"llava15_7b/{name}.yaml": f"gpus/{name}.yaml" for name in ("ddp", "fsdp2", "zero2", "zero3")}
+"""Earlier places of bundled recipes, each with its place today."""
 
 
 def base_path(name: str) -> str:
@@ -28,7 +30,7 @@ def find_config(path: str) -> str:
     if Path(path).is_file():
         return path
     relative = Path(*[part for part in Path(path).parts if part != "recipes"])
-    bundled = recipes_folder() / relative
+    bundled = recipes_folder() / MOVED.get(relative.as_posix(), relative)
     if bundled.is_file():
         return str(bundled)
     known = sorted(str(p.relative_to(recipes_folder())) for p in recipes_folder().rglob("*.yaml"))

@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
-def recipe_kind(values: dict[str, Any]) -> str:
-    """What a recipe file is for, from its keys."""
+def recipe_kind(path: Path, values: dict[str, Any]) -> str:
+    """What a recipe file is for, from its folder and keys."""
+    if path.parent.name == "shared":
+        return "shared"
     if "stages" in values:
         return "plan"
     if "contenders" in values:
@@ -32,6 +34,7 @@ def recipe_kind(values: dict[str, Any]) -> str:
 MEANINGS = {
     "run": "complete run, for `tpcompress fit`",
     "overlay": "overlay, given after another recipe",
+    "shared": "settings that recipes include",
     "plan": "plan without training",
     "comparison": "comparison, for `tpcompress compare`",
     "study": "grid of runs, for `tpcompress study`",
@@ -41,6 +44,14 @@ MEANINGS = {
 FOLDERS = {
     "tiny_llava": "The bundled base, on CPU",
     "llava15_7b": "LLaVA-1.5-7B",
+    "qwen2_5_vl": "Qwen2.5-VL-7B",
+    "qwen3_vl": "Qwen3-VL-8B",
+    "internvl3": "InternVL3-8B",
+    "smolvlm2": "SmolVLM2-2.2B",
+    "llava_onevision": "LLaVA-OneVision-7B",
+    "gemma3": "Gemma-3-4B",
+    "gpus": "Several GPUs",
+    "shared": "Shared settings, which recipes include",
     "presets": "Published training methods (see [presets](../../notes/presets.md))",
     "own_loop": "Your own training loop",
     "studies": "Studies (see [the study](../../notes/studies.md))",
@@ -73,13 +84,14 @@ def pages() -> Iterator[tuple[str, str]]:
     listed: dict[str, list[list[str]]] = {}
     for path in RECIPES:
         text, name = path.read_text(), str(path.relative_to(ROOT))
-        what, header = recipe_kind(yaml.safe_load(text)), _header(text)
+        what, header = recipe_kind(path, yaml.safe_load(text)), _header(text)
         prose = " ".join(line for line in header if not line.startswith("tpcompress "))
         commands = [re.split(r"\s{2,}", line)[0] for line in header if line.startswith("tpcompress ")]
         if what == "plan":
             commands = [f"tpcompress export --base BASE --plan {name} --out DIR"]
         page = [f"# {path.parent.name}/{path.stem}\n", f"*Recipe* · `{name}` · {MEANINGS[what]}\n", escape(prose), ""]
-        page += ["```bash", *commands, "```", "", "```yaml", text.rstrip(), "```"]
+        page += ["```bash", *commands, "```", ""] if commands else []
+        page += ["```yaml", text.rstrip(), "```"]
         yield recipe_page(name), "\n".join(page) + "\n"
         first = prose.partition(". ")[0].rstrip(".") + "."
         listed.setdefault(path.parent.name, []).append([f"[`{path.stem}`]({file_name(name)})", what, cell(first)])

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from tpcompress.bundled import find_config
-from tpcompress.errors import did_you_mean, read_yaml
+from tpcompress.errors import did_you_mean
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.catalogue import paper_plans
+from tpcompress.recipe_files import read_recipe
 
 SHORT_STAGE = re.compile(r"\s*(?P<pruner>[\w.]+):(?P<keep>\d+/\d+|\d+|\d*\.\d+)(?:@(?P<layer>\d+))?\s*")
 """One stage of the short form: `dart:64@2`, or `dart:1/4` or `dart:0.25` for a ratio at layer 0."""
@@ -98,7 +99,7 @@ def _read_file(path: str) -> Mapping[str, Any]:
         found = find_config(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"No plan at {path}; {FORMS}.") from None
-    values = read_yaml(found)
+    values = read_recipe(found)
     if isinstance(values, Mapping) and "model" in values:
         values = (values["model"] or {}).get("plan")
         if values is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tpcompress.errors import read_yaml
+from tpcompress.recipe_files import read_recipe
 
 KEYS = {"model.scorer": "model.pruner_phase"}
 """Old recipe keys, each with its new one at the same depth."""
@@ -44,7 +44,7 @@ def check_names(args: Sequence[str]) -> None:
     """
     for flag, value in _flags(args):
         if flag in ("config", "c"):
-            values, where = (read_yaml(value) if Path(value).is_file() else None), f"in {value}"
+            values, where = (read_recipe(value) if Path(value).is_file() else None), f"in {value}"
         else:
             values, where = _nested(flag, value), "on the command line"
         _, found = rename(values)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpcompress.bundled import find_config
-from tpcompress.errors import read_yaml
 from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.downsample import downsampled, tokens_per_image
 from tpcompress.evaluation.engine.bench import Bench
@@ -18,6 +16,7 @@ from tpcompress.evaluation.engine.plans import budget_of, control_plan, key_of, 
 from tpcompress.evaluation.position_bias import PositionBias
 from tpcompress.families import resolve
 from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.recipe_files import read_recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +139,7 @@ def _read_recipe(path: str) -> Settings:
         FileNotFoundError: no such file.
         ValueError: it is not a mapping.
     """
-    recipe = read_yaml(find_config(path))
+    recipe = read_recipe(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is not a recipe; a recipe is a mapping with model, data and trainer.")
     return recipe

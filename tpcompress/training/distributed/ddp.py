@@ -21,5 +21,5 @@ def check_ddp(trainer: Trainer, phases: Sequence[Phase]) -> None:
     if plain and not trainer.strategy._ddp_kwargs.get("find_unused_parameters") and len(phases) > 1:  # type: ignore[attr-defined]
         raise ValueError(
             "Strategy ddp waits for gradients of all weights, and this run's phases train different ones; set "
-            "trainer.strategy: ddp_find_unused_parameters_true, as recipes/llava15_7b/ddp.yaml does."
+            "trainer.strategy: ddp_find_unused_parameters_true, as recipes/gpus/ddp.yaml does."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from docstring_parser import DocstringStyle
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tpcompress.bundled import find_config
+from tpcompress.errors import read_yaml
+from tpcompress.recipe_files import INCLUDE, read_recipe
 from tpcompress.training.checkpoints.callback import Checkpoints, StepProgress
 from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.checkpoints.signals import Stopping, Terminated
@@ -29,6 +32,7 @@ jsonargparse.set_parsing_settings(
 )
 
 RECIPE = "recipe.yaml"
+CONFIG = ("--config", "-c")
 log = logging.getLogger(__name__)
 
 
@@ -87,7 +91,7 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's version warns about sys.argv
+        self.config = parser.parse_args(_with_includes(args))  # Lightning's version warns about sys.argv
 
     def before_instantiate_classes(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -143,7 +147,7 @@ def run_recipe(
     """
     if not args or args[0] not in ("fit", "validate"):
         raise ValueError(f"Commands of a recipe are fit and validate, got {args[0] if args else 'nothing'!r}.")
-    args = [find_config(a) if i and args[i - 1] in ("--config", "-c") else a for i, a in enumerate(args)]
+    args = [find_config(a) if i and args[i - 1] in CONFIG else a for i, a in enumerate(args)]
     try:
         return (run or RecipeCLI)(args, progress)
     except jsonargparse.ArgumentError as error:
@@ -152,6 +156,19 @@ def run_recipe(
         if "Does not validate" not in str(error):
             raise
         raise ValueError(readable(error)) from error  # a class rejected its arguments
+
+
+def _with_includes(args: list[str]) -> list[str]:
+    """The arguments, with the settings of every recipe that includes others instead of its path."""
+    found = []
+    for number, argument in enumerate(args):
+        name, equals, value = argument.partition("=")
+        is_path = (name in CONFIG and equals) or (number and args[number - 1] in CONFIG)
+        path = value if equals and is_path else argument
+        if is_path and Path(path).is_file() and INCLUDE in (read_yaml(path) or ()):
+            path = json.dumps(read_recipe(path))
+        found.append(f"{name}={path}" if equals and is_path else path)
+    return found
 
 
 def _as_seed(value: bool | int) -> int:
