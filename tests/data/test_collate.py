@@ -232,7 +232,7 @@ def test_max_length_drops_packed_conversations(collator_of, photos):
 
 
 def test_what_cannot_be_encoded_is_a_bad_row(processor_of, photos, collator_of):
-    with pytest.raises(BadRow, match="^image markers: the template wrote 2 image tokens for 1 images$"):
+    with pytest.raises(BadRow, match="^image markers: 2 for 1 images$"):
         collator_of("byte")([row(photos[:1], talk("<image> <image> what ?", "a cat"))])
     with pytest.raises(BadRow, match="^missing image"):
         collator_of("byte")([row(["gone.jpg"], talk("<image> what ?", "a cat"))])
@@ -252,25 +252,28 @@ def spoiled(processor_of):
     tokenizer.eos_token, tokenizer.pad_token = eos, pad
 
 
-def test_templates_that_rewrite_the_past_are_refused(spoiled):
+def test_templates_that_drop_answers_teach_the_last_one(spoiled):
     spoiled.chat_template = (
         "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'user' or loop.last %}"
-        "{{ m['content'][0]['text'] }}{% else %}{{ '...' }}{% endif %}{{ '</s>' }}{% endfor %}"
+        "{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>' }}{% endfor %}"
+        "{% else %}{{ '...' }}{% endif %}{{ '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
+    several = row([], talk("what ?", "a cat", "and ?", "no"))
     collator = ChatCollator(spoiled)
-    collator([row([], talk("what ?", "a cat"))])
-    with pytest.raises(BadRow, match=r"^template not prefix-stable: turn 1[^\n]*$"):
-        collator([row([], talk("what ?", "a cat", "and ?", "no"))])
+    assert learnt(collator([row([], talk("what ?", "a cat"))]), 0, spoiled.tokenizer) == ["a cat</s>"]
+    with pytest.raises(BadRow, match=r"^the chat template does not render the answer of turn 1; set learn_from[^\n]*$"):
+        collator([several])
+    assert learnt(ChatCollator(spoiled, learn_from="last")([several]), 0, spoiled.tokenizer) == ["no</s>"]
 
 
-def test_processors_that_cannot_serve_are_refused(spoiled, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(type(spoiled), "model_input_names", ["input_ids", "mm_token_type_ids"])
-        with pytest.raises(ValueError, match="requires mm_token_type_ids"):
-            ChatCollator(spoiled)
+def test_processors_that_cannot_serve_are_refused(spoiled):
+    template = spoiled.chat_template
     spoiled.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="ends no answer and the tokenizer has no eos_token"):
+        ChatCollator(spoiled)
+    spoiled.chat_template = template.replace("messages", "messages[:1]")
+    with pytest.raises(ValueError, match="does not render answers, so that nothing can be learned"):
         ChatCollator(spoiled)
     spoiled.chat_template = None
     with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):

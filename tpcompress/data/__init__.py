@@ -1,7 +1,8 @@
 """Data sets as rows (`chat`, `stream`, `benchmark`) and the collators that turn rows into batches (`collate`)."""
 
 from tpcompress.data.chat import load_chat
-from tpcompress.data.collate import BatchMeta, ChatCollator, PromptCollator, packed_mask
+from tpcompress.data.collate import BatchMeta, ChatCollator, PromptCollator
+from tpcompress.data.packing import packed_mask
 from tpcompress.data.rows import IMAGE_MARKER, BadRow, BadRows, GoodRows
 
 __all__ = [

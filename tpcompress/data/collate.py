@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix, set_content_ids
+from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, set_content_ids
+from tpcompress.data.packing import cut, packed, packed_mask, why_not_packed
 from tpcompress.data.rows import BadRow
+from tpcompress.data.template import LearnFrom
 
 Batch = dict[str, Any]
 
@@ -47,9 +49,11 @@ class BatchMeta:
 class ChatCollator:
     """Turns rows into training batches, padded on the right.
 
-    A batch has `input_ids` (B, S), `labels` (B, S), the processor's image inputs such as `pixel_values` (absent if no
-    row has an image), `attention_mask`, and `meta` (`BatchMeta`), which the caller pops. Labels are -100 except on
-    answers and their end tokens. Images are processed once per row.
+    A batch has everything that the processor returns for these conversations, as the processor itself batches it:
+    `input_ids` (B, S), `attention_mask`, further inputs per token such as `mm_token_type_ids` (B, S), and the inputs
+    of images and videos such as `pixel_values` (absent if no row has any). To these it adds `labels` (B, S), which are
+    -100 except on answers and their end tokens, and `meta` (`BatchMeta`), which the caller pops. Images are processed
+    once per row.
 
     Without `pack`, every conversation is a sequence of its own, and `attention_mask` (B, S) holds 0 and 1.
 
@@ -59,20 +63,49 @@ class ChatCollator:
     separate conversations. Requires `sdpa` attention: eager attention *adds* masks, and flash attention does not
     accept 4-d masks.
 
+    With `pack_sequences`, the conversations of a batch, each with its images, are laid one after the other into as few
+    sequences of at most `max_length` tokens as they fit in, under the same mask.
+
     Args:
-        processor: processor with a chat template and a fast tokenizer.
+        processor: processor with a fast tokenizer and a chat template (or a `suffix`, as PaliGemma's).
         max_length: maximum sequence length in tokens. Longer conversations are truncated after their images and at
             least one answer token; packed sequences lose conversations from the end. Otherwise the row is bad.
         pack: one sequence per row instead of one per conversation.
+        pack_sequences: several rows per sequence.
+        learn_from: labels on `all` answers of a conversation, or on the `last` one only.
+        video: how videos are sampled (`VideoSampling`); None for its defaults.
+        max_positions: longest sequence that the model takes; without `max_length`, longer rows are bad.
+
+    Raises:
+        ValueError: the processor cannot be collated, or what it returns does not allow packing.
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int | None = None, pack: bool = False) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int | None = None,
+        pack: bool = False,
+        *,
+        pack_sequences: bool = False,
+        learn_from: LearnFrom = "all",
+        video: Any = None,
+        max_positions: int | None = None,
+    ) -> None:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens, got {max_length}.")
-        self.encoder = ChatEncoder(processor)
+        if pack and pack_sequences:
+            raise ValueError("pack and pack_sequences exclude each other; set one of them.")
+        if pack_sequences and max_length is None:
+            raise ValueError("pack_sequences fills sequences up to max_length; set max_length.")
+        self.encoder = ChatEncoder(processor, learn_from, video)
+        reason = why_not_packed(self.encoder) if pack or pack_sequences else None
+        if reason is not None:
+            raise ValueError(f"{'pack' if pack else 'pack_sequences'} is not exact here: {reason}; set it to false.")
         self.max_length = max_length
-        self.packs = pack
-        self.pad_id = pad_token_id(processor)
+        self.max_positions = max_positions
+        self.pack = pack
+        self.packs = pack or pack_sequences
+        self.pad_id = self.encoder.pad_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         """Collate rows.
@@ -84,90 +117,39 @@ class ChatCollator:
 
     def encode(self, row: dict[str, Any], index: int = 0) -> list[EncodedSequence]:
         """Encode one row to its sequences; `GoodRows` calls this, and `pad` makes batches of the results."""
-        images, placeholders = self.encoder.images(row["images"])
-        sequences = []
-        for messages, family in zip(row["conversations"], row["families"], strict=True):
-            ids, labels = self.encoder.conversation(messages, placeholders)
-            ones, positions, answer = [1] * len(ids), list(range(len(ids))), messages[-1]["content"]
-            sequences.append(EncodedSequence(ids, labels, ones, positions, [family], [answer], images, index))
-        return set_content_ids(
-            [self._packed(sequences)] if self.packs else [self._cut(sequence) for sequence in sequences]
-        )
+        sequences, media = self.encoder.row(row, index), self.encoder.image_ids
+        if self.pack:
+            sequences = [packed(sequences, media, self.max_length)]
+        else:
+            sequences = [cut(sequence, media, self.max_length) for sequence in sequences]
+        longest = max((max(sequence.positions) + 1 for sequence in sequences), default=0)
+        if self.max_positions is not None and longest > self.max_positions:
+            raise BadRow(
+                f"too long: {longest} tokens for the {self.max_positions} positions of the model; set max_length"
+            )
+        return set_content_ids(sequences)
 
     def pad(self, samples: list[tuple[list[EncodedSequence], list[tuple[str, BadRow]]]]) -> Batch:
         """Batch of encoded rows, each with the bad rows it stands in for."""
         sequences = [sequence for sample, _ in samples for sequence in sample]
-        batch: Batch = {
-            "input_ids": _padded([s.input_ids for s in sequences], self.pad_id),
-            "labels": _padded([s.labels for s in sequences], IGNORED),
-        }
-        segments = _padded([s.segments for s in sequences], -1)
-        if self.packs:
-            batch["attention_mask"] = packed_mask(segments)
-            batch["position_ids"] = _padded([s.positions for s in sequences], 0)
-        else:
-            batch["attention_mask"] = (segments >= 0).long()
-        batch |= _joined_images(sequences)
-        return batch | {"meta": _meta(sequences, segments, [bad for _, passed_over in samples for bad in passed_over])}
-
-    def _packed(self, conversations: list[EncodedSequence]) -> EncodedSequence:
-        """Pack the conversations of a row into one sequence: the common prefix, then the remainder of each."""
-        first_target = min(_first_target(c.labels) for c in conversations)
-        # Each remainder starts with an unlabelled token, because its predecessor belongs to another conversation.
-        prefix = min(common_prefix([c.input_ids for c in conversations]), first_target - 1)
-        first = conversations[0]
-        if max(self._images_end(c.input_ids) for c in conversations) > prefix:
-            raise BadRow("conversations differ before their images end; put the images first, or set pack to false")
-        ids, labels, positions = first.input_ids[:prefix], first.labels[:prefix], first.positions[:prefix]
-        packed = EncodedSequence(ids, labels, [0] * prefix, positions, [], [], first.images, first.row)
-        for number, conversation in enumerate(conversations, start=1):
-            rest = len(conversation.input_ids) - prefix
-            if self.max_length is not None and len(packed.input_ids) + rest > self.max_length:
-                packed.dropped = len(conversations) - number + 1
-                break
-            packed.input_ids += conversation.input_ids[prefix:]
-            packed.labels += conversation.labels[prefix:]
-            packed.segments += [number] * rest
-            packed.positions += conversation.positions[prefix:]
-            packed.families += conversation.families
-            packed.answers += conversation.answers
-        if not packed.families:
-            raise BadRow(
-                f"too long: one conversation needs {prefix + rest} tokens; raise max_length ({self.max_length})"
-            )
-        return packed
-
-    def _cut(self, sequence: EncodedSequence) -> EncodedSequence:
-        """Truncate a sequence to `max_length`, never inside its images or before its first answer token."""
-        length, limit = len(sequence.input_ids), self.max_length
-        if limit is None or length <= limit:
-            return sequence
-        needed = max(self._images_end(sequence.input_ids), _first_target(sequence.labels) + 1)
-        if needed > limit:
-            raise BadRow(f"too long: images and first answer token need {needed} tokens; raise max_length ({limit})")
-        for name in ("input_ids", "labels", "segments", "positions"):
-            setattr(sequence, name, getattr(sequence, name)[:limit])
-        sequence.dropped = 1
-        return sequence
-
-    def _images_end(self, ids: list[int]) -> int:
-        """Index after the last placeholder; 0 without images."""
-        return max((index + 1 for index, token in enumerate(ids) if token in self.encoder.image_ids), default=0)
+        bad_rows = [bad for _, passed_over in samples for bad in passed_over]
+        return _batch(sequences, bad_rows, self.encoder, packed=self.packs)
 
 
 class PromptCollator:
     """Turns rows into prompts for generation, padded on the left: one per conversation, without its last answer.
 
-    A batch has `input_ids` and `attention_mask` (B, S), the processor's image inputs, and `meta` (`BatchMeta`)
-    with the reference answers.
+    A batch has everything that the processor returns for these prompts, and `meta` (`BatchMeta`) with the reference
+    answers.
 
     Args:
-        processor: processor with a chat template and a fast tokenizer.
+        processor: processor with a fast tokenizer and a chat template (or a `suffix`, as PaliGemma's).
+        video: how videos are sampled (`VideoSampling`); None for its defaults.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
-        self.encoder = ChatEncoder(processor)
-        self.pad_id = pad_token_id(processor)
+    def __init__(self, processor: ProcessorMixin, *, video: Any = None) -> None:
+        self.encoder = ChatEncoder(processor, video=video)
+        self.pad_id = self.encoder.pad_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         """Collate rows.
@@ -179,78 +161,38 @@ class PromptCollator:
 
     def encode(self, row: dict[str, Any], index: int = 0) -> list[EncodedSequence]:
         """Encode one row to its prompts; `GoodRows` calls this, and `pad` makes batches of the results."""
-        images, placeholders = self.encoder.images(row["images"])
-        sequences = []
-        for messages, family in zip(row["conversations"], row["families"], strict=True):
-            ids = self.encoder.prompt(messages, placeholders)
-            positions, answer = list(range(len(ids))), messages[-1]["content"]
-            sequences.append(EncodedSequence(ids, [], [1] * len(ids), positions, [family], [answer], images, index))
-        return set_content_ids(sequences)
+        return set_content_ids(self.encoder.row(row, index, prompt=True))
 
     def pad(self, samples: list[tuple[list[EncodedSequence], list[tuple[str, BadRow]]]]) -> Batch:
         """Batch of encoded rows, each with the bad rows it stands in for."""
         sequences = [sequence for sample, _ in samples for sequence in sample]
-        segments = _padded([s.segments for s in sequences], -1, left=True)
-        batch = {
-            "input_ids": _padded([s.input_ids for s in sequences], self.pad_id, left=True),
-            "attention_mask": (segments >= 0).long(),
-        }
-        batch |= _joined_images(sequences)
-        return batch | {"meta": _meta(sequences, segments, [bad for _, passed_over in samples for bad in passed_over])}
+        bad_rows = [bad for _, passed_over in samples for bad in passed_over]
+        return _batch(sequences, bad_rows, self.encoder, prompts=True)
 
 
-def packed_mask(segments: Tensor) -> Tensor:
-    """Attention mask of packed sequences.
-
-    Tokens attend to earlier tokens of the prefix (0) and of their own segment. Padding (-1) attends to itself only,
-    because softmax over an empty set of keys returns nan.
-
-    Args:
-        segments: int (B, S): segment ids.
-
-    Returns:
-        bool (B, 1, S, S): True where a query attends to a key.
-    """
-    query, key = segments[:, :, None], segments[:, None, :]
-    order = torch.arange(segments.shape[1], device=segments.device)
-    earlier = order[:, None] >= order[None, :]
-    visible = ((key == 0) | (key == query)) & (query >= 0) & (key >= 0) & earlier
-    return (visible | (order[:, None] == order[None, :]))[:, None]
-
-
-def pad_token_id(processor: ProcessorMixin) -> int:
-    """The tokenizer's padding id, or its eos id if it has none; padding is masked and has no labels.
-
-    Raises:
-        ValueError: the tokenizer has neither.
-    """
-    tokenizer = processor.tokenizer
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if pad_id is None:
-        raise ValueError("The tokenizer has neither pad_token nor eos_token; set processor.tokenizer.pad_token.")
-    return pad_id
+def _batch(
+    sequences: list[EncodedSequence], bad_rows: list[tuple[str, BadRow]], encoder: ChatEncoder, packed: bool = False,
+    prompts: bool = False,
+) -> Batch:  # fmt: skip
+    """Pad and join sequences."""
+    layout = encoder.layout
+    batch: Batch = {"input_ids": _padded([s.input_ids for s in sequences], encoder.pad_id, prompts)}
+    if not prompts:
+        batch["labels"] = _padded([s.labels for s in sequences], IGNORED)
+    segments = _padded([s.segments for s in sequences], -1, prompts)
+    batch["attention_mask"] = packed_mask(segments) if packed else (segments >= 0).long()
+    if packed:
+        batch["position_ids"] = _padded([s.positions for s in sequences], 0)
+    for name, fill in layout.tokens.items():
+        batch[name] = _padded([s.tokens[name] for s in sequences], fill, prompts).to(layout.dtypes[name])
+    batch |= layout.join([sequence.images for sequence in sequences])
+    return batch | {"meta": _meta(sequences, segments, bad_rows)}
 
 
-def _first_target(labels: list[int]) -> int:
-    return next(index for index, label in enumerate(labels) if label != IGNORED)
-
-
-def _padded(lists: list[list[int]], value: int, left: bool = False) -> Tensor:
+def _padded(lists: list[list[Any]], value: Any, left: bool = False) -> Tensor:
     width = max(len(items) for items in lists)
     fills = [[value] * (width - len(items)) for items in lists]
     return torch.tensor([fill + items if left else items + fill for items, fill in zip(lists, fills, strict=True)])
-
-
-def _joined_images(sequences: list[EncodedSequence]) -> dict[str, Tensor]:
-    """Concatenate the image inputs of all sequences."""
-    owners = [sequence.images for sequence in sequences if sequence.images]
-    joined = {}
-    for name in owners[0] if owners else ():
-        shapes = {tuple(images[name].shape[1:]) for images in owners}
-        if len(shapes) > 1:
-            raise ValueError(f"{name} of a batch differ in shape: {shapes}; use batch_size 1 with this processor.")
-        joined[name] = torch.cat([images[name] for images in owners])
-    return joined
 
 
 def _meta(sequences: list[EncodedSequence], segments: Tensor, bad_rows: list[tuple[str, BadRow]]) -> BatchMeta:

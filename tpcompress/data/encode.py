@@ -1,23 +1,25 @@
-"""Encode a row to token ids and labels with the processor's own chat template.
+"""Encode a row to the inputs that its processor makes of it, with labels on the answers."""
 
-For every assistant turn the template is rendered up to the turn, with the generation prompt, and up to its end; the
-difference is labelled. The template needs no `{% generation %}` marks, but must be prefix-stable: the rendering of a
-conversation starts with the rendering of its first turns. This is checked.
-"""
-
+import copy
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from tpcompress.data.rows import IMAGE_MARKER, BadRow, open_image
+from tpcompress.data.answers import tools_of
+from tpcompress.data.joining import TEXT_KEYS, Layout, learn_layout
+from tpcompress.data.processing import Media, Processed, RowProcessor, open_media
+from tpcompress.data.rows import BadRow
+from tpcompress.data.suffix import text_format
+from tpcompress.data.template import MARKERS, LearnFrom, Rendered
 
 IGNORED = -100  # label that the losses of transformers ignore
-_PROBE = "wxyzzy"
-_TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
+_LAYOUTS: WeakKeyDictionary[Any, tuple[Any, Layout]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -29,10 +31,12 @@ class EncodedSequence:
         segments: one entry per token: 0 on the common prefix of packed conversations, k on the k-th conversation.
         positions: position id of every token.
         families, answers: question family and reference answer of each conversation.
-        images: image inputs from the processor (`pixel_values` etc.), shared, not copied, by the sequences of a row.
+        images: inputs of images and videos from the processor (`pixel_values` etc.), shared, not copied, by the
+            sequences of a row.
         row: index of the row in the data set.
         dropped: conversations and answers that `max_length` truncated.
         content_id: hash of the content, see `set_content_ids`.
+        tokens: further inputs with one entry per token, such as `mm_token_type_ids`.
     """
 
     input_ids: list[int]
@@ -45,186 +49,179 @@ class EncodedSequence:
     row: int = 0
     dropped: int = 0
     content_id: str = ""
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 class ChatEncoder:
-    """Encodes conversations to ids and labels.
-
-    If the template does not end assistant turns with an end token (that of llava-1.5 does not), the model would not
-    learn to stop; the tokenizer's eos token is then appended to every answer (`appended_end`).
+    """Encodes the conversations of rows by calling their processor.
 
     Args:
-        processor: processor with a fast tokenizer and a chat template.
+        processor: processor with a fast tokenizer and a chat template (or a `suffix`, as PaliGemma's).
+        learn_from: `all` answers of a conversation, or the `last` one only.
+        video: how videos are sampled (`VideoSampling`); None for its defaults.
+
+    Attributes:
+        appended_end: token that is appended to answers, where the template does not end them.
+        layout: how the inputs of several sequences are joined.
 
     Raises:
-        ValueError: the processor has no fast tokenizer, no chat template or no token to end an answer with, or its
-            model requires inputs other than ids and images.
+        ValueError: the processor has no fast tokenizer, no usable chat template or no token to end an answer with, or
+            makes inputs that cannot be joined to batches.
     """
 
-    def __init__(self, processor: Any) -> None:  # a ProcessorMixin; its attributes differ by class
-        name = type(processor).__name__
+    def __init__(self, processor: Any, learn_from: LearnFrom = "all", video: Any = None) -> None:
+        self.name = type(processor).__name__
         if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
-            raise ValueError(f"{name} has no fast tokenizer; load one, as labels require its character offsets.")
-        if not (processor.chat_template or processor.tokenizer.chat_template):
-            raise ValueError(f"{name} has no chat template; set processor.chat_template to that of its model family.")
-        if "mm_token_type_ids" in processor.model_input_names:
-            raise ValueError(
-                f"{name} requires mm_token_type_ids (multimodal positions), which are not supported; use LLaVA's."
-            )
-        self.processor = processor
+            raise ValueError(f"{self.name} has no fast tokenizer; load one, as labels require its character offsets.")
+        self.processor = processor  # a ProcessorMixin; its attributes differ by class
         self.tokenizer = processor.tokenizer
-        self.image_token: str = processor.image_token
-        self.image_ids = frozenset(i for i in processor.image_token_ids if i is not None)
-        self.content_parts = self._takes_parts()
-        self.appended_end = self._missing_end()
+        self.video = video
+        ids = [*getattr(processor, "image_token_ids", []), *getattr(processor, "video_token_ids", [])]
+        self.image_ids = frozenset(i for i in ids if i is not None)
+        self.format = text_format(processor, learn_from)
+        self.appended_end = self.format.appended_end
+        self.pad_id = pad_token_id(processor)
+        self.layout = self._layout()
+        self._process = RowProcessor(processor)
 
-    def images(self, images: list[Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Process the images of a row.
+    def row(self, row: Mapping[str, Any], index: int = 0, prompt: bool = False) -> list[EncodedSequence]:
+        """Encode one row.
+
+        Args:
+            row: the row.
+            index: its index in the data set.
+            prompt: leave out the last answer of each conversation and the labels, and start an answer instead.
 
         Returns:
-            the model's image inputs (for most models `pixel_values` (images, C, H, W)), and the placeholder text of
-            each image.
+            one sequence per conversation, without content ids.
 
         Raises:
-            BadRow: an image is missing or corrupt.
-            ValueError: the processor does not return its placeholders.
+            BadRow: the row cannot be encoded.
         """
-        if not images:
-            return {}, []
-        out = self.processor(
-            text=[self.image_token * len(images)],
-            images=[open_image(image) for image in images],
-            return_tensors="pt",
-            return_text_replacement_offsets=True,
-        )
-        placeholders = [part["replacement"] for part in out.get("text_replacement_offsets", [[]])[0]]
-        if len(placeholders) != len(images):
-            raise ValueError(
-                f"{type(self.processor).__name__} does not return the placeholders of its images; use a processor of "
-                "transformers >= 5.23 that defines replace_image_token, such as LlavaProcessor."
-            )
-        return {key: value for key, value in out.items() if key not in _TEXT_KEYS}, placeholders
-
-    def conversation(self, messages: list[dict[str, str]], placeholders: list[str]) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation.
-
-        Raises:
-            BadRow: the template is not prefix-stable on it, images and markers do not match, or no token is labelled.
-        """
-        pieces = self._pieces(self._templated(messages, len(placeholders)))
-        ids, labels = self._tokenize(self._expand(pieces, placeholders))
-        if all(label == IGNORED for label in labels):
-            raise BadRow("no answer token")
-        return ids, labels
-
-    def prompt(self, messages: list[dict[str, str]], placeholders: list[str]) -> list[int]:
-        """Ids of a conversation without its last assistant turn, with the generation prompt."""
-        turns = self._templated(messages, len(placeholders))[:-1]
-        text, past = self._render(turns, add_generation_prompt=True), turns[:-1]
-        if not any(message["role"] == "assistant" for message in past):
-            return self._tokenize(self._expand([(text, False)], placeholders))[0]
-        pieces = self._pieces(past)  # past answers get the same end token as in training
-        start = len(self._render(past))
-        return self._tokenize(self._expand([*pieces, (text[start:], False)], placeholders))[0]
-
-    def _templated(self, messages: list[dict[str, str]], num_images: int) -> list[dict[str, Any]]:
-        """The messages in the template's format; images without a marker are placed before the first user turn."""
-        markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
-        missing, templated = num_images if markers == 0 else 0, []
-        for message in messages:
-            content = message["content"]
-            if missing and message["role"] == "user":
-                content, missing = f"{IMAGE_MARKER}\n" * missing + content, 0
-            templated.append({"role": message["role"], "content": self._content(content)})
-        return templated
-
-    def _content(self, content: str) -> str | list[dict[str, str]]:
-        if not self.content_parts:
-            return content.replace(IMAGE_MARKER, self.image_token)
-        parts: list[dict[str, str]] = []
-        for number, text in enumerate(content.split(IMAGE_MARKER)):
-            parts += [{"type": "image"}] if number else []
-            # Templates add their own separators around images; line breaks beside a marker would double them.
-            text = text.strip() if IMAGE_MARKER in content else text
-            parts += [{"type": "text", "text": text}] if text else []
-        return parts
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-
-    def _pieces(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-        """The rendered conversation, split into (text, whether it is labelled)."""
-        full, pieces, cursor = self._render(messages), [], 0
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = self._render(messages[:turn], True), self._render(messages[: turn + 1])
-            if not (full.startswith(after) and after.startswith(before) and cursor <= len(before)):
-                raise BadRow(
-                    f"template not prefix-stable: turn {turn} depends on later turns; use one that only appends"
-                )
-            answer = after[len(before) :]
-            labelled = answer.rstrip()
-            pieces += [(full[cursor : len(before)], False), (labelled + self.appended_end, True)]
-            pieces += [(answer[len(labelled) :], False)]
-            cursor = len(after)
-        return [*pieces, (full[cursor:], False)]
-
-    def _expand(self, pieces: list[tuple[str, bool]], placeholders: list[str]) -> list[tuple[str, bool]]:
-        """Replace every image token that the template rendered by the placeholders of that image."""
-        token, waiting, expanded = self.image_token, list(placeholders), []
-        num_tokens = sum(text.count(token) for text, _ in pieces)
-        if num_tokens != len(placeholders):
-            raise BadRow(f"image markers: the template wrote {num_tokens} image tokens for {len(placeholders)} images")
-        for text, labelled in pieces:
-            head, *tails = text.split(token)
-            expanded.append((head + "".join(waiting.pop(0) + tail for tail in tails), labelled))
-        return expanded
-
-    def _tokenize(self, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-        """Tokenize all pieces as one text, so that answers are tokenized as in their context."""
-        text, spans = "", []
-        for piece, labelled in pieces:
-            spans += [(len(text), len(text) + len(piece))] if labelled else []
-            text += piece
-        bos = self.tokenizer.bos_token
-        out = self.tokenizer(
-            text,
-            add_special_tokens=not (bos and text.startswith(bos)),
-            return_offsets_mapping=True,
-            verbose=False,  # no warning about the length: the collator truncates
-        )
-        labels = [IGNORED] * len(out["input_ids"])
-        for index, (start, end) in enumerate(out["offset_mapping"]):
-            # Overlap, not containment: a token may include the last blank of the prompt.
-            if any(start < last and end > first for first, last in spans):
-                labels[index] = out["input_ids"][index]
-        return out["input_ids"], labels
-
-    def _takes_parts(self) -> bool:
-        """Whether the template reads contents as lists of parts rather than as plain strings."""
+        sequences = []
+        media, tools = self.open(row), tools_of(dict(row))
         try:
-            text = self._render([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], True)
-        except Exception:  # jinja and python errors alike: string + list
-            return False
-        return _PROBE in text and "'type'" not in text
+            for messages, family in zip(row["conversations"], row["families"], strict=True):
+                shown = messages[:-1] if prompt and messages[-1]["role"] == "assistant" else messages
+                rendered = self.format.conversation(shown, media.counts, tools, prompt)
+                sequence = self._encoded(rendered, media)
+                sequence.families, sequence.answers, sequence.row = [family], [messages[-1]["content"]], index
+                if prompt:
+                    sequence.labels = []
+                elif all(label == IGNORED for label in sequence.labels):
+                    raise BadRow("no answer token")
+                if sequences:
+                    sequence.images = sequences[0].images
+                sequences.append(sequence)
+        finally:
+            self._process.forget()
+        return sequences
 
-    def _missing_end(self) -> str:
-        """The token to append to answers; empty if the template ends them itself."""
-        texts = {"user": "?", "assistant": _PROBE}
-        turns = [{"role": role, "content": self._content(text)} for role, text in texts.items()]
-        if self._render(turns).rpartition(_PROBE)[2].strip():
-            return ""
-        if self.tokenizer.eos_token is None:
-            raise ValueError("The chat template ends no answer and the tokenizer has no eos_token; set one of them.")
-        return self.tokenizer.eos_token
+    def open(self, row: Mapping[str, Any]) -> Media:
+        """Open the media of a row.
+
+        Raises:
+            BadRow: one is missing or corrupt, or the processor takes none of the kind.
+        """
+        if row.get("videos") and "video" in self.layout.refused:
+            raise BadRow(f"no video support: {self.layout.refused['video']}")
+        return open_media(dict(row), self.video)
+
+    def vision_tokens(self, row: Mapping[str, Any]) -> int:
+        """Number of placeholders of the media of a row.
+
+        Raises:
+            BadRow: one is missing or corrupt, or the processor refuses it.
+        """
+        media = self.open(row)
+        if not any(media.counts.values()):
+            return 0
+        rendered = self._probe_text(media.counts)
+        try:
+            ids = self._process(rendered.text, media, **_listed(rendered)).values["input_ids"][0].tolist()
+        finally:
+            self._process.forget()
+        return sum(token in self.image_ids for token in ids)
+
+    def _encoded(self, rendered: Rendered, media: Media) -> EncodedSequence:
+        text, counts = rendered.text, media.counts
+        for kind, number in counts.items():
+            token = getattr(self.processor, f"{kind}_token", None)
+            if token and text.count(token) != number:
+                raise BadRow(f"{kind} markers: the template wrote {text.count(token)} {kind} tokens for {number}")
+            if number and not token:
+                raise BadRow(f"no {kind} support: {self.name} has no {kind} token")
+        made = self._process(text, media, **_listed(rendered))
+        values = made.values
+        ids = values["input_ids"][0].tolist()
+        labels = values["labels"][0].tolist() if "labels" in values else self._labels(rendered, made, ids)
+        known = {*TEXT_KEYS, *self.layout.tokens}
+        return EncodedSequence(
+            ids, labels, [1] * len(ids), list(range(len(ids))), [], [],
+            images={name: value for name, value in values.items() if name not in known},
+            tokens={name: values[name][0].tolist() for name in self.layout.tokens},
+        )  # fmt: skip
+
+    def _labels(self, rendered: Rendered, made: Processed, ids: list[int]) -> list[int]:
+        """Labels of the tokens that overlap what is learned."""
+        labels, cursor, past, first = [IGNORED] * len(ids), 0, 0, 0
+        tokens = [getattr(self.processor, f"{kind}_token", None) for kind in MARKERS]
+        for start, stop in rendered.spans:
+            # The text from the last placeholder on stands unchanged in the text that was tokenized.
+            since = past
+            for token in filter(None, tokens):
+                at = rendered.text.rfind(token, past, start)
+                since = max(since, at + len(token)) if at >= 0 else since
+            found = made.text.find(rendered.text[since:stop], cursor)
+            if found < 0:
+                raise BadRow(f"{self.name} rewrites the text of the answer")
+            begin, cursor, past = found + start - since, found + stop - since, stop
+            # Overlap, not containment: a token may include the last blank of the prompt.
+            for index in range(first, len(ids)):
+                token_start, token_stop = made.offsets[index]
+                if token_start >= cursor:
+                    break
+                first = index
+                if token_start < cursor and token_stop > begin:
+                    labels[index] = ids[index]
+        return labels
+
+    def _layout(self) -> Layout:
+        """The layout of the processor, which is learned once."""
+        key = (self.processor.chat_template, self.pad_id, id(getattr(self.processor, "image_processor", None)))
+        if self.processor not in _LAYOUTS or _LAYOUTS[self.processor][0] != key:
+            probed = self.processor
+            if self.tokenizer.pad_token_id is None:  # the probe pads
+                probed = copy.copy(self.processor)
+                probed.tokenizer = copy.deepcopy(self.tokenizer)
+                probed.tokenizer.pad_token = self.tokenizer.eos_token
+            _LAYOUTS[self.processor] = (key, learn_layout(probed, self.name, self._probe_text))
+        return _LAYOUTS[self.processor][1]
+
+    def _probe_text(self, counts: dict[str, int]) -> Rendered:
+        content = "".join(marker * counts[kind] for kind, marker in MARKERS.items()) + "?"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+        return self.format.conversation(messages, counts)
+
+
+def pad_token_id(processor: Any) -> int:
+    """The tokenizer's padding id, or its eos id if it has none; padding is masked and has no labels.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    tokenizer = processor.tokenizer
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad_id is None:
+        raise ValueError("The tokenizer has neither pad_token nor eos_token; set processor.tokenizer.pad_token.")
+    return pad_id
 
 
 def set_content_ids(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
-    """Set `content` of the sequences of one row: a hash in 16 hexadecimal digits.
+    """Set `content_id` of the sequences of one row: a hash in 16 hexadecimal digits.
 
-    The hash covers ids, labels, segments and image inputs. It does not depend on the order, split or streaming of the
-    data, and changes if the processor, the template, `max_length` or an image changes the sequence.
+    The hash covers all inputs, labels and segments. It does not depend on the order, split or streaming of the data,
+    and changes if the processor, the template, `max_length` or an image changes the sequence.
     """
     image_digest = blake2b(digest_size=8)
     for name, value in sorted(sequences[0].images.items()) if sequences else ():
@@ -232,12 +229,17 @@ def set_content_ids(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
         image_digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for sequence in sequences:
         digest = image_digest.copy()
-        for numbers in (sequence.input_ids, sequence.labels, sequence.segments):
+        further = [sequence.tokens[name] for name in sorted(sequence.tokens)]
+        for numbers in (sequence.input_ids, sequence.labels, sequence.segments, *further):
             digest.update(array("q", [len(numbers), *numbers]).tobytes())
         sequence.content_id = digest.hexdigest()
     return sequences
 
 
-def common_prefix(sequences: list[list[int]]) -> int:
+def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
+
+
+def _listed(rendered: Rendered) -> dict[str, list[Any]]:
+    return {name: [value] for name, value in rendered.more.items()}

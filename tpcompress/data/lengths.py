@@ -39,12 +39,11 @@ def measure_rates(rows: Iterable[dict[str, Any]], encoder: ChatEncoder) -> Rates
     for row in islice(rows, SAMPLE):
         text = "\n".join(message["content"] for messages in row["conversations"] for message in messages)
         try:
-            _, placeholders = encoder.images(row["images"])
+            vision += encoder.vision_tokens(row)
         except BadRow:
             continue
-        characters, images = characters + len(text.encode()), images + len(placeholders)
-        tokens += _count(encoder, [text])
-        vision += _count(encoder, placeholders)
+        characters, images = characters + len(text.encode()), images + len(row["images"])
+        tokens += _count(encoder, text)
     default = Rates()
     return Rates(tokens / characters if characters else default.per_character, vision / images if images else 0.0)
 
@@ -83,8 +82,8 @@ def _row(rows: datasets.Dataset, index: int) -> dict[str, Any]:
         return {"conversations": [], "images": []}
 
 
-def _count(encoder: ChatEncoder, texts: list[str]) -> int:
-    return sum(len(encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts)
+def _count(encoder: ChatEncoder, text: str) -> int:
+    return len(encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _sum(table: pa.Table, names: tuple[str, ...], count: Any) -> np.ndarray:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from tpcompress.data import IMAGE_MARKER, ChatCollator
-from tpcompress.data.collate import packed_mask
 from tpcompress.data.encode import IGNORED
+from tpcompress.data.packing import packed_mask
 from tpcompress.insertion.encoded import has_pixels
 
 SIZE = 64
