@@ -135,7 +135,7 @@ def _learn(
             joint.shape == together["input_ids"].shape
         ):
             _learn_tokens(layout, name, key, [one[key] for one in values], joint)
-        elif key not in TEXT_KEYS:
+        elif key not in (*TEXT_KEYS, *layout.media):  # images first, where videos come under the same key
             layout.media[key] = _learn_joint(name, key, [one.get(key) for one in values], joint)
     lost = {key for kind in usable for key in apart[kind]} - set(together)
     if lost:

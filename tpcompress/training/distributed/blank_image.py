@@ -42,14 +42,15 @@ def with_blank_image(batch: dict[str, Any], collator: ChatCollator) -> tuple[dic
     """
     if has_pixels(batch):
         return batch, False
-    device = batch["input_ids"].device
+    device, layout = batch["input_ids"].device, collator.encoder.layout
     extra = _one_image(collator)
     width = max(batch["input_ids"].shape[1], extra["input_ids"].shape[1])
-    fillers = {"input_ids": collator.pad_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
-    joined: dict[str, Any] = {name: value.to(device) for name, value in extra.items() if isinstance(value, Tensor)}
+    fillers = {"input_ids": collator.pad_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0} | layout.tokens
+    images = {name: extra[name] for name in layout.media if name in extra}
+    joined = {name: x.to(device) for name, x in layout.join([*[{}] * len(batch["input_ids"]), images]).items()}
     for name, filler in fillers.items():
         if name in batch and not (name == "attention_mask" and collator.packs):
-            joined[name] = _stacked(batch[name], joined[name], width, filler)
+            joined[name] = _stacked(batch[name], extra[name], width, filler)
     segments = _stacked(batch["meta"].segments, extra["meta"].segments, width, -1)
     if collator.packs:
         joined["attention_mask"] = packed_mask(segments.to(device))
@@ -63,6 +64,6 @@ def _one_image(collator: ChatCollator) -> Mapping[str, Any]:
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
 
-def _stacked(rows_BS: Tensor, row_1S: Tensor, width: int, filler: int) -> Tensor:
+def _stacked(rows_BS: Tensor, row_1S: Tensor, width: int, filler: float) -> Tensor:
     row_1S = row_1S.to(rows_BS.device)
     return torch.cat([F.pad(x, (0, width - x.shape[1]), value=filler) for x in (rows_BS, row_1S)])
