@@ -79,7 +79,7 @@ def tiny_processor(config: Any) -> Any:
         tiny_tokenizer(TOKENS, NAMES),
         InternVLVideoProcessor(size=square_size(config.vision_config.image_size[0])),
         image_seq_length=config.image_seq_length,
-        chat_template=chatml("<IMG_CONTEXT>\\n", "<video>\\n"),
+        chat_template=chatml("<IMG_CONTEXT>\n", "<video>\n"),
     )
 
 

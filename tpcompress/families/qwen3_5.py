@@ -8,7 +8,7 @@ from transformers import Qwen3_5Config, Qwen3_5MoeConfig
 
 from tpcompress.families.base import Tiny
 from tpcompress.families.qwen2_vl import SIZES, tiny_ids, tiny_pixels, token_types
-from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, QWEN3_VL, stamped_run, tiny_tower
+from tpcompress.families.qwen3_vl import EXPERTS, INTERLEAVED, QWEN3_VL, stamped_run, tiny_processor, tiny_tower
 from tpcompress.families.tiny import tiny_text
 
 # ------------------------------------------------------------------------------------------------ test fixture
@@ -36,5 +36,5 @@ QWEN3_5 = replace(
     QWEN3_VL,
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_moe"),
-    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, ((), (True,))),
+    tiny=Tiny(tiny_config, tiny_pixels, stamped_run, tuple(SIZES), token_types, ((), (True,)), tiny_processor),
 )

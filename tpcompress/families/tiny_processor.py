@@ -18,29 +18,33 @@ MERGES = (
 )  # fmt: skip
 """Merged pairs, ids 116 to 127. Some cross the boundary between a prompt and an answer, as in real vocabularies."""
 
+BYTES = str.maketrans({"\n": "\u010a", " ": "\u0120"})
+"""How byte-level vocabularies spell line break and blank; other printable characters stand for themselves."""
+
 
 def tiny_tokenizer(special: Mapping[int, str], named: Mapping[str, str], bos: bool = False) -> Any:
-    """A fast tokenizer with a vocabulary of 128: characters and a few merges (byte pair encoding).
+    """A fast tokenizer with a vocabulary of 128: characters and a few merges (byte-level byte pair encoding).
 
     Args:
         special: special tokens by id; 0 is the padding token, 2 the end token, and 1 the start token if `bos`.
         named: special tokens by the attribute under which the processor looks for them (`image_token` etc.).
         bos: there is a start token, and the tokenizer adds it to every text, as those of Llama and Gemma.
     """
-    from tokenizers import Tokenizer, decoders, models, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = {UNKNOWN: "<unk>", NEWLINE_ID: "\n"} | dict(special)
-    words |= {FIRST_CHARACTER + i: chr(32 + i) for i in range(95)}
-    words |= {FIRST_MERGE + i: "".join(pair) for i, pair in enumerate(MERGES)}
+    merges = [(a.translate(BYTES), b.translate(BYTES)) for a, b in MERGES]
+    words = {UNKNOWN: "<unk>", NEWLINE_ID: "\n".translate(BYTES)} | dict(special)
+    words |= {FIRST_CHARACTER + i: chr(32 + i).translate(BYTES) for i in range(95)}
+    words |= {FIRST_MERGE + i: "".join(pair) for i, pair in enumerate(merges)}
     vocabulary = {words.get(i, f"<unused{i}>"): i for i in range(VOCABULARY)}
-    model = Tokenizer(models.BPE(vocabulary, list(MERGES), unk_token="<unk>"))
-    model.decoder = decoders.Fuse()
+    model = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
     model.add_special_tokens(list(special.values()))
     if bos:
-        model.post_processor = processors.TemplateProcessing(
-            f"{special[1]} $A", f"{special[1]} $A $B", [(special[1], 1)]
-        )
+        single, pair = f"{special[1]} $A", f"{special[1]} $A $B:1"
+        model.post_processor = processors.TemplateProcessing(single, pair, [(special[1], 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=model,
         pad_token=special[0],
@@ -72,31 +76,46 @@ CHATML = {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}
 """The first special tokens of tokenizers for ChatML."""
 
 
-def chatml(image: str, video: str = "", system: str = "") -> str:
-    """A template in ChatML whose contents are strings or lists of parts.
+def turns(roles: Mapping[str, tuple[str, str]], generation: str, image: str, video: str = "", start: str = "") -> str:
+    """A template that writes one turn after the other; contents are strings or lists of parts.
+
+    Args:
+        roles: what stands before and after the turns of each role; turns of other roles are left out.
+        generation: the generation prompt.
+        image: text of an image part.
+        video: text of a video part.
+        start: what every conversation starts with.
+    """
+    branches = "".join(
+        f"{{%- {'if' if number == 0 else 'elif'} message['role'] == '{role}' -%}}"
+        f"{{{{- {before!r} + body(message['content']) + {after!r} -}}}}"
+        for number, (role, (before, after)) in enumerate(roles.items())
+    )
+    return (
+        "{%- macro body(content) -%}"
+        "{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
+        f"{{%- if part['type'] == 'image' -%}}{{{{- {image!r} -}}}}"
+        f"{{%- elif part['type'] == 'video' -%}}{{{{- {video!r} -}}}}"
+        "{%- elif 'text' in part -%}{{- part['text'] -}}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        f"{{{{- {start!r} -}}}}"
+        f"{{%- for message in messages -%}}{branches}{{%- endif -%}}{{%- endfor -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {generation!r} -}}}}{{%- endif -%}}"
+    )
+
+
+def chatml(image: str, video: str = "", system: str = "", start: str = "") -> str:
+    """A template in ChatML.
 
     Args:
         image: text of an image part.
         video: text of a video part.
         system: system prompt of conversations that bring none; empty for no prompt.
+        start: what every conversation starts with.
     """
+    roles = {role: (f"<|im_start|>{role}\n", "<|im_end|>\n") for role in ("system", "user", "assistant", "tool")}
     default = ""
     if system:
-        default = (
-            "{%- if messages[0]['role'] != 'system' -%}"
-            f"{{{{- '<|im_start|>system\\n{system}<|im_end|>\\n' -}}}}"
-            "{%- endif -%}"
-        )
-    return (
-        "{%- macro body(content) -%}"
-        "{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
-        f"{{%- if part['type'] == 'image' -%}}{{{{- '{image}' -}}}}"
-        f"{{%- elif part['type'] == 'video' -%}}{{{{- '{video}' -}}}}"
-        "{%- elif 'text' in part -%}{{- part['text'] -}}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-        f"{default}"
-        "{%- for message in messages -%}"
-        "{{- '<|im_start|>' + message['role'] + '\\n' + body(message['content']) + '<|im_end|>\\n' -}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-    )
+        text = f"<|im_start|>system\n{system}<|im_end|>\n"
+        default = f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {text!r} -}}}}{{%- endif -%}}"
+    return default + turns(roles, "<|im_start|>assistant\n", image, video, start)
