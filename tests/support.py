@@ -218,6 +218,16 @@ def tiny_model(family: str = "llava", *arguments: Any, impl: str = "sdpa", seed:
     return model
 
 
+MAIN_FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "llava_onevision", "gemma3")
+"""Families that most people train; where a test of all families is long, the others are slow tests."""
+
+
+def main_families_first() -> list[Any]:
+    """Test parameters: the names of all families, the others marked slow."""
+    others = [name for name in list_families() if name not in MAIN_FAMILIES]
+    return [*MAIN_FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
 @cache
 def family_folder(family: str, seed: int = 0) -> Path:
     """Folder with a tiny random model of a family and its processor, as models lie on the hub; made once a session.
@@ -227,7 +237,8 @@ def family_folder(family: str, seed: int = 0) -> Path:
     tiny = list_families()[family].tiny
     folder = Path(tempfile.mkdtemp(prefix=f"tiny_{family}_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    model = tiny_model(family, *tiny.variants[0], seed=seed)
+    arguments = tiny.variants[0] if tiny.saved is None else tiny.saved
+    model = tiny_model(family, *arguments, seed=seed)
     processor = tiny.processor(model.config)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)

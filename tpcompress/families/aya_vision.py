@@ -9,6 +9,7 @@ from transformers import AyaVisionConfig
 from tpcompress.families import internvl
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import tiny_tokenizer, turns
 
 TILES_APART = "Every tile counts as a separate image, because the prompt has text tokens between tiles."
 
@@ -39,6 +40,39 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [START] + ([TILE] + [IMAGE] * 36) * internvl.TILES[kind] + [END]
 
 
+TURN_TOKENS = {
+    0: "<PAD>", 1: "<BOS_TOKEN>", 2: "<|END_OF_TURN_TOKEN|>", 110: "<|START_OF_TURN_TOKEN|>", 111: "<|USER_TOKEN|>",
+    112: "<|CHATBOT_TOKEN|>", 113: "<|SYSTEM_TOKEN|>",
+}  # fmt: skip
+
+
+def cohere_turns(image: str) -> str:
+    """A template in the format of Command models, whose start token the tokenizer writes too."""
+    names = {"system": "SYSTEM", "user": "USER", "assistant": "CHATBOT"}
+    before = {role: f"<|START_OF_TURN_TOKEN|><|{name}_TOKEN|>" for role, name in names.items()}
+    roles = {role: (text, "<|END_OF_TURN_TOKEN|>") for role, text in before.items()}
+    return turns(roles, before["assistant"], image, start="<BOS_TOKEN>")
+
+
+def tiny_processor(config: Any) -> Any:
+    """One to three tiles, each after its name in text; 6 x 6 tokens per tile."""
+    from transformers import AyaVisionProcessor
+
+    special = {
+        IMAGE: "<|IMG_PATCH|>", START: "<|START_OF_IMG|>", END: "<|END_OF_IMG|>", TILE: "TILE", 106: "TILE_GLOBAL",
+        107: "<image>",
+    }  # fmt: skip
+    vision = config.vision_config
+    return AyaVisionProcessor(
+        internvl.tile_processor(config),
+        tiny_tokenizer(TURN_TOKENS | special, {}, bos=True),
+        patch_size=vision.patch_size,
+        img_size=vision.image_size,
+        downsample_factor=config.downsample_factor,
+        chat_template=cohere_turns("<image>"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 AYA_VISION = Family(
@@ -47,6 +81,6 @@ AYA_VISION = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
-    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, kinds=("image", "wide")),
+    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, ("image", "wide"), processor=tiny_processor),
     limits=(TILES_APART,),
 )

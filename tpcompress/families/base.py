@@ -75,7 +75,8 @@ class Tiny:
         kinds: kinds of media: always `image`; `wide`, an image of another size, and `video` if supported.
         arguments: (config, input ids (B, S)) -> further inputs that the processor derives from the ids.
         variants: arguments of `config` for each variant that all tests cover.
-        processor: (config) -> the processor class of transformers with tiny sizes, for the config of the first variant.
+        processor: (config) -> the processor of a variant: the real class with tiny sizes.
+        saved: arguments of `config` for a model that is saved with its processor; the first variant without it.
     """
 
     config: Callable[..., PretrainedConfig]
@@ -85,6 +86,7 @@ class Tiny:
     arguments: Callable[[Any, Tensor], dict[str, Tensor]] = no_arguments
     variants: tuple[tuple[Any, ...], ...] = ((),)
     processor: Callable[[Any], Any] | None = None
+    saved: tuple[Any, ...] | None = None
 
 
 def one_image(config: Any) -> int:

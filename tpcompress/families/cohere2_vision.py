@@ -7,9 +7,10 @@ from typing import Any
 from transformers import Cohere2VisionConfig
 
 from tpcompress.families import internvl
-from tpcompress.families.aya_vision import TILES_APART, tiny_cohere2
+from tpcompress.families.aya_vision import TILES_APART, TURN_TOKENS, cohere_turns, tiny_cohere2
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_vision
+from tpcompress.families.tiny_processor import square_size, tiny_tokenizer
 
 # ------------------------------------------------------------------------------------------------ test fixture
 
@@ -32,6 +33,22 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [START] + ([IMAGE] * 36 + [BREAK]) * internvl.TILES[kind] + [END]
 
 
+def tiny_processor(config: Any) -> Any:
+    """One to three tiles; the processor counts `patch_size` squared tokens per tile, whatever a patch is."""
+    from transformers import Cohere2VisionImageProcessor, Cohere2VisionProcessor
+
+    names = {
+        "image_token": "<|IMG_PATCH|>", "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    }  # fmt: skip
+    special = dict(zip((IMAGE, START, END, BREAK), names.values(), strict=True))
+    return Cohere2VisionProcessor(
+        Cohere2VisionImageProcessor(size=square_size(config.vision_config.image_size), max_patches=3, patch_size=6),
+        tiny_tokenizer(TURN_TOKENS | special, names, bos=True),
+        chat_template=cohere_turns("<|IMG_PATCH|>"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 COHERE2_VISION = Family(
@@ -40,6 +57,6 @@ COHERE2_VISION = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
-    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, kinds=("image", "wide")),
+    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, ("image", "wide"), processor=tiny_processor),
     limits=(TILES_APART,),
 )

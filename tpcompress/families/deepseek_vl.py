@@ -11,6 +11,7 @@ from transformers import DeepseekVLConfig, DeepseekVLHybridConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer, turns
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -48,6 +49,26 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return inputs
 
 
+IMAGE_TOKEN = "<image_placeholder>"
+
+
+def tiny_processor(config: Any) -> Any:
+    """Images of 32 x 32 pixels, and of 64 x 64 for a second tower; the end token ends answers only."""
+    import transformers
+
+    size, second = config.vision_config.image_size, getattr(config, "high_res_vision_config", None)
+    name, sizes = "DeepseekVLHybrid" if second else "DeepseekVL", {"size": square_size(size)}
+    if second is not None:
+        sizes["high_res_size"] = square_size(second.image_size)
+    roles = {"system": ("", "\n\n"), "user": ("User: ", "\n\n"), "assistant": ("Assistant: ", "<end>")}
+    return getattr(transformers, f"{name}Processor")(
+        image_processor(f"{name}ImageProcessor", **sizes),
+        tiny_tokenizer({0: "<pad>", 1: "<begin>", 2: "<end>", IMAGE: IMAGE_TOKEN}, {"image_token": IMAGE_TOKEN}, True),
+        chat_template=turns(roles, "Assistant:", IMAGE_TOKEN, start="<begin>"),
+        num_image_tokens=(size // config.vision_config.patch_size) ** 2,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 DEEPSEEK_VL = Family(
@@ -56,5 +77,5 @@ DEEPSEEK_VL = Family(
     vision_tower="model.vision_model",
     projector="model.aligner",
     image_layouts=image_layouts,
-    tiny=Tiny(tiny_config, tiny_pixels, run_of_64, variants=((), (True,))),
+    tiny=Tiny(tiny_config, tiny_pixels, run_of_64, variants=((), (True,)), processor=tiny_processor),
 )

@@ -14,6 +14,7 @@ from tpcompress.families.layout import Layout
 from tpcompress.families.qwen2_vl import SIZES, image_layouts, merged_grids, tiny_run, token_types
 from tpcompress.families.qwen3_vl import ROUTER_LOSS
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer, turns
 
 
 def video_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -59,6 +60,36 @@ def expert_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": types, "moe_mm_token_type_ids": types + ends}
 
 
+MARKS = ("<|IMAGE_START|>", "<|IMAGE_END|>")
+
+
+def tiny_processor(config: Any) -> Any:
+    """As for Qwen2-VL, without the time that the real video processor draws on frames, which needs a font."""
+    from transformers import Ernie4_5_VLMoeProcessor, Ernie4_5_VLMoeVideoProcessor
+
+    vision, token = (
+        config.vision_config,
+        (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2,
+    )
+    sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    size = {"shortest_edge": 16 * token, "longest_edge": 64 * token}
+    names = {
+        "image_token": "<|IMAGE_PLACEHOLDER|>", "video_token": "<|VIDEO_PLACEHOLDER|>",
+        "image_start_token": MARKS[0], "image_end_token": MARKS[1], "video_start_token": MARKS[0],
+        "video_end_token": MARKS[1],
+    }  # fmt: skip
+    special = {0: "<unk_pad>", 1: "<s>", 2: "</s>", IMAGE: names["image_token"], VIDEO: names["video_token"]}
+    roles = {"system": ("", "\n"), "user": ("User: ", "\n"), "assistant": ("Assistant: ", "</s>")}
+    return Ernie4_5_VLMoeProcessor(
+        image_processor("Ernie4_5_VLMoeImageProcessor", **sizes, size=size),
+        tiny_tokenizer(special | {START: MARKS[0], END: MARKS[1]}, names),
+        Ernie4_5_VLMoeVideoProcessor(**sizes, size=size, min_frames=2, draw_on_frames=False),
+        chat_template=turns(
+            roles, "Assistant: ", names["image_token"].join(MARKS), names["video_token"].join(MARKS), start="<s>"
+        ),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 ERNIE4_5_VL_MOE = Family(
@@ -70,5 +101,5 @@ ERNIE4_5_VL_MOE = Family(
     video_layouts=video_layouts,
     positions="mrope",
     limits=(ROUTER_LOSS,),
-    tiny=Tiny(tiny_config, paired_pixels, tiny_run, tuple(SIZES), expert_types),
+    tiny=Tiny(tiny_config, paired_pixels, tiny_run, tuple(SIZES), expert_types, processor=tiny_processor),
 )

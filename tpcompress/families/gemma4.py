@@ -19,6 +19,7 @@ from tpcompress.families.counts import unmerged
 from tpcompress.families.gemma3 import number_runs
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer, turns
 
 
 def patches_per_side(config: Any) -> int:
@@ -167,6 +168,38 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (input_ids == IMAGE) + 2 * (input_ids == VIDEO)}
 
 
+TOKENS = {
+    0: "<pad>", 1: "<bos>", 2: "<eos>", IMAGE: "<|image|>", VIDEO: "<|video|>", START: "<|image>", END: "<image|>",
+    106: "<|audio|>", 107: "<|audio>", 108: "<audio|>", 109: "<|turn>", 110: "<turn|>",
+}  # fmt: skip
+
+NAMES = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>",
+    "boa_token": "<|audio>", "eoa_token": "<audio|>",
+}  # fmt: skip
+
+
+def tiny_processor(config: Any) -> Any:
+    """At most 70 tokens per image and frame, which is the least that the processors accept."""
+    import transformers
+
+    name, vision = "Gemma4Unified" if config.model_type == "gemma4_unified" else "Gemma4", config.vision_config
+    sizes = {"patch_size": vision.patch_size, "max_soft_tokens": 70, "pooling_kernel_size": vision.pooling_kernel_size}
+    names = {"system": "system", "user": "user", "assistant": "model"}
+    images = f"{name}ImageProcessor"
+    return getattr(transformers, f"{name}Processor")(
+        getattr(transformers, f"{name}AudioFeatureExtractor")(),
+        # The unified processor is on torchvision only.
+        image_processor(images, **sizes) if name == "Gemma4" else getattr(transformers, images)(**sizes),
+        tiny_tokenizer(TOKENS, NAMES, bos=True),
+        getattr(transformers, f"{name}VideoProcessor")(**sizes, num_frames=3),
+        chat_template=turns(
+            {role: (f"<|turn>{name}\n", "<turn|>\n") for role, name in names.items()}, "<|turn>model\n",
+            "\n\n<|image|>\n\n", "\n\n<|video|>\n\n", start="<bos>",
+        ),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 GEMMA4 = Family(
@@ -181,7 +214,7 @@ GEMMA4 = Family(
     keys_of=keys_of,
     refuse=refuse,
     limits=("Audio tokens are never dropped.",),
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, variants=(("small",), ("large",))),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), token_types, (("small",), ("large",)), tiny_processor),
 )
 
 GEMMA4_UNIFIED = replace(
@@ -192,5 +225,5 @@ GEMMA4_UNIFIED = replace(
     projector="model.embed_vision.multimodal_embedder",
     blocks=Blocks(vision_blocks, beyond_window=True),
     patches_per_token=unmerged,
-    tiny=Tiny(tiny_unified, tiny_pixels, tiny_run, tuple(SIZES), token_types),
+    tiny=Tiny(tiny_unified, tiny_pixels, tiny_run, tuple(SIZES), token_types, processor=tiny_processor),
 )

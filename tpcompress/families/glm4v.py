@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Glm4vConfig, Glm4vMoeConfig, Glm46VConfig, PretrainedConfig
 
 from tpcompress.families.base import Family, Tiny
-from tpcompress.families.qwen2_vl import SIZES, image_layouts, tiny_pixels, video_layouts
+from tpcompress.families.qwen2_vl import SIZES, image_layouts, patch_processors, tiny_pixels, video_layouts
 from tpcompress.families.qwen3_vl import ROUTER_LOSS
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text
+from tpcompress.families.tiny_processor import tiny_tokenizer, turns
 
 EXPERTS = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
@@ -77,6 +78,33 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (input_ids == config.image_token_id) * (1 + (starts > ends).long())}
 
 
+NAMES = {"image_token": "<|image|>", "video_token": "<|video|>"}
+
+TOKENS = {
+    0: "<|endoftext|>", 1: "[gMASK]", 2: "<|user|>", IMAGE: "<|image|>", VIDEO: "<|video|>",
+    START: "<|begin_of_image|>", END: "<|end_of_image|>", VIDEO_START: "<|begin_of_video|>",
+    VIDEO_END: "<|end_of_video|>", 108: "<sop>", 109: "<|assistant|>", 110: "<|system|>",
+}  # fmt: skip
+
+
+def tiny_processor(config: Any) -> Any:
+    """16 to 64 tokens per image; no token ends an answer but the start of the next turn."""
+    import transformers
+
+    name = "Glm46V" if config.model_type == "glm46v" else "Glm4v"
+    roles = {role: (f"<|{role}|>\n", "") for role in ("system", "user", "assistant")}
+    return getattr(transformers, f"{name}Processor")(
+        **patch_processors(
+            config, f"{name}ImageProcessor", getattr(transformers, f"{name}VideoProcessor"), frames=4
+        ),
+        tokenizer=tiny_tokenizer(TOKENS, NAMES),
+        chat_template=turns(
+            roles, "<|assistant|>\n", "<|begin_of_image|><|image|><|end_of_image|>",
+            "<|begin_of_video|><|video|><|end_of_video|>", start="[gMASK]<sop>",
+        ),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 GLM4V = Family(
@@ -94,6 +122,6 @@ GLM4V = Family(
     ),
     tiny=Tiny(
         tiny_config, images_or_videos, frames_run, ("image", "wide"), token_types,
-        variants=(*((kind,) for kind in KINDS), ("glm4v", "videos")),
+        variants=(*((kind,) for kind in KINDS), ("glm4v", "videos")), processor=tiny_processor,
     ),
 )  # fmt: skip

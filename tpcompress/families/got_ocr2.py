@@ -8,7 +8,8 @@ from transformers import GotOcr2Config
 
 from tpcompress.families import internvl
 from tpcompress.families.base import Family, Tiny
-from tpcompress.families.tiny import IMAGE, tiny_text
+from tpcompress.families.tiny import END, IMAGE, START, tiny_text
+from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, square_size, tiny_tokenizer
 
 
 def patches_per_token(config: Any) -> int:
@@ -19,17 +20,32 @@ def patches_per_token(config: Any) -> int:
 # ------------------------------------------------------------------------------------------------ test fixture
 
 
-def tiny_config() -> GotOcr2Config:
-    """36 vision tokens per tile (96 px, patch 4, side halved twice)."""
+def tiny_config(size: int = 96) -> GotOcr2Config:
+    """36 vision tokens per tile (96 px, patch 4, side halved twice), or 256 in tiles of 256 px."""
     return GotOcr2Config(
         text_config=tiny_text("qwen2"),
         vision_config={
             "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_dim": 48,
-            "image_size": 96, "patch_size": 4, "window_size": 7, "global_attn_indexes": [2],
+            "image_size": size, "patch_size": 4, "window_size": 7, "global_attn_indexes": [2] if size == 96 else [],
         },
         image_token_index=IMAGE,
-        image_seq_length=36,
+        image_seq_length=(size // 16) ** 2,
     )  # fmt: skip
+
+
+def tiny_processor(config: Any) -> Any:
+    """One image of 256 tokens, a number that the processor does not read from any file; every sample has one.
+
+    The published processor has no chat template; this one writes the prompt that the processor makes without text.
+    """
+    from transformers import GotOcr2Processor
+
+    size = config.vision_config.image_size
+    return GotOcr2Processor(
+        image_processor("GotOcr2ImageProcessor", size=square_size(size)),
+        tiny_tokenizer(CHATML | {IMAGE: "<imgpad>", START: "<img>", END: "</img>"}, {"image_token": "<imgpad>"}),
+        chat_template=chatml("<img><imgpad></img>\n"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ family
@@ -42,7 +58,9 @@ GOT_OCR2 = Family(
     image_layouts=internvl.image_layouts,
     joins_tiles=True,
     patches_per_token=patches_per_token,
-    tiny=Tiny(tiny_config, internvl.tiny_pixels, internvl.tiny_ids, kinds=("image", "wide")),
+    tiny=Tiny(
+        tiny_config, internvl.tiny_pixels, internvl.tiny_ids, ("image", "wide"), processor=tiny_processor, saved=(256,)
+    ),
     limits=(
         "The pages of one prompt count as one image, because no token separates them.",
         "transformers supports only eager attention for it.",

@@ -11,9 +11,10 @@ from transformers import Idefics2Config
 
 from tpcompress.families.base import Tiny
 from tpcompress.families.counts import resampled
-from tpcompress.families.idefics3 import IDEFICS3
+from tpcompress.families.idefics3 import IDEFICS3, TEMPLATE
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, START, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -61,6 +62,20 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return {"pixel_values": pixels, "pixel_attention_mask": (pixels != 0).any(2).long()}
 
 
+def tiny_processor(config: Any) -> Any:
+    """Whole images of 20 to 48 pixels; no token starts a conversation."""
+    from transformers import Idefics2Processor
+
+    names = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}
+    special = {0: "<unk_pad>", 1: "<s>", 2: "<end_of_utterance>"}
+    return Idefics2Processor(
+        image_processor("Idefics2ImageProcessor", size={"shortest_edge": 20, "longest_edge": 48}),
+        tiny_tokenizer(special | {IMAGE: "<image>", START: "<fake_token_around_image>"}, names, bos=True),
+        image_seq_len=config.perceiver_config.resampler_n_latents,
+        chat_template=TEMPLATE.replace("{{- '<|im_start|>' -}}", ""),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 IDEFICS2 = replace(
@@ -69,5 +84,5 @@ IDEFICS2 = replace(
     model_types=("idefics2",),
     image_layouts=image_layouts,
     patches_per_token=resampled,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,))),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,)), processor=tiny_processor),
 )

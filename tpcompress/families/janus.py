@@ -10,6 +10,7 @@ from transformers import JanusConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import END, IMAGE, START, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer, turns
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -40,6 +41,21 @@ def tiny_run(config: Any, kind: str) -> list[int]:
     return [START, *run_of_64(config, kind), END]
 
 
+def tiny_processor(config: Any) -> Any:
+    """Images of 32 x 32 pixels; the processor writes the marks around placeholders."""
+    from transformers import JanusProcessor
+
+    names = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    special = {0: "<pad>", 1: "<begin>", 2: "<end>"} | dict(zip((IMAGE, START, END), names.values(), strict=True))
+    roles = {"system": ("", "\n\n"), "user": ("<|User|>: ", "\n\n"), "assistant": ("<|Assistant|>: ", "<end>")}
+    return JanusProcessor(
+        image_processor("JanusImageProcessor", size=square_size(config.vision_config.image_size)),
+        tiny_tokenizer(special, names, bos=True),
+        chat_template=turns(roles, "<|Assistant|>:", "<image_placeholder>\n"),
+        num_image_tokens=config.vision_config.num_image_tokens,
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 JANUS = Family(
@@ -49,5 +65,5 @@ JANUS = Family(
     projector="model.aligner",
     image_layouts=image_layouts,
     limits=("Only text generation is pruned, not generation_mode='image'.",),
-    tiny=Tiny(tiny_config, fixed_pixels, tiny_run),
+    tiny=Tiny(tiny_config, fixed_pixels, tiny_run, processor=tiny_processor),
 )

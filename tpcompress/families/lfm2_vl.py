@@ -11,6 +11,7 @@ from transformers import Lfm2VlConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import chatml, tiny_tokenizer
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -62,6 +63,28 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     }
 
 
+def tiny_processor(config: Any) -> Any:
+    """Images of 4 to 16 tokens, or two to four tiles of 16 tokens and an overview."""
+    from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    tiles = {105 + 2 * row + col: f"<|img_row_{row + 1}_col_{col + 1}|>" for row in range(2) for col in range(2)}
+    names = {
+        "image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    }  # fmt: skip
+    special = {0: "<|pad|>", 1: "<|startoftext|>", 2: "<|im_end|>", 110: "<|im_start|>"}
+    special |= dict(zip((IMAGE, START, END, 109), names.values(), strict=True))
+    patch, factor = config.vision_config.patch_size, config.downsample_factor
+    return Lfm2VlProcessor(
+        Lfm2VlImageProcessor(
+            encoder_patch_size=patch, downsample_factor=factor, tile_size=4 * patch * factor, max_tiles=4,
+            min_image_tokens=4, max_image_tokens=16,
+        ),
+        tiny_tokenizer(special | tiles, names, bos=True),
+        chat_template=chatml("<image>", start="<|startoftext|>"),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 LFM2_VL = Family(
@@ -71,5 +94,7 @@ LFM2_VL = Family(
     projector="model.multi_modal_projector",
     final_norm="embedding_norm",
     image_layouts=image_layouts,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), variants=(("lfm2",), ("lfm2_moe",))),
+    tiny=Tiny(
+        tiny_config, tiny_pixels, tiny_run, tuple(TILES), variants=(("lfm2",), ("lfm2_moe",)), processor=tiny_processor
+    ),
 )

@@ -12,6 +12,7 @@ from transformers import LlavaNextConfig
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer, turns
 from tpcompress.families.towers import TILED
 
 
@@ -90,6 +91,25 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [IMAGE] * COUNTS[kind]
 
 
+def tiny_processor(config: Any) -> Any:
+    """Tiles of 16 x 16 pixels; instructions between tags, answers end with the end token."""
+    from transformers import LlavaNextProcessor
+
+    size = config.vision_config.image_size
+    roles = {"system": ("", " "), "user": ("[INST] ", " [/INST]"), "assistant": (" ", "</s>")}
+    return LlavaNextProcessor(
+        image_processor(
+            "LlavaNextImageProcessor", size={"shortest_edge": size}, crop_size=square_size(size),
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        ),
+        tiny_tokenizer({0: "<pad>", 1: "<s>", 2: "</s>", IMAGE: "<image>"}, {"image_token": "<image>"}, bos=True),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=turns(roles, "", "<image>\n"),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 LLAVA_NEXT = Family(
@@ -101,6 +121,6 @@ LLAVA_NEXT = Family(
     image_layouts=image_layouts,
     tiny=Tiny(
         tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide"),
-        variants=((), ("siglip_vision_model", "qwen2")),
+        variants=((), ("siglip_vision_model", "qwen2")), processor=tiny_processor,
     ),
 )  # fmt: skip

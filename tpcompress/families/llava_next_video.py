@@ -12,6 +12,7 @@ from tpcompress.families import llava_next
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import IMAGE, VIDEO, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer, turns
 from tpcompress.families.towers import POOLING
 
 
@@ -53,6 +54,28 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [VIDEO] * 4 * FRAMES if kind == "video" else llava_next.tiny_ids(config, kind)
 
 
+ROLES = {"system": ("", " "), "user": ("USER: ", " "), "assistant": ("ASSISTANT: ", "</s>")}
+
+TOKENS = {0: "<pad>", 1: "<s>", 2: "</s>", IMAGE: "<image>", VIDEO: "<video>"}
+
+
+def tiny_processor(config: Any) -> Any:
+    """Tiles and frames of 16 x 16 pixels."""
+    from transformers import LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
+
+    side = config.vision_config.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": square_size(side)}
+    return LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(**sizes),
+        image_processor("LlavaNextImageProcessor", **sizes, image_grid_pinpoints=config.image_grid_pinpoints),
+        tiny_tokenizer(TOKENS, {"image_token": "<image>", "video_token": "<video>"}, bos=True),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=turns(ROLES, "ASSISTANT:", "<image>\n", "<video>\n"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 LLAVA_NEXT_VIDEO = Family(
@@ -63,5 +86,5 @@ LLAVA_NEXT_VIDEO = Family(
     tower=POOLING,
     image_layouts=llava_next.image_layouts,
     video_layouts=video_layouts,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "wide", "video")),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, ("image", "wide", "video"), processor=tiny_processor),
 )

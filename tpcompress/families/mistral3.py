@@ -11,6 +11,7 @@ from transformers import Mistral3Config
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import END, IMAGE, NEWLINE, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer, turns
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -65,6 +66,24 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
     return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
+def tiny_processor(config: Any) -> Any:
+    """Images of up to 64 pixels; system prompt and instructions between tags."""
+    from transformers import PixtralProcessor
+
+    special = {0: "<pad>", 1: "<s>", 2: "</s>", IMAGE: "[IMG]", NEWLINE: "[IMG_BREAK]", END: "[IMG_END]"}
+    special |= {105: "[INST]", 106: "[/INST]", 107: "[SYSTEM_PROMPT]", 108: "[/SYSTEM_PROMPT]"}
+    roles = {
+        "system": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "user": ("[INST]", "[/INST]"), "assistant": ("", "</s>"),
+    }  # fmt: skip
+    return PixtralProcessor(
+        image_processor("PixtralImageProcessor", size={"longest_edge": 64}),
+        tiny_tokenizer(special, {}, bos=True),
+        patch_size=config.vision_config.patch_size,
+        spatial_merge_size=config.spatial_merge_size,
+        chat_template=turns(roles, "", "[IMG]", start="<s>"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 MISTRAL3 = Family(
@@ -74,5 +93,12 @@ MISTRAL3 = Family(
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
     reads_positions=reads_positions,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=(("mistral",), ("ministral3",))),
+    tiny=Tiny(
+        tiny_config,
+        tiny_pixels,
+        tiny_run,
+        tuple(SIZES),
+        variants=(("mistral",), ("ministral3",)),
+        processor=tiny_processor,
+    ),  # fmt: skip
 )

@@ -10,6 +10,7 @@ from tpcompress.families import internvl
 from tpcompress.families.aya_vision import TILES_APART
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text
+from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, square_size, tiny_tokenizer
 
 # ------------------------------------------------------------------------------------------------ test fixture
 
@@ -39,6 +40,23 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [START, *tile, GRID, *tiles, END]
 
 
+def tiny_processor(config: Any) -> Any:
+    """An overview, and up to three tiles of large images; 36 tokens each."""
+    from transformers import Ovis2Processor
+
+    marks = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<image>")
+    special = dict(zip((IMAGE, START, GRID, COLUMN, ROW, END, 108), marks, strict=True))
+    return Ovis2Processor(
+        image_processor(
+            "Ovis2ImageProcessor", size=square_size(config.vision_config.image_size), crop_to_patches=True,
+            max_patches=3,
+        ),
+        tiny_tokenizer(CHATML | special, {}),
+        chat_template=chatml("<image>\n", system="You are a helpful assistant."),
+        image_seq_length=36,
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 OVIS2 = Family(
@@ -47,6 +65,6 @@ OVIS2 = Family(
     vision_tower="model.vision_tower",
     projector="model.visual_embeddings_table",
     image_layouts=internvl.image_layouts,
-    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, kinds=("image", "wide")),
+    tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, ("image", "wide"), processor=tiny_processor),
     limits=(TILES_APART,),
 )

@@ -10,7 +10,8 @@ from transformers import PaddleOCRVLConfig
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.qwen2_vl import MROPE, SIZES, image_layouts, tiny_ids, tiny_run, token_types
-from tpcompress.families.tiny import tiny_text
+from tpcompress.families.tiny import END, IMAGE, START, tiny_text
+from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer, turns
 
 # ------------------------------------------------------------------------------------------------ test fixture
 
@@ -37,6 +38,27 @@ def square_patches(config: Any, samples: Sequence[Sequence[str]], generator: Any
     return {"pixel_values": pixels, "image_grid_thw": grids}
 
 
+def tiny_processor(config: Any) -> Any:
+    """16 to 64 tokens per image."""
+    from transformers import PaddleOCRVLProcessor
+
+    special = {0: "<unk_pad>", 1: "<s>", 2: "</s>", IMAGE: "<|IMAGE|>", START: "<|IMAGE_START|>", END: "<|IMAGE_END|>"}
+    roles = {"system": ("", "\n"), "user": ("User: ", "\n"), "assistant": ("Assistant: ", "</s>")}
+    vision, token = (
+        config.vision_config,
+        (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2,
+    )
+    images = image_processor(
+        "PaddleOCRVLImageProcessor", patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
+        size={"shortest_edge": 16 * token, "longest_edge": 64 * token},
+    )  # fmt: skip
+    return PaddleOCRVLProcessor(
+        images,
+        tiny_tokenizer(special, {"image_token": "<|IMAGE|>"}),
+        chat_template=turns(roles, "Assistant: ", "<|IMAGE_START|><|IMAGE|><|IMAGE_END|>", start="<s>"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 PADDLEOCR_VL = Family(
@@ -46,5 +68,5 @@ PADDLEOCR_VL = Family(
     projector="model.projector",
     image_layouts=image_layouts,
     positions="mrope",
-    tiny=Tiny(tiny_config, square_patches, tiny_run, ("image", "wide"), token_types),
+    tiny=Tiny(tiny_config, square_patches, tiny_run, ("image", "wide"), token_types, processor=tiny_processor),
 )

@@ -12,6 +12,7 @@ from transformers import PaliGemmaConfig
 from tpcompress.families.base import Blocks, Family, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer
 from tpcompress.families.towers import CLIP_LIKE
 
 
@@ -51,6 +52,19 @@ def token_types(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
     return {"token_type_ids": (place > last + 2).long()}
 
 
+def tiny_processor(config: Any) -> Any:
+    """Images of 32 x 32 pixels, at least one per sample. The family has no chat template.
+
+    The processor adds 1152 tokens for places and shapes, beyond the vocabulary of the model.
+    """
+    from transformers import PaliGemmaProcessor
+
+    images = image_processor("SiglipImageProcessor", size=square_size(config.vision_config.image_size))
+    images.image_seq_length = 64
+    special = {0: "<pad>", 1: "<bos>", 2: "<eos>", IMAGE: "<image>"}
+    return PaliGemmaProcessor(images, tiny_tokenizer(special, {"image_token": "<image>"}, bos=True))
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 PALIGEMMA = Family(
@@ -62,7 +76,14 @@ PALIGEMMA = Family(
     image_layouts=image_layouts,
     masks_in_core=True,
     blocks=Blocks(prefix_block, beyond_window=True),
-    tiny=Tiny(tiny_config, fixed_pixels, run_of_64, arguments=token_types, variants=(("gemma",), ("gemma2",))),
+    tiny=Tiny(
+        tiny_config,
+        fixed_pixels,
+        run_of_64,
+        arguments=token_types,
+        variants=(("gemma",), ("gemma2",)),
+        processor=tiny_processor,
+    ),  # fmt: skip
     limits=(
         "Without token_type_ids (from the processor), the attention of transformers is bidirectional for unpadded "
         "prompts with sdpa, but causal for padded prompts and with eager attention.",

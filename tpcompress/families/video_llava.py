@@ -10,7 +10,9 @@ from transformers import VideoLlavaConfig
 
 from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Grid, Layout, square
+from tpcompress.families.llava_next_video import ROLES, TOKENS
 from tpcompress.families.tiny import IMAGE, VIDEO, fixed_pixels, tiny_text, tiny_vision
+from tpcompress.families.tiny_processor import square_size, tiny_tokenizer, turns
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -55,6 +57,23 @@ def tiny_ids(config: Any, kind: str) -> list[int]:
     return [VIDEO] * 37 * FRAMES if kind == "video" else [IMAGE] * 36
 
 
+def tiny_processor(config: Any) -> Any:
+    """Images and frames of 24 x 24 pixels, every frame with a class token."""
+    from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor, VideoLlavaVideoProcessor
+
+    side = config.vision_config.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": square_size(side)}
+    return VideoLlavaProcessor(
+        VideoLlavaImageProcessor(**sizes),
+        VideoLlavaVideoProcessor(**sizes),
+        tiny_tokenizer(TOKENS, {"image_token": "<image>", "video_token": "<video>"}, bos=True),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=turns(ROLES, "ASSISTANT:", "<image>\n", "<video>\n"),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ family
 
 VIDEO_LLAVA = Family(
@@ -65,7 +84,7 @@ VIDEO_LLAVA = Family(
     image_layouts=image_layouts,
     video_layouts=video_layouts,
     joins_tiles=True,
-    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "video")),
+    tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "video"), processor=tiny_processor),
     limits=(
         "Training vision_tower trains the image tower; the video tower is not trained.",
         "Videos that are not separated by text count as one, and so do images.",
