@@ -7,66 +7,34 @@ markers, all images are placed at the start of the first user turn.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from io import BytesIO
-from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import datasets
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
+
+from tpcompress.data.bad_rows import BadRow, BadRows, OnBadRow, bad_row_error, check_on_bad_row
+from tpcompress.data.images import open_image
+
+__all__ = [
+    "IMAGE_COLUMNS",
+    "IMAGE_MARKER",
+    "TURN_COLUMNS",
+    "BadRow",
+    "BadRows",
+    "GoodRows",
+    "OnBadRow",
+    "bad_row_error",
+    "chat_message",
+    "check_conversation",
+    "check_on_bad_row",
+    "open_image",
+]
 
 IMAGE_MARKER = "<image>"
 TURN_COLUMNS = ("messages", "conversations")  # column names for turns in chat data, in order of preference
 IMAGE_COLUMNS = ("images", "image")
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's role names; others are kept
-OnBadRow = Literal["skip", "raise"]
 Sample = TypeVar("Sample")
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on: `str()` is `<reason>` or `<reason>: <detail>`, one line."""
-
-    @property
-    def reason(self) -> str:
-        """The category of the problem, such as `missing image`."""
-        return str(self).partition(": ")[0]
-
-
-@dataclass
-class BadRows:
-    """Counts of the rows left out, by reason; `str()` is the one-line report.
-
-    Attributes:
-        total: rows in the data set; 0 if unknown (streams).
-        counts: rows left out, by reason.
-        examples: the first few row ids of each reason, with the detail if there is one.
-        max_examples: row ids that are kept per reason.
-    """
-
-    total: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    max_examples: int = 3
-
-    def add(self, row_id: str, bad: BadRow) -> None:
-        """Add one bad row to the counts."""
-        self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
-        shown = self.examples.setdefault(bad.reason, [])
-        if len(shown) < self.max_examples:
-            detail = str(bad).partition(": ")[2]
-            shown.append(f"{row_id} ({detail})" if detail else row_id)
-
-    def __len__(self) -> int:
-        return sum(self.counts.values())
-
-    def __str__(self) -> str:
-        if not self.counts:
-            return f"all {self.total} rows usable"
-        shown = {reason: ", ".join(examples) for reason, examples in self.examples.items()}
-        reasons = [f"{reason} {count} (e.g. {shown[reason]})" for reason, count in self.counts.items()]
-        of = f" of {self.total}" if self.total else ""
-        return f"{len(self)}{of} rows left out: {'; '.join(reasons)}"
 
 
 class GoodRows(Dataset, Generic[Sample]):
@@ -114,17 +82,6 @@ class GoodRows(Dataset, Generic[Sample]):
         raise ValueError(f"None of the {len(self.rows)} rows is usable; the last one: {skipped[-1][1]}.")
 
 
-def check_on_bad_row(on_bad_row: str) -> None:
-    """Raise a one-line ValueError unless `on_bad_row` is `skip` or `raise`."""
-    if on_bad_row not in ("skip", "raise"):
-        raise ValueError(f"on_bad_row must be 'skip' or 'raise', got {on_bad_row!r}.")
-
-
-def bad_row_error(row_id: str, bad: BadRow) -> ValueError:
-    """The error that is raised for a bad row under `on_bad_row: raise`."""
-    return ValueError(f"Row {row_id} is broken: {bad}. Repair or remove it, or set on_bad_row to 'skip'.")
-
-
 def chat_message(turn: Any) -> dict[str, str]:
     """Convert a turn in LLaVA's or the Hugging Face format to `{"role", "content"}`; other content becomes empty."""
     turn = turn if isinstance(turn, dict) else {}
@@ -165,39 +122,6 @@ def check_conversation(messages: Sequence[dict[str, str]], num_images: int) -> N
     num_markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
     if num_markers not in ({0, num_images} if num_images else {0}):
         raise BadRow(f"image markers: {num_markers} for {num_images} images")
-
-
-def open_image(image: Any, decode: bool = True) -> Image.Image:
-    """Open one image of a row, by default decoded to upright RGB.
-
-    Args:
-        image: PIL image, path, or the `{"bytes", "path"}` dict of an undecoded `datasets.Image`.
-        decode: decode the pixels; if False, only the header is read.
-
-    Raises:
-        BadRow: the image is missing or corrupt; the reason is `missing image` or `corrupt image`, with the file name.
-    """
-    name, source = _image_source(image)
-    try:
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
-        return ImageOps.exif_transpose(opened).convert("RGB") if decode else opened
-    except FileNotFoundError:
-        raise BadRow(f"missing image: {name}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # PIL raises any of these for damaged files, some with a message of several lines.
-        raise BadRow(f"corrupt image: {name} ({type(error).__name__})") from None
-
-
-def _image_source(image: Any) -> tuple[str, Any]:
-    """A name for error messages, and the argument for `Image.open`."""
-    if isinstance(image, Image.Image):
-        return getattr(image, "filename", "") or "image in memory", image
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return image.get("path") or "image bytes in the data set", BytesIO(image["bytes"])
-    path = image.get("path") if isinstance(image, dict) else image
-    if not isinstance(path, str | Path) or not str(path):
-        raise BadRow(f"missing image: neither path nor bytes ({type(image).__name__})")
-    return str(path), path
 
 
 def _part(part: Any) -> str:
