@@ -159,6 +159,7 @@ def _animated(name: str, file: BinaryIO, sampling: VideoSampling) -> tuple[np.nd
         total, milliseconds = getattr(opened, "n_frames", 1), 0.0
         for index in range(total):  # durations are stored per frame
             opened.seek(index)
+            opened.load()  # WebP has the duration only then
             milliseconds += opened.info.get("duration", 0) or 100  # browsers play frames without a duration at 10 fps
         fps = 1000 * total / milliseconds
         indices = sampling.indices(total, fps)
