@@ -58,8 +58,9 @@ MAY_IMPORT = {
         "torch", "transformers", "datasets", "torchmetrics", "evaluation", "training", "data", "export", "insertion",
         "pruners", "families",
     },
+    "compress": {"torch", "evaluation", "training", "export", "data", "insertion", "families"},
     "cli": {
-        "torch", "transformers", "lightning", "datasets", "jsonargparse", "lab", "evaluation", "training", "data",
+        "torch", "transformers", "lightning", "datasets", "jsonargparse", "lab", "compress", "evaluation", "training", "data",
         "export", "insertion", "pruners", "families",
     },
 }  # fmt: skip

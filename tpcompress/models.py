@@ -9,7 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
 from transformers.utils import is_bitsandbytes_available
 
 from tpcompress.bundled import base_path
@@ -40,7 +46,7 @@ def load_base(
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize)
-    path = _path_of(base)
+    path = model_path(base)
     return _load(lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options), "model", base)
 
 
@@ -51,8 +57,20 @@ def load_processor(base: str) -> Any:
         FileNotFoundError: no such folder.
         ValueError: no loadable processor.
     """
-    path = _path_of(base)
+    path = model_path(base)
     return _load(lambda: AutoProcessor.from_pretrained(path), "processor", base)
+
+
+def load_config(base: str) -> PretrainedConfig:
+    """Load the config of a base model.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no loadable config.
+    """
+    path = model_path(base)
+    config: PretrainedConfig = _load(lambda: AutoConfig.from_pretrained(path), "config", base)
+    return config
 
 
 def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
@@ -65,7 +83,13 @@ def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**fields)
 
 
-def _path_of(base: str) -> str:
+def model_path(base: str) -> str:
+    """The folder of a base model, or its hub id if it may be one.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: neither a folder nor a hub id that is cached or can be reached.
+    """
     path = str(Path(base_path(base)).expanduser()) if base.startswith("~") else base_path(base)
     if Path(path).is_dir():
         return path

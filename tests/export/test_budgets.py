@@ -45,7 +45,7 @@ def test_a_budget_to_load_with(exported: Path, tmp_path: Path, inputs: dict[str,
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"keep_tokens": 9}, "The plan has 2 stages, got 1 budgets; give one each"),
+        ({"keep_tokens": 9}, "The plan has 2 stages, got 1 budget; give one each"),
         ({"keep_tokens": [9, 0]}, "Pruner 'divprune': keep_tokens must be a whole number of at least 1, got 0"),
         ({"keep_tokens": [9.5, 2]}, "keep_tokens must be a whole number of at least 1, got 9.5"),
         ({"keep_tokens": [9, 12]}, "budgets must not grow"),

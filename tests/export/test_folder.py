@@ -100,7 +100,7 @@ def test_refused_models(base: Any, processor: Any, tmp_path: Path) -> None:
     model = tp.attach(base, two_stages())
     with pytest.raises(ValueError, match="processor must be"):
         tp.export(model, None, tmp_path / "out")
-    with pytest.raises(ValueError, match="2 stages, got 1 budgets"):
+    with pytest.raises(ValueError, match="2 stages, got 1 budget;"):
         tp.export(model, processor, tmp_path / "out", budgets=[tp.Budget(keep_tokens=1)])
     with pytest.raises(FileNotFoundError, match="No recipe at"):
         tp.export(model, processor, tmp_path / "out", recipe=tmp_path / "nowhere.yaml")

@@ -8,12 +8,16 @@ from typing import Any
 
 from rich.markup import escape
 
+from tpcompress.cli.compress import compress
 from tpcompress.cli.console import console
 from tpcompress.cli.lab import cache_teacher, estimators, study
 
 
 def fit(args: list[str]) -> int:
-    """Train from a recipe; any setting of the recipe can be overridden.
+    """Train from a base model and data, or from a recipe; any setting of a recipe can be overridden.
+
+    Example:
+        tpcompress fit Qwen/Qwen2.5-VL-7B-Instruct rows.json --plan divprune:1/9 --lora 64 --out runs/mine
 
     Example:
         tpcompress fit --config recipes/tiny_llava/pool_full.yaml --model.optimizer.lr 1e-4
@@ -253,11 +257,14 @@ def families(name: str | None = None) -> int:
 
 
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {
-    "Train and ship": {"fit": fit, "validate": validate, "export": export, "verify": verify, "quickstart": quickstart},
+    "Train and ship": {
+        "compress": compress, "fit": fit, "validate": validate, "export": export, "verify": verify,
+        "quickstart": quickstart,
+    },
     "Measure": {"compare": compare, "inspect": inspect_model, "find-layer": find_layer},
     "Look up": {"list": show_list, "pruners": pruners, "families": families},
     "Lab": {"study": study, "estimators": estimators, "cache-teacher": cache_teacher},
-}
+}  # fmt: skip
 """Commands by their name on the shell, under the headings of the help."""
 
 COMMANDS: dict[str, Callable[..., int]] = {name: run for group in GROUPS.values() for name, run in group.items()}

@@ -52,22 +52,32 @@ def show_command(name: str, command: Command, console: Console) -> None:
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     usage = " ".join(["usage: tpcompress", name, *map(str.upper, required), "[options]"])
     _lines(console, usage, "", summary(command), "", epilog(command), "")
-    about = arguments(command)
-    table = Table.grid(padding=(0, 2))
-    for key, parameter in parameters.items():
-        option = key.upper() if key in required else f"--{key}{_value(key, parameter)}"
-        default = "" if parameter.default in (parameter.empty, None, False) else f" (default: {parameter.default})"
-        table.add_row(f"  [bold]{escape(option)}[/bold]", escape(about.get(key, "") + default))
-    console.print(table)
+    console.print(_options(command))
     note = "Values may also be given in this order without their names" if len(parameters) > len(required) else ""
     if note:
         _lines(console, "", f"{note}; options may be written with - or _.")
 
 
-def show_recipe_command(name: str, command: Command, console: Console) -> None:
-    """Print examples, the forms of data and the fields of a plan for `fit` or `validate`."""
+def show_recipe_command(
+    name: str, command: Command, console: Console, short: Callable[..., object] | None = None
+) -> None:
+    """Print examples, the forms of data and the fields of a plan for `fit` or `validate`.
+
+    Args:
+        name: name of the command.
+        command: its function.
+        console: console to print to.
+        short: function of the form without a recipe, if there is one.
+    """
     usage = f"usage: tpcompress {name} --config RECIPE [--SECTION.SETTING VALUE ...]"
-    _lines(console, usage, "", summary(command), "", epilog(command), "", RECIPE_SETTINGS.replace("{name}", name))
+    _lines(console, usage)
+    if short is not None:
+        _lines(console, f"       tpcompress {name} MODEL DATA [options] [--SECTION.SETTING VALUE ...]")
+    _lines(console, "", summary(command), "", epilog(command))
+    if short is not None:
+        console.print("\noptions of the form without a recipe, which it writes to the folder of the run")
+        console.print(_options(short))
+    _lines(console, "", RECIPE_SETTINGS.replace("{name}", name))
 
 
 def summary(command: Command) -> str:
@@ -86,11 +96,22 @@ def epilog(command: Command) -> str:
     return "\n".join([f"example{'s' if len(found) > 1 else ''}:", *(f"  {line}" for line in found)])
 
 
-def arguments(command: Command) -> dict[str, str]:
+def arguments(command: Callable[..., object]) -> dict[str, str]:
     """Descriptions in the `Args` section of a command's docstring."""
     section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.getdoc(command) or "", flags=re.MULTILINE)
     found = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", section[1] if section else "", flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
+
+
+def _options(command: Callable[..., object]) -> Table:
+    about = arguments(command)
+    table = Table.grid(padding=(0, 2))
+    for key, parameter in inspect.signature(command).parameters.items():
+        given = parameter.default
+        option = key.upper() if given is parameter.empty else f"--{key}{_value(key, parameter)}"
+        default = "" if given in (parameter.empty, None) or given is False else f" (default: {given})"
+        table.add_row(f"  [bold]{escape(option)}[/bold]", escape(about.get(key, "").rstrip(".") + default))
+    return table
 
 
 def _value(key: str, parameter: inspect.Parameter) -> str:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS
 from tpcompress.cli.console import console
+from tpcompress.cli.fit_short import fit_model, is_short, split_options
 from tpcompress.cli.help import show_command, show_recipe_command, show_usage
 from tpcompress.cli.options import HELP, normalized, underscored
 from tpcompress.errors import did_you_mean, missing_extra
@@ -30,7 +32,7 @@ NOISE = (
 )
 """Warnings of other packages that say nothing about a run."""
 
-TRAINING = (*RECIPE_COMMANDS, "compare", "study", "quickstart", "estimators", "cache-teacher")
+TRAINING = (*RECIPE_COMMANDS, "compress", "compare", "study", "quickstart", "estimators", "cache-teacher")
 """Commands that import the training frameworks."""
 
 LISTS = ("list", "pruners", "families")
@@ -85,7 +87,11 @@ def parse(name: str, args: list[str]) -> dict[str, Any]:
         ValueError: an unknown option, a missing or impossible value.
         SystemExit: after printing help.
     """
-    command = COMMANDS[name]
+    return parse_for(COMMANDS[name], name, args)
+
+
+def parse_for(command: Callable[..., object], name: str, args: list[str]) -> dict[str, Any]:
+    """Parse the options of a function that stands for a command; see `parse`."""
     given = normalized(command, name, args)
     if given[-1:] == ["--help"]:
         show_command(name, command, console)
@@ -105,11 +111,14 @@ def _run_recipe(name: str, args: list[str]) -> int:
     """Run `fit` or `validate`, whose options are parsed by the recipe."""
     command = COMMANDS[name]
     if args and args[-1] in HELP:
-        show_recipe_command(name, command, console)
+        show_recipe_command(name, command, console, fit_model if name == "fit" else None)
         raise SystemExit(0)
     if args[-2:] in ([word, "all"] for word in HELP):  # every option of the recipe, which the parser prints
         args = args[:-1]
     _quieten(name)
+    if name == "fit" and is_short(args):
+        own, args = split_options(fit_model, args)
+        args = [*fit_model(**parse_for(fit_model, name, own)), *args]
     return command([name, *map(underscored, args)])
 
 

@@ -1,0 +1,158 @@
+"""Splits a user's data into rows to train on, rows to choose a rule on, and rows for the table, as three files.
+
+Rows with the same image are in the same part, so that nothing about an image of the table was seen before. The files
+hold the rows as `ChatData` and the task `chat` read them; images stay where they are, and those inside the data are
+written beside the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tpcompress.data import load_chat
+from tpcompress.files import atomic_path, write_atomic
+
+PARTS = ("train", "choose", "table")
+SHARE, MOST = 0.2, 512
+"""Rows held out for choosing and for the table together: a share of all rows, and at most this many for each."""
+
+FEWEST = 8
+"""Rows with different images that a split needs."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of a split.
+
+    Attributes:
+        folder: folder of the files.
+        rows: number of rows in each part.
+        left_out: rows of the data that cannot be used, in words; empty without any.
+    """
+
+    folder: Path
+    rows: Mapping[str, int]
+    left_out: str
+
+    def file(self, part: str) -> str:
+        """Path of a part: train, choose or table."""
+        return str(self.folder / f"{part}.jsonl")
+
+    def __str__(self) -> str:
+        counts = self.rows
+        text = f"{counts['train']} rows to train on, {counts['choose']} to choose on, {counts['table']} for the table"
+        return f"{text}; {self.left_out}" if self.left_out else text
+
+
+def split_data(
+    source: str, folder: Path, image_folder: str | None = None, split: str = "train", seed: int = 0
+) -> Split:
+    """Split the data, or return the split that the folder holds already.
+
+    Args:
+        source: data in any format that `load_chat` reads.
+        folder: folder of the parts.
+        image_folder: folder that relative image paths start from.
+        split: split of `source` to read.
+        seed: seed of the parts.
+
+    Raises:
+        FileNotFoundError, ValueError: the data cannot be read, or has too few different images.
+    """
+    record = folder / "split.json"
+    if record.is_file():
+        known = json.loads(record.read_text())
+        return Split(folder, known["rows"], known["left_out"])
+    rows, report = load_chat(source, image_folder, split)
+    groups = _groups(rows)
+    if len(groups) < FEWEST:
+        raise ValueError(f"{source} has usable rows with {len(groups)} different images; compress needs {FEWEST}.")
+    parts = _parts(groups, len(rows), seed)
+    for part, indices in parts.items():
+        records = (record for i in indices for record in _records(rows[i], i, folder / "images"))
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        write_atomic(folder / f"{part}.jsonl", "\n".join(lines) + "\n")
+    counts = {part: len(indices) for part, indices in parts.items()}
+    left_out = str(report) if len(report) else ""
+    write_atomic(record, json.dumps({"source": source, "seed": seed, "rows": counts, "left_out": left_out}, indent=1))
+    return Split(folder, counts, left_out)
+
+
+def _groups(rows: Any) -> list[list[int]]:
+    """Indices of rows that share an image, in the order of the data; a row without an image is a group of its own."""
+    parent, first = list(range(len(rows))), dict[Any, int]()
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            index = parent[index]
+        return index
+
+    for index in range(len(rows)):
+        row = rows[index]
+        for medium in [*row["images"], *(row.get("videos") or [])]:
+            same = root(first.setdefault(_identity(medium), index))
+            parent[max(root(index), same)] = min(root(index), same)
+    groups: dict[int, list[int]] = {}
+    for index in range(len(rows)):
+        groups.setdefault(root(index), []).append(index)
+    return list(groups.values())
+
+
+def _parts(groups: list[list[int]], num_rows: int, seed: int) -> dict[str, list[int]]:
+    """Whole groups in random order: the table first, then the rows to choose on, the rest for training."""
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held_out = max(1, min(round(SHARE * num_rows / 2), MOST))
+    parts: dict[str, list[int]] = {"table": [], "choose": [], "train": []}
+    for group in order:
+        part = next((name for name in ("table", "choose") if len(parts[name]) < held_out), "train")
+        parts[part] += groups[group]
+    if not parts["train"]:
+        raise ValueError("Most rows share one image, so no rows are left to train on; give data with more images.")
+    return {part: sorted(parts[part]) for part in PARTS}
+
+
+def _records(row: Mapping[str, Any], index: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row as lines of a file, one per conversation."""
+    shared = {"images": [_saved(image, folder) for image in row["images"]]}
+    shared |= {name: row[name] for name in ("videos", "tools") if row.get(name)}
+    name, number = row.get("id") or str(index), len(row["conversations"])
+    for place, (messages, family) in enumerate(zip(row["conversations"], row["families"], strict=True)):
+        identity = name if number == 1 else f"{name}-{place}"
+        yield {"id": identity, **shared, "messages": messages, "family": family}
+
+
+def _identity(medium: Any) -> Any:
+    """What two rows with the same image or video share."""
+    if isinstance(medium, str | Path):
+        return str(medium)
+    if isinstance(medium, Mapping):
+        return medium.get("path") if medium.get("bytes") is None else hashlib.sha256(medium["bytes"]).hexdigest()
+    if isinstance(medium, list):
+        return tuple(map(_identity, medium))
+    return hashlib.sha256(f"{medium.mode} {medium.size}".encode() + medium.tobytes()).hexdigest()
+
+
+def _saved(image: Any, folder: Path) -> str:
+    """Path of an image; one that is inside the data is written first."""
+    if isinstance(image, str | Path):
+        return str(Path(image).resolve())
+    if isinstance(image, Mapping) and image.get("bytes") is None:
+        return str(Path(str(image["path"])).resolve())
+    content = image["bytes"] if isinstance(image, Mapping) else None
+    path = (folder / f"{_identity(image)[:24]}.{'img' if content else 'png'}").resolve()
+    if not path.is_file():
+        with atomic_path(path) as part:
+            part.write_bytes(content) if content else _pixels(image).save(part)
+    return str(path)
+
+
+def _pixels(image: Image.Image) -> Image.Image:
+    return image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16") else image.convert("RGB")

@@ -1,0 +1,61 @@
+"""What a compression prints at its end: one sentence, and the commands that come next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpcompress.evaluation.compare.report import Report
+from tpcompress.evaluation.compare.row import Row
+from tpcompress.evaluation.compare.table import tokens
+
+
+def sentence(report: Report, choice: Mapping[str, Any], keep: str, verified: bool) -> str:
+    """The result in one sentence, with every score that it should be held against.
+
+    Args:
+        report: report of the comparison.
+        choice: the chosen rule and how many were ranked.
+        keep: the budget as it was given.
+        verified: whether the export behaves as the trained model.
+    """
+    unit = report.metric.unit
+    (trained,) = report.arm("training_aware")
+    dense = next(iter(report.arm("dense")), None)
+    bare = next((row for row in report.arm("dense_ft") if row.pruner is None), None)
+    pruned = next((row for row in report.arm("dense_ft") if row.pruner is not None), None)
+    free = report.twin(trained, "training_free")
+    others = [
+        ("the dense model", dense),
+        ("the dense model after the same steps", bare),
+        ("that model pruned alike", pruned),
+        ("the rule without training", free),
+    ]
+    against = ", ".join(f"{_score(row, unit)} for {name}" for name, row in others if row is not None)
+    return (
+        f"{choice['rule']} at layer {choice['layer']}, the best of {choice['ranked']} rules at {keep}, trained in the "
+        f"loop, scores {_score(trained, unit)} with {tokens(trained.retained_tokens)} of "
+        f"{tokens(trained.vision_tokens)} vision tokens per image on {trained.num_images} held-out rows, against "
+        f"{against}; the export is {'verified' if verified else 'NOT verified, see above'}."
+    )
+
+
+def next_commands(folder: Path, export: Path) -> list[str]:
+    """Commands that go on from the files of the folder, with a heading; those of other packages are marked."""
+    own, quoted = shlex.quote(str(folder)), shlex.quote(str(export))
+    load = f"import tpcompress as tp; model = tp.from_pretrained({str(export)!r})"
+    return [
+        "next:",
+        f"  serve      python -i -c {shlex.quote(load)}",
+        f"  look       tpcompress inspect {quoted} --image IMAGE --prompt QUESTION",
+        f"  evaluate   tpcompress compare {own}/compare.yaml --out {own}/compare",
+        f"  train on   tpcompress fit --config {own}/recipe.yaml --trainer.default_root_dir DIR",
+        f"  push       hf upload USER/NAME {quoted}   (command of huggingface_hub)",
+    ]
+
+
+def _score(row: Row, unit: Any) -> str:
+    interval = "" if row.ci95 is None else f" ± {unit.number(row.ci95)}"
+    return f"{unit.text(row.score)}{interval}" if row.score is not None else "no score"
