@@ -60,8 +60,8 @@ MAY_IMPORT = {
     },
     "compress": {"torch", "evaluation", "training", "export", "data", "insertion", "families"},
     "cli": {
-        "torch", "transformers", "lightning", "datasets", "jsonargparse", "lab", "compress", "evaluation", "training", "data",
-        "export", "insertion", "pruners", "families",
+        "torch", "transformers", "lightning", "datasets", "jsonargparse", "compress", "lab", "evaluation", "training",
+        "data", "export", "insertion", "pruners", "families",
     },
 }  # fmt: skip
 """Packages of tpcompress and frameworks; the standard library and small libraries are not architecture."""

@@ -22,7 +22,6 @@ from tpcompress.compress.split import Split, split_data
 from tpcompress.compress.summary import next_commands, sentence
 from tpcompress.evaluation.compare.run import ComparisonRun
 from tpcompress.evaluation.compare.table import layout
-from tpcompress.evaluation.rank import run_rank
 from tpcompress.evaluation.tables import rich_table
 from tpcompress.export import verify_in_fresh_process
 from tpcompress.files import write_atomic
@@ -135,6 +134,8 @@ def _choose(settings: CompressSettings, folder: Path, split: Split, console: Con
     """The best rule on the rows to choose on, as plain values."""
     path = folder / "choice.json"
     if not path.is_file():
+        from tpcompress.evaluation.rank import run_rank
+
         task = {"type": "chat", "data": split.file("choose")}
         more: dict[str, Any] = {"rules": settings.rules or None, "metric": settings.metric, "batch_size": 8}
         ranking = run_rank(settings.model, task, settings.keep, folder / "rank", console, **more)

@@ -71,13 +71,10 @@ def keep_settings(settings: CompressSettings, folder: Path) -> None:
         write_atomic(path, json.dumps({"settings": now}, indent=1))
         return
     then = json.loads(path.read_text())["settings"]
-    changed = [
-        f"{name}: {_word(then.get(name))}, now {_word(now[name])}" for name in now if then.get(name) != now[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a compression with other arguments ({'; '.join(changed)}); choose another --out."
-        )
+    names = [name for name in now if then.get(name) != now[name]]
+    if names:
+        changed = "; ".join(f"{name}: {_word(then.get(name))}, now {_word(now[name])}" for name in names)
+        raise ValueError(f"{folder} holds a compression with other arguments ({changed}); choose another --out.")
 
 
 def _word(value: Any) -> str:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support import family_folder
 from training.helpers import TOKENS, Watch, Workplace, callback, found, save_base, save_chat
 
 from tpcompress.cli.main import main
+from tpcompress.compress.recipe import PRESETS, family_of_base
 from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.recipe_files import read_recipe
 from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,6 +132,26 @@ def test_the_7b_recipes_take_two_steps_on_a_tiny_stand_in(path, precision, stand
     assert run.trainer.callback_metrics["vision_tokens"] == 64
     assert run.trainer.callback_metrics["loss/kl"] > 0
     assert torch.isfinite(run.trainer.callback_metrics["loss/total"])
+
+
+QUICK = ("qwen2_5_vl", "internvl3")
+FAMILIES = {name.split("/")[0]: (family, name) for family, name in PRESETS.items()}
+
+
+@pytest.mark.parametrize("folder", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in FAMILIES])
+def test_the_recipe_of_a_family_takes_two_steps_on_a_tiny_model_of_its_class(folder, stand_in):
+    family, name = FAMILIES[folder]
+    args = [*stand_in, "--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.precision", "32-true"]
+    args += ["--model.base", str(family_folder(family)), "--model.dtype", "float32", "--data.init_args.batch_size", "2"]
+    args += ["--trainer.accumulate_grad_batches", "1", "--trainer.logger", "false"]
+    run = run_recipe(["fit", "--config", str(ROOT / "recipes" / name), *args], progress=False)
+    values = read_recipe(ROOT / "recipes" / name)
+    assert len((ROOT / "recipes" / name).read_text().splitlines()) <= 10
+    assert family_of_base(str(family_folder(family))) == family
+    assert run.trainer.global_step == 2
+    assert run.model.model.peft_config["default"].r == values["model"]["lora"]["r"]
+    assert torch.isfinite(run.trainer.callback_metrics["loss/total"])
+    assert run.trainer.callback_metrics["loss/kl"] > 0
 
 
 def test_the_free_recipe_validates(stand_in, capsys):
