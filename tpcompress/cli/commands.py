@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.markup import escape
@@ -87,7 +88,7 @@ def export(
         assert base is not None
         assert plan is not None
         folder = export_free(base, plan, out, overwrite, measure)
-    console.print(f"Exported to {folder}. Next: tpcompress verify {folder}", soft_wrap=True)
+    console.print(f"Exported to {folder}. Next: tpcompress verify {quote(str(folder))}", soft_wrap=True)
     return 0
 
 
