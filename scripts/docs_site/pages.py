@@ -36,7 +36,7 @@ GENERATED = {"<!-- generated: family fields -->": reference.family_fields}
 """Markers in written pages, and what takes their place."""
 
 ORDER = (
-    "prune.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md", "results.md",
+    "prune.md", "compress.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md", "results.md",
     "troubleshooting.md",
     "limits.md",
 )  # fmt: skip
