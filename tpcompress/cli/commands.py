@@ -12,6 +12,7 @@ from rich.markup import escape
 from tpcompress.cli.compress import compress
 from tpcompress.cli.console import console
 from tpcompress.cli.lab import cache_teacher, estimators, study
+from tpcompress.cli.rank import rank
 
 
 def fit(args: list[str]) -> int:
@@ -262,7 +263,7 @@ GROUPS: dict[str, dict[str, Callable[..., int]]] = {
         "compress": compress, "fit": fit, "validate": validate, "export": export, "verify": verify,
         "quickstart": quickstart,
     },
-    "Measure": {"compare": compare, "inspect": inspect_model, "find-layer": find_layer},
+    "Measure": {"compare": compare, "rank": rank, "inspect": inspect_model, "find-layer": find_layer},
     "Look up": {"list": show_list, "pruners": pruners, "families": families},
     "Lab": {"study": study, "estimators": estimators, "cache-teacher": cache_teacher},
 }  # fmt: skip

@@ -46,6 +46,8 @@ class Bench:
         console: console for progress.
         metric: metric of the scores.
         batch_size: sequences per call in tests.
+        dtype: dtype of the base's weights.
+        device: device of the base; None leaves it where it is loaded.
         many_runs: many short training runs: their images are encoded once, they show no progress and write no logs.
         tests: the rows of the task, collated: packed and one question per sequence.
         kept: encoded training images.
@@ -59,6 +61,8 @@ class Bench:
     console: Console
     metric: str = ""
     batch_size: int = 64
+    dtype: str = "float32"
+    device: str | None = None
     many_runs: bool = False
     tests: dict[bool, Prepared] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
@@ -73,7 +77,8 @@ class Bench:
     @cached_property
     def model(self) -> Any:
         """The dense base, in eval mode; dense again after every cell."""
-        return load_base(self.base).eval()
+        model: Any = load_base(self.base, self.dtype)
+        return (model if self.device is None else model.to(self.device)).eval()
 
     @cached_property
     def processor(self) -> Any:
@@ -88,6 +93,7 @@ class Bench:
             "data": self.task.fingerprint,
             "task": self.task.config(),
             "metric": self.metric,
+            **({} if self.dtype == "float32" else {"dtype": self.dtype}),
         }
 
     @cached_property

@@ -36,3 +36,17 @@ def denormalized(pixels: Tensor, image_processor: Any) -> np.ndarray:
     if getattr(image_processor, "do_normalize", True):
         values = values * np.asarray(image_processor.image_std) + np.asarray(image_processor.image_mean)
     return values.clip(0, 1)
+
+
+def dimmed(pixels: np.ndarray, white: float = 255) -> np.ndarray:
+    """Grey in which dropped tokens are drawn, darker than paper and lighter than ink, so that both stay apart from it.
+
+    Args:
+        pixels: (H, W, 3).
+        white: value of white.
+
+    Returns:
+        float (H, W, 1).
+    """
+    grey: np.ndarray = 0.6 * white + 0.2 * pixels.mean(-1, keepdims=True)
+    return grey

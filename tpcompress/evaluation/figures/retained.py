@@ -14,30 +14,46 @@ import torch
 from matplotlib.axes import Axes
 
 from tpcompress.data.collate import ChatCollator
-from tpcompress.data.rows import IMAGE_MARKER
-from tpcompress.evaluation.figures.canvas import denormalized, new_figure, save
+from tpcompress.data.rows import IMAGE_MARKER, open_image
+from tpcompress.evaluation.figures.canvas import dimmed, new_figure, save
+from tpcompress.evaluation.figures.fields import Field, Media, fields_of
 from tpcompress.inference import inference, inputs_for
 from tpcompress.insertion.attach import attachment_of, record
 from tpcompress.insertion.trace import StageTrace
 
 OUTLINE = "#ffd60a"
+SIDE = 512
+"""Longest side in pixels of a drawn image."""
 
 
 @dataclass(frozen=True)
 class Retained:
-    """Retained tokens of one image.
+    """Retained tokens of the first image of a prompt.
 
     Attributes:
-        image: float (height, width, 3) in [0, 1]: the image as the vision tower receives it.
+        image: float (height, width, 3) in [0, 1]: the image, or the mosaic of its tiles; grey where tokens have no
+            position in the image.
         keep: bool (rows, columns): retained tokens of the grid.
         cells: int (rows, columns): the retained token into which each token was merged; None unless the pruner merges.
         question: the question; prompt-dependent pruners depend on it.
+        overview: image and retained tokens of the overview beside the tiles; None without one.
     """
 
     image: np.ndarray
     keep: np.ndarray
     cells: np.ndarray | None = None
     question: str = ""
+    overview: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def kept(self) -> int:
+        """Number of retained tokens, those of the overview included."""
+        return int(self.keep.sum()) + (0 if self.overview is None else int(self.overview[1].sum()))
+
+    @property
+    def total(self) -> int:
+        """Number of tokens, those of the overview included."""
+        return self.keep.size + (0 if self.overview is None else self.overview[1].size)
 
 
 def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> list[Retained]:
@@ -63,7 +79,8 @@ def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]
                 raise ValueError(
                     f"Row {number} was not pruned: it has no image, or the plan is off; give rows with images."
                 )
-            sample = _retained(trace.stages, trace.stages[0].layouts[0][0].canvas, batch, processor, attachment.pruners)
+            media = Media([open_image(image) for image in row["images"]])
+            sample = _retained(trace.stages, batch, media, processor.image_processor, attachment.pruners)
             question = str(row["conversations"][0][0]["content"]).replace(IMAGE_MARKER, "").strip()
             samples.append(dataclasses.replace(sample, question=question))
     return samples
@@ -93,23 +110,36 @@ def retained_figure(samples: Mapping[str, Sequence[Retained]], path: str | Path)
             _draw_retained(grid[number, place], column[number])
     for axes, (words, column) in zip(grid[0, 1:], columns, strict=True):
         axes.set_title(f"{words}\n{_count(column[0])}", fontsize=9)
-    grid[0, 0].set_title(f"image\n{columns[0][1][0].keep.size} tokens", fontsize=9)
+    grid[0, 0].set_title(f"image\n{columns[0][1][0].total} tokens", fontsize=9)
     save(figure, path)
 
 
 def _count(sample: Retained) -> str:
-    return f"{int(sample.keep.sum())} {'tokens' if sample.cells is None else 'merged cells'}"
+    return f"{sample.kept} {'tokens' if sample.cells is None else 'merged cells'}"
 
 
-def _retained(stages: list[StageTrace], grid: tuple[int, int], batch: dict, processor: Any, pruners: Any) -> Retained:
-    """Build a sample from the trace of its prefill; budget row 0 starts with the first image."""
-    count = grid[0] * grid[1]
-    last = stages[-1]
-    keep = last.retained_RV[0, :count].cpu().numpy().reshape(grid)
-    merging = pruners[last.stage].merges and len(stages) == 1 and len(last.total) == 1
+def _retained(stages: list[StageTrace], batch: dict, media: Media, image_processor: Any, pruners: Any) -> Retained:
+    """Build a sample from the trace of its prefill: the largest field of the first image, and its overview."""
+    fields = fields_of(stages[0], batch, media, image_processor)
+    last, fields = stages[-1], [each for each in fields if each.source == fields[0].source]
+    main = max(fields, key=lambda each: each.index.size)
+    others = [each for each in fields if each is not main]
+    merging = pruners[last.stage].merges and len(stages) == 1 and len(last.total) == 1 and not others
     cells = _cells(last, pruners[last.stage]) if merging else None
-    image = denormalized(batch["pixel_values"][0], processor.image_processor)
-    return Retained(image, keep, None if cells is None else cells.reshape(grid))
+    if cells is not None:
+        cells = cells[main.index] if len(cells) == main.index.size else None
+    overview = (_pixels(others[0]), others[0].kept(last)) if len(others) == 1 else None
+    return Retained(_pixels(main), main.kept(last), cells, overview=overview)
+
+
+def _pixels(drawn: Field) -> np.ndarray:
+    """float (height, width, 3) in [0, 1], at most `SIDE` pixels on a side."""
+    if drawn.image is None:
+        rows, cols = drawn.index.shape
+        return np.full((8 * rows, 8 * cols, 3), 0.6)
+    image = drawn.image.convert("RGB")
+    image.thumbnail((SIDE, SIDE))
+    return np.asarray(image) / 255
 
 
 def _cells(stage: StageTrace, pruner: Any) -> np.ndarray | None:
@@ -135,8 +165,7 @@ def _draw_retained(axes: Axes, sample: Retained) -> None:
         _outline(axes, sample.cells, height / rows, width / cols)
         return
     keep = sample.keep[y][:, x][..., None]
-    grey = sample.image.mean(-1, keepdims=True)
-    _show(axes, np.where(keep, sample.image, 0.74 + 0.2 * grey))
+    _show(axes, np.where(keep, sample.image, dimmed(sample.image, 1)))
     _outline(axes, np.where(sample.keep, 1, 0), height / rows, width / cols, "#333333", 0.7)
 
 
