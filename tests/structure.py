@@ -22,7 +22,7 @@ READ = {
     "positions": "positions",
     "masks_in_core": "masks_in_core",
     "blocks": "blocks",
-    "joins_tiles": "joins_tiles",
+    "tiles": "tiles",
     "splits_tiles": "splits_tiles",
     "keys_of": "shares_keys",
     "reads_positions": "reads_positions",
@@ -41,8 +41,8 @@ class Structure:
         positions: `1d` or `mrope`.
         masks_in_core: the core model builds the attention masks.
         blocks: kinds of layers in which vision tokens attend both ways, and whether beyond a window; None without.
-        joins_tiles: features without a gap are tiles of one image.
-        splits_tiles: every rectangle of a feature is an image.
+        tiles: features may be tiles of one image, or hold several; how they are grouped changes `locate` alone.
+        splits_tiles: every rectangle of a feature is a tile or an image.
         shares_keys: some layers attend to the keys of another.
         reads_positions: layers read position ids beside the rotary embedding.
         layer_kinds: the kinds of its decoder layers.
@@ -52,7 +52,7 @@ class Structure:
     positions: str
     masks_in_core: bool
     blocks: tuple[tuple[str, ...], bool] | None
-    joins_tiles: bool
+    tiles: bool
     splits_tiles: bool
     shares_keys: bool
     reads_positions: bool
@@ -76,7 +76,7 @@ def structure(case: Case) -> Structure:
         positions=family.positions,
         masks_in_core=family.masks_in_core,
         blocks=family.blocks and (family.blocks.kinds, family.blocks.beyond_window),
-        joins_tiles=family.joins_tiles,
+        tiles=family.tiles is not None or family.splits_tiles,
         splits_tiles=family.splits_tiles,
         shares_keys=any(family.keys_of(text, layer) != layer for layer in layers),
         reads_positions=family.reads_positions(config),

@@ -109,7 +109,7 @@ def test_every_field_is_documented_with_its_default() -> None:
     assert found["positions"].default == "'1d'"
     assert found["keys_of"].default == "own_keys"
     assert found["vision_tower"].text == found["projector"].text
-    assert found["splits_tiles"].text.endswith("tell which grids belong together.")
+    assert found["splits_tiles"].text.endswith("holds all images of a sample.")
 
 
 def test_every_refused_type_is_listed_once() -> None:

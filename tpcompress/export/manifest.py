@@ -79,7 +79,8 @@ def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> 
         if reason is not None:
             return False, reason
     if plan.scope != "image":
-        return False, "the budget holds per prompt, so an image's count depends on the other images"
+        other = {"prompt": "the other images", "tile": "its number of tiles"}[plan.scope]
+        return False, f"the budget holds per {plan.scope}, so an image's count depends on {other}"
     if plan.stages[0].keep_tokens is None and getattr(config, "image_seq_length", None) != total:
         return False, "a ratio of images of varying size gives no fixed count; give keep_tokens"
     return True, "before the language model, a fixed count per image, whatever the prompt"

@@ -7,17 +7,14 @@ from typing import Any
 from transformers import AyaVisionConfig
 
 from tpcompress.families import internvl
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 from tpcompress.families.tiny_processor import tiny_tokenizer, turns
 
-TILES_APART = "Every tile counts as a separate image, because the prompt has text tokens between tiles."
-
-
 # ------------------------------------------------------------------------------------------------ test fixture
 
-TILE = 105
-"""Id of the text token before a tile."""
+TILE, OVERVIEW = 105, 106
+"""Ids of the text tokens before a tile and before the last one."""
 
 
 def tiny_config() -> AyaVisionConfig:
@@ -37,7 +34,8 @@ def tiny_cohere2() -> dict[str, Any]:
 
 def tiny_ids(config: Any, kind: str) -> list[int]:
     """The tiles of an image, each after its text token, between start and end."""
-    return [START] + ([TILE] + [IMAGE] * 36) * internvl.TILES[kind] + [END]
+    tile = [IMAGE] * 36
+    return [START, *[TILE, *tile] * (internvl.TILES[kind] - 1), OVERVIEW, *tile, END]
 
 
 TURN_TOKENS = {
@@ -81,6 +79,6 @@ AYA_VISION = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
+    tiles=Tiles(closes=True),
     tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, ("image", "wide"), processor=tiny_processor),
-    limits=(TILES_APART,),
 )

@@ -41,6 +41,27 @@ class Blocks:
     beyond_window: bool = False
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """How the tiles of one image are told from other images in the prompt, where tiles are features of their own.
+
+    One of the two fields is set. Tiles that no other token separates (`gap=0`) need no token ids.
+
+    Attributes:
+        gap: tiles with at most this many tokens between them belong to one image.
+        closes: the token before the last tile of an image (its overview) stands before no other tile; so the token
+            before the last tile of a sequence tells which tiles end an image.
+    """
+
+    gap: int | None = None
+    closes: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether text tokens separate the tiles of an image."""
+        return self.gap != 0
+
+
 def supported(config: Any) -> str | None:
     """Every variant is supported. A named function, because attached models can be pickled."""
     return None
@@ -140,9 +161,8 @@ class Family:
         positions: `1d`, or `mrope` for positions in time, height and width.
         masks_in_core: the core model builds attention masks before it calls the text model.
         blocks: blocks of tokens with bidirectional attention; None if attention is causal.
-        joins_tiles: features with adjacent placeholders are tiles of one image.
-        splits_tiles: every grid of a feature is a separate image, because text separates them and the inputs do not
-            tell which grids belong together.
+        tiles: how features that are tiles of one image are found; None if every feature is an image.
+        splits_tiles: every grid of a feature is a tile of its own, because one feature holds all images of a sample.
         keys_of: (config, layer) -> the layer whose keys and values a layer attends to.
         reads_positions: (config) -> whether layers read position ids in addition to the rotary embedding.
         patches_per_token: (config) -> patches of the vision encoder that become one vision token, or None where a
@@ -168,7 +188,7 @@ class Family:
     masks_in_core: bool = False
     tower: Tower | None = None
     blocks: Blocks | None = None
-    joins_tiles: bool = False
+    tiles: Tiles | None = None
     splits_tiles: bool = False
     keys_of: Callable[[Any, int], int] = own_keys
     reads_positions: Callable[[Any], bool] = rotary_only

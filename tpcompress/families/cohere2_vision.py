@@ -7,8 +7,8 @@ from typing import Any
 from transformers import Cohere2VisionConfig
 
 from tpcompress.families import internvl
-from tpcompress.families.aya_vision import TILES_APART, TURN_TOKENS, cohere_turns, tiny_cohere2
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.aya_vision import TURN_TOKENS, cohere_turns, tiny_cohere2
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_vision
 from tpcompress.families.tiny_processor import square_size, tiny_tokenizer
 
@@ -57,6 +57,6 @@ COHERE2_VISION = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
+    tiles=Tiles(gap=1),
     tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, ("image", "wide"), processor=tiny_processor),
-    limits=(TILES_APART,),
 )

@@ -135,5 +135,6 @@ GEMMA3 = Family(
     masks_in_core=True,
     blocks=Blocks(image_blocks),
     refuse=refuse,
+    limits=("With do_pan_and_scan every crop counts as an image.",),
     tiny=Tiny(tiny_config, fixed_pixels, tiny_run, arguments=token_types, processor=tiny_processor),
 )

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GotOcr2Config
 
 from tpcompress.families import internvl
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text
 from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, square_size, tiny_tokenizer
 
@@ -56,7 +56,7 @@ GOT_OCR2 = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
-    joins_tiles=True,
+    tiles=Tiles(gap=0),
     patches_per_token=patches_per_token,
     tiny=Tiny(
         tiny_config, internvl.tiny_pixels, internvl.tiny_ids, ("image", "wide"), processor=tiny_processor, saved=(256,)

@@ -83,6 +83,8 @@ IDEFICS2 = replace(
     name="idefics2",
     model_types=("idefics2",),
     image_layouts=image_layouts,
+    tiles=None,
+    limits=("With do_image_splitting each of the five crops of an image counts as an image.",),
     patches_per_token=resampled,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(SIZES), variants=((), (48,)), processor=tiny_processor),
 )

@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from transformers import Idefics3Config
 
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.layout import Grid, Layout
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text, tiny_vision
 from tpcompress.families.tiny_processor import image_processor, tiny_tokenizer
-
-LIMITS = (
-    "The budget applies to each tile of an image, because text separates tiles and the inputs do not group them.",
-)
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
@@ -32,6 +28,8 @@ def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) 
 
 TILES = {"image": 3, "wide": 4}
 """Number of tiles by kind, including the overview."""
+OVERVIEW = 109
+"""Id of the marker before the overview, which ends an image."""
 
 
 def tiny_config() -> Idefics3Config:
@@ -41,9 +39,9 @@ def tiny_config() -> Idefics3Config:
 
 
 def tiny_run(config: Any, kind: str) -> list[int]:
-    """16 placeholders for each tile, after two marker tokens."""
-    tiles = range(TILES[kind])
-    return [token for tile in tiles for token in (START, 105 + tile, *[IMAGE] * 16)] + [END]
+    """16 placeholders for each tile, after two marker tokens; the second names the tile's place, or the overview."""
+    markers = [*range(105, 104 + TILES[kind]), OVERVIEW]
+    return [token for marker in markers for token in (START, marker, *[IMAGE] * 16)] + [END]
 
 
 def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def tiny_pixels(config: Any, samples: Sequence[Sequence[str]], generator: Any) -
 TOKENS = {
     0: "<|endoftext|>", 1: "<|im_start|>", 2: "<end_of_utterance>", IMAGE: "<image>", VIDEO: "<video>",
     START: "<fake_token_around_image>", 105: "<row_1_col_1>", 106: "<row_1_col_2>", 107: "<row_2_col_1>",
-    108: "<row_2_col_2>", END: "<global-img>",
+    108: "<row_2_col_2>", OVERVIEW: "<global-img>",
 }  # fmt: skip
 
 TEMPLATE = (
@@ -110,7 +108,7 @@ IDEFICS3 = Family(
     language_model="model.text_model",
     layers="model.text_model.layers",
     image_layouts=image_layouts,
+    tiles=Tiles(closes=True),
     splits_tiles=True,
-    limits=LIMITS,
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), processor=tiny_processor),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig
 
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.layout import Layout, square
 from tpcompress.families.tiny import END, IMAGE, START, VIDEO, tiny_text, tiny_vision
 from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, square_size, tiny_tokenizer
@@ -92,7 +92,7 @@ INTERNVL = Family(
     projector="model.multi_modal_projector",
     tower=SHUFFLING,
     image_layouts=image_layouts,
-    joins_tiles=True,
+    tiles=Tiles(gap=0),
     tiny=Tiny(
         tiny_config,
         tiny_pixels,

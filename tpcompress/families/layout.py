@@ -56,6 +56,12 @@ class Layout:
         """(rows, columns) of all grids stacked vertically."""
         return sum(grid.rows for grid in self.grids), max(grid.cols for grid in self.grids)
 
+    @property
+    def pieces(self) -> tuple[Layout, ...]:
+        """One layout per grid; separators after the last grid stay with it."""
+        last = len(self.grids) - 1
+        return tuple(Layout((grid,), self.tail if i == last else 0, self.video) for i, grid in enumerate(self.grids))
+
     @cached_property
     def table(self) -> Tensor:
         """int64 (count, 4): placeholder index, canvas row, canvas column and grid index of every token."""

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers import Lfm2VlConfig
 
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text, tiny_vision
 from tpcompress.families.tiny_processor import chatml, tiny_tokenizer
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """One token per square of patches; every tile is a separate image."""
+    """One token per square of patches; a marker token stands before every tile."""
     step = config.downsample_factor
     return [plain(rows // step, cols // step) for rows, cols in inputs["spatial_shapes"].tolist()]
 
@@ -94,6 +94,7 @@ LFM2_VL = Family(
     projector="model.multi_modal_projector",
     final_norm="embedding_norm",
     image_layouts=image_layouts,
+    tiles=Tiles(gap=1),
     tiny=Tiny(
         tiny_config, tiny_pixels, tiny_run, tuple(TILES), variants=(("lfm2",), ("lfm2_moe",)), processor=tiny_processor
     ),

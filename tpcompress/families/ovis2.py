@@ -7,8 +7,7 @@ from typing import Any
 from transformers import Ovis2Config
 
 from tpcompress.families import internvl
-from tpcompress.families.aya_vision import TILES_APART
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.tiny import END, IMAGE, START, tiny_text
 from tpcompress.families.tiny_processor import CHATML, chatml, image_processor, square_size, tiny_tokenizer
 
@@ -65,6 +64,6 @@ OVIS2 = Family(
     vision_tower="model.vision_tower",
     projector="model.visual_embeddings_table",
     image_layouts=internvl.image_layouts,
+    tiles=Tiles(gap=1),
     tiny=Tiny(tiny_config, internvl.tiny_pixels, tiny_ids, ("image", "wide"), processor=tiny_processor),
-    limits=(TILES_APART,),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import VideoLlavaConfig
 
-from tpcompress.families.base import Family, Tiny
+from tpcompress.families.base import Family, Tiles, Tiny
 from tpcompress.families.layout import Grid, Layout, square
 from tpcompress.families.llava_next_video import ROLES, TOKENS
 from tpcompress.families.tiny import IMAGE, VIDEO, fixed_pixels, tiny_text, tiny_vision
@@ -83,7 +83,7 @@ VIDEO_LLAVA = Family(
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
     video_layouts=video_layouts,
-    joins_tiles=True,
+    tiles=Tiles(gap=0),
     tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "video"), processor=tiny_processor),
     limits=(
         "Training vision_tower trains the image tower; the video tower is not trained.",

@@ -29,6 +29,7 @@ class Call:
         labels_BS: the caller's labels.
         mask_BS: the caller's 2-D mask over the call's columns (prefill).
         places: by modality, where placeholders stand (prefill).
+        tokens: ids (B, S) or embeddings (B, S, D) of the call, if they tell which tiles are of one image (prefill).
         encoded: by modality, what is known of the features that fill them.
         rows, frame: vision tokens and sequence at hand; None in a call without images.
         last_vision: position of the last vision token; None in a batch of several samples.
@@ -53,6 +54,7 @@ class Call:
     labels_BS: Tensor | None = None
     mask_BS: Tensor | None = None
     places: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
     encoded: dict[str, Encoded] = field(default_factory=dict)
     rows: BudgetRows | None = None
     frame: Frame | None = None

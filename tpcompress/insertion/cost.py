@@ -41,7 +41,7 @@ def count_lengths(
             f"of {vision_tokens} vision tokens and {num_layers} layers."
         )
     rows, per_row = (1, vision_tokens * num_images)
-    if plan is None or plan.scope == "image":
+    if plan is None or plan.scope != "prompt":
         rows, per_row = num_images, vision_tokens
     lengths = [text_tokens + rows * per_row] * num_layers
     if plan is None or not rows * per_row:

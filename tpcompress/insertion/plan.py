@@ -16,7 +16,7 @@ from tpcompress.pruners import Pruner, create
 
 VERSION = 1
 POSITIONS = ("original", "compact")
-SCOPES = ("image", "prompt")
+SCOPES = ("image", "tile", "prompt")
 STAGE_KEYS = ("pruner", "layer", "keep_ratio", "keep_tokens")
 
 __all__ = ["POSITIONS", "SCOPES", "VERSION", "Budget", "PruningPlan", "Stage", "check_budget"]
@@ -72,7 +72,8 @@ class PruningPlan:
     Attributes:
         stages: at strictly increasing layers, with budgets that never grow; a stage that drops all tokens comes last.
         positions: `original` keeps each token's position id; `compact` renumbers the retained tokens without gaps.
-        scope: the budget applies per `image`, or to all images of a `prompt` together.
+        scope: the budget applies per `image` or video, per `tile` of an image and frame of a video, or to everything in
+            a `prompt` together.
 
     Raises:
         ValueError: no stage, layers that do not increase, budgets that grow, a stage after one that drops all tokens,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcompress.families import Parts
 from tpcompress.insertion.attachment import Attachment, Request
 from tpcompress.insertion.cache import held_columns
 from tpcompress.insertion.call import Call, last_prompt_token, num_steps
@@ -65,7 +66,8 @@ def begin(attachment: Attachment, request: Request, kwargs: Mapping[str, Any]) -
         settings=attachment.settings,
         labels_BS=request.labels_BS,
         mask_BS=mask_BS,
-        places=_places(attachment, kwargs),
+        places=placeholders(parts, kwargs),
+        tokens=tokens_of_tiles(parts, kwargs),
         encoded=given_features(kwargs),
         blocks_BS=_blocks(attachment, kwargs, prefix, steps),
         prefix=prefix,
@@ -88,9 +90,9 @@ def _conversation(attachment: Attachment, kwargs: Mapping[str, Any], cache: Any,
     return earlier.grown(new - steps, None if new_BQ is None else new_BQ[:, : new - steps])
 
 
-def _places(attachment: Attachment, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By modality, where placeholders stand."""
-    parts, ids = attachment.parts, kwargs.get("input_ids")
+def placeholders(parts: Parts, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By modality, where placeholders stand: bool (B, S)."""
+    ids = kwargs.get("input_ids")
     if ids is not None:
         return {modality: ids == number for modality, number in parts.placeholder_ids.items()}
     embedding: Any = parts.model.get_input_embeddings()
@@ -100,6 +102,14 @@ def _places(attachment: Attachment, kwargs: Mapping[str, Any]) -> dict[str, Tens
         row = embedding(torch.full((1, 1), number, device=embeds.device))
         found[modality] = (embeds == row.to(embeds.dtype)).all(-1)
     return found
+
+
+def tokens_of_tiles(parts: Parts, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Ids or embeddings of a call, if they tell which tiles are of one image."""
+    if parts.family.tiles is None or not parts.family.tiles.closes:
+        return None
+    ids = kwargs.get("input_ids")
+    return kwargs["inputs_embeds"] if ids is None else ids
 
 
 def _blocks(
@@ -134,7 +144,7 @@ def enter(attachment: Attachment, call: Call, kwargs: dict[str, Any], num_candid
     B, S, _ = hidden_BSD.shape
     device = hidden_BSD.device
     layouts = {modality: encoded.layouts for modality, encoded in call.encoded.items()}
-    call.rows = locate(call.places, layouts, plan.scope, parts.family.joins_tiles, parts.family.splits_tiles)
+    call.rows = locate(call.places, layouts, plan.scope, parts.family.tiles, parts.family.splits_tiles, call.tokens)
     call.frame = Frame.full(B, S, device, call.mask_BS)
     call.last_vision = call.rows.index_RV.max() if B == 1 else None  # padding repeats a row's last token
     call.last_prompt_B = last_prompt_token(call.labels_BS, call.mask_BS, B, S, device)

@@ -65,7 +65,7 @@ class Summary:
         return total / self.counts[-1] if self.counts[-1] else float("inf")
 
     def __str__(self) -> str:
-        per = "prompt" if self.plan.scope == "prompt" else "image"
+        per = self.plan.scope
         chain = [] if self.patches is None else [f"{self.patches} patches"]
         chain += [f"{self.vision_tokens} vision tokens", f"{self.counts[-1]} retained"]
         lines = [f"{self.model}: {' -> '.join(chain)} per {per} ({self.reduction:.4g}x fewer)"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
-from tpcompress.families import Grid, Layout
+from tpcompress.families import Grid, Layout, Tiles
 from tpcompress.insertion.call import last_prompt_token
 from tpcompress.insertion.shorten.columns import get_tokens, put_tokens, take, take_square
 from tpcompress.insertion.shorten.locate import locate
@@ -20,7 +23,7 @@ def image(*grids: tuple[int, int], newline: bool = False, tail: int = 0) -> Layo
     return Layout(tuple(Grid(rows, cols, newline) for rows, cols in grids), tail)
 
 
-def locate_images(place: list[list[bool]], layouts: list[Layout], scope: str = "image", **more: bool) -> BudgetRows:
+def locate_images(place: list[list[bool]], layouts: list[Layout], scope: str = "image", **more: Any) -> BudgetRows:
     return locate({"image": torch.tensor(place)}, {"image": layouts}, scope, **more)
 
 
@@ -69,7 +72,7 @@ def test_separators_are_no_vision_tokens() -> None:
 def test_neighbouring_tiles_are_one_image_where_a_family_says_so() -> None:
     tiles = [image((2, 1))] * 4
     place = [[o, V, V, V, V, o, V, V], [V, V, o, o, o, o, o, o]]
-    joined = locate_images(place, tiles, joins_tiles=True)
+    joined = locate_images(place, tiles, tiles=Tiles(gap=0))
     assert joined.owner == [0, 0, 1], "not across a gap, and not from one sample into the next"
     assert joined.total == [4, 2, 2]
     assert joined.layouts == [(image((2, 1), (2, 1)),), (image((2, 1)),), (image((2, 1)),)]
@@ -81,7 +84,7 @@ def test_neighbouring_tiles_are_one_image_where_a_family_says_so() -> None:
 
 def test_tiles_are_not_joined_across_the_end_of_a_row() -> None:
     place = [[o, o, V, V], [V, V, o, o]]
-    assert locate_images(place, [image((1, 2))] * 2, joins_tiles=True).owner == [0, 1]
+    assert locate_images(place, [image((1, 2))] * 2, tiles=Tiles(gap=0)).owner == [0, 1]
 
 
 def test_rectangles_are_images_of_their_own_where_a_family_says_so() -> None:
@@ -95,6 +98,52 @@ def test_rectangles_are_images_of_their_own_where_a_family_says_so() -> None:
     assert rows.layouts == [(image((1, 2)),)] * 3
     assert locate_images(place, features, "prompt", splits_tiles=True).table_RV4[0, :, 3].tolist() == [0, 0, 1, 1]
     assert locate_images(place, features).total == [4, 2]
+
+
+def test_tiles_with_a_token_between_them_are_one_image() -> None:
+    """LFM2-VL: start, marker, tile, marker, tile, end; between two images at least an end and a start."""
+    place = [[o, o, V, V, o, V, V, o, o, o, V, o], [o, V, V, o, o, o, o, o, o, o, o, o]]
+    tiles = [image((1, 2)), image((2, 1)), image((1, 1)), image((1, 2))]
+    rows = locate_images(place, tiles, tiles=Tiles(gap=1))
+    assert rows.owner == [0, 0, 1]
+    assert rows.total == [4, 1, 2]
+    assert rows.layouts == [(image((1, 2), (2, 1)),), (image((1, 1)),), (image((1, 2)),)]
+    assert rows.index_RV[0].tolist() == [2, 3, 5, 6]
+    assert rows.table_RV4[0].tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [2, 0, 1, 0]]
+    assert locate_images(place, tiles, "tile", tiles=Tiles(gap=1)).total == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_token_before_an_overview_ends_an_image(embedded: bool) -> None:
+    """SmolVLM: as many tokens stand between two images without text as between two rows of tiles."""
+    #        row1 V  row2 V  over V end over V end row1 V over V
+    ids = [[7, 1, 0, 7, 2, 0, 7, 9, 0, 7, 7, 9, 0, 7, 7, 1, 0, 7, 9, 0, 7], [3, 9, 0, 7] + [3] * 17]
+    tokens = torch.tensor(ids)
+    feature = [image(*[(1, 1)] * 6), image((1, 1))]
+    given = torch.nn.functional.one_hot(tokens, 10).float() if embedded else tokens
+    more = {"tiles": Tiles(closes=True), "splits_tiles": True, "tokens": given}
+    rows = locate_images((tokens == 0).tolist(), feature, **more)
+    assert rows.owner == [0, 0, 0, 1]
+    assert rows.total == [3, 1, 2, 1]
+    assert rows.index_RV[0].tolist() == [2, 5, 8]
+    assert locate_images((tokens == 0).tolist(), feature, "tile", **more).total == [1] * 7
+    whole = locate_images((tokens == 0).tolist(), feature, "prompt", **more)
+    assert whole.total == [6, 1]
+    assert whole.table_RV4[0, :, 3].tolist() == [0, 0, 0, 1, 2, 2]
+    assert [layout.count for layout in whole.layouts[0]] == [3, 1, 2]
+
+
+def test_the_scope_of_a_tile_splits_every_layout() -> None:
+    """An overview and a tile with newlines, as in LLaVA-NeXT, and the frames of a video."""
+    tiled = Layout((Grid(1, 2), Grid(2, 1, newline=True)), tail=1)
+    rows = locate_images([[o, *[V] * 7, o]], [tiled], "tile")
+    assert rows.total == [2, 2]
+    assert rows.index_RV.tolist() == [[1, 2], [3, 5]], "newlines at 4 and 6 and the tail at 7 are no vision tokens"
+    video = locate(
+        {"video": torch.tensor([[V, V, o, V, V]])}, {"video": [Layout((Grid(1, 2),) * 2, video=True)]}, "tile"
+    )
+    assert video.total == [2, 2]
+    assert all(layout.video for row in video.layouts for layout in row)
 
 
 def test_frames_of_a_video_are_rectangles() -> None:
