@@ -187,7 +187,7 @@ def test_export_is_a_function_and_a_package(base: Any, tmp_path: Path) -> None:
     for folder in (called, saved):
         assert tp.verify(folder).ok
         assert tp.plan_of(tp.from_pretrained(folder, keep_tokens=9)).counts(144) == [9]
-    weights = "model.tpcompress.safetensors"
+    weights = "tpcompress.safetensors"
     assert (called / weights).read_bytes() == (saved / weights).read_bytes()
 
 

@@ -76,11 +76,11 @@ def test_a_difference_at_another_budget_is_found(any_budget: Path, tmp_path: Pat
     import shutil
 
     folder = Path(shutil.copytree(any_budget, tmp_path / "folder"))
-    tensors = load_file(folder / "probe.safetensors")
+    tensors = load_file(folder / "probe.tensors")
     retained = tensors["other.1.stage.0.retained"]
     tensors["other.1.stage.0.retained"] = retained.flip(-1)
     assert not torch.equal(retained, retained.flip(-1))
-    save_file(tensors, folder / "probe.safetensors")
+    save_file(tensors, folder / "probe.tensors")
     forget(folder)
     report = verify_in_fresh_process(folder)
     assert isinstance(report, VerifyReport)

@@ -19,7 +19,7 @@ from tpcompress.export.folder import file_records
 from tpcompress.export.replay import check
 from tpcompress.export.verifier import main
 
-WEIGHTS = "model.tpcompress.safetensors"
+WEIGHTS = "tpcompress.safetensors"
 
 
 def edit_plan(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -145,7 +145,7 @@ def test_attention_is_suspected(exported: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- damaged folders
 
 
-@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "probe.json", "probe.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "probe.json", "probe.tensors", "tokenizer.json"])
 def test_missing_file(name: str, folder: Path) -> None:
     (folder / name).unlink()
     line = one_line(verify(folder))
@@ -155,7 +155,7 @@ def test_missing_file(name: str, folder: Path) -> None:
             load(folder)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "probe.safetensors"])
+@pytest.mark.parametrize("name", [WEIGHTS, "probe.tensors"])
 def test_truncated_tensors(name: str, folder: Path) -> None:
     with (folder / name).open("r+b") as file:
         file.truncate(5000)

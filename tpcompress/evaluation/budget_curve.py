@@ -234,9 +234,8 @@ def _fingerprint(folder: Path) -> str:
     """Hash of weights, config and recipe, which identifies an export."""
     found = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("recipe.yaml")]):
-        if path.name != "probe.safetensors":
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
 
 

@@ -173,7 +173,7 @@ def sha256(path: Path) -> str:
 
 
 def _binary(name: str) -> bool:
-    return name.endswith(".safetensors")
+    return name.endswith((".safetensors", ".tensors"))
 
 
 def _share(folder: Path) -> None:

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedModel
 from tpcompress.errors import first_line
 from tpcompress.export.budgets import own_budgets, ranges_of, was_trained, with_budgets, words
 from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, read_manifest, unusable_files
+from tpcompress.export.model import stored_plan
 from tpcompress.export.registry import PREFIX, register_model
 from tpcompress.export.replay import check
 from tpcompress.insertion.attach import budgets
 from tpcompress.insertion.budget import Budget, read_budgets
-from tpcompress.insertion.plan import PruningPlan
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load(
             f"and attach a plan with tpcompress.attach."
         )
     if asked is not None and config.token_pruning:
-        own = PruningPlan.from_dict(config.token_pruning, allow_outside)
+        own = stored_plan(config, allow_outside)
         config.token_pruning = with_budgets(own, asked).to_dict()
         from_pretrained["config"] = config
         if local and (Path(folder) / MANIFEST).is_file():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from tpcompress.export.weights import VARIANT, find_weights, reading, rename_written
+from tpcompress.families import family_of
 from tpcompress.insertion.attach import PRUNERS, attach, is_attached, plan_of
 from tpcompress.insertion.plan import PruningPlan
 
-VARIANT = "tpcompress"
-"""Weight files are `model.tpcompress.safetensors`, which the stock class does not find, so that it fails to load."""
+HUB_ONLY = ("repo_id", "commit_message", "create_pr", "private", "revision", "token")
+"""Arguments of `save_pretrained` for `push_to_hub`."""
 
 FP32 = PRUNERS
 """Submodules that stay in float32 whatever the dtype of the rest, as in training."""
@@ -28,7 +33,9 @@ class ExportedModel:
                 f"A {type(self).__name__} needs a plan under `token_pruning` in its config.json; without one, use "
                 f"{type(self).__mro__[2].__name__}."
             )
-        attach(cast(PreTrainedModel, self), PruningPlan.from_dict(config.token_pruning, allow_outside))
+        plan = stored_plan(config, allow_outside)
+        attach(cast(PreTrainedModel, self), plan)
+        config.token_pruning = plan.to_dict()
 
     @classmethod
     def from_pretrained(
@@ -44,19 +51,25 @@ class ExportedModel:
             pretrained_model_name_or_path: folder or hub id.
             *args: as in transformers.
             output_loading_info: also return transformers' loading info.
-            **kwargs: as in transformers; `allow_outside=True` also imports pruners from outside tpcompress.
+            **kwargs: as in transformers, without `variant`; `allow_outside=True` also imports pruners from outside
+                tpcompress.
 
         Raises:
             ValueError: weights are damaged, missing, unexpected or of another shape; or the plan cannot be read.
             OSError: no weights.
         """
-        kwargs.setdefault("variant", VARIANT)
+        weights = find_weights(pretrained_model_name_or_path, kwargs)
+        kwargs["variant"] = VARIANT if weights is None else None
+        if weights is not None and not isinstance(kwargs.get("config", ""), str | os.PathLike):
+            kwargs["config"] = copy.copy(kwargs["config"])
+            kwargs["config"].transformers_weights = weights
         kwargs["ignore_mismatched_sizes"] = True  # reported in one line below instead of in transformers' table
         loader: Any = super()
         try:
-            model, info = loader.from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            with reading(weights):
+                model, info = loader.from_pretrained(
+                    pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                )
         except SafetensorError as error:
             raise ValueError(
                 f"The weights in {pretrained_model_name_or_path} are damaged ({error}); copy or export them again."
@@ -73,10 +86,16 @@ class ExportedModel:
                 f"The weights in {pretrained_model_name_or_path} do not fit its config.json ({found}); "
                 f"export the model again."
             )
+        vars(model.config).pop("transformers_weights", None)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Save as transformers does, with the plan that is attached now.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save as transformers does, with the plan that is attached now, and weights under their own name.
+
+        Args:
+            save_directory: folder.
+            push_to_hub: also upload it.
+            **kwargs: as in transformers, without `variant`.
 
         Raises:
             ValueError: the plan was detached, so that the folder would not describe the model.
@@ -88,6 +107,27 @@ class ExportedModel:
                 "attach a plan and save again, or save the base checkpoint instead."
             )
         this.config.token_pruning = plan_of(this).to_dict()
-        kwargs.setdefault("variant", VARIANT)
         saver: Any = super()
-        return saver.save_pretrained(save_directory, **kwargs)
+        hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
+        saver.save_pretrained(save_directory, **kwargs | {"variant": VARIANT})
+        if kwargs.get("is_main_process", True):
+            rename_written(Path(save_directory))
+        if push_to_hub:
+            repo = hub.pop("repo_id", Path(save_directory).resolve().name)
+            return saver.push_to_hub(repo, **hub)
+        return None
+
+
+def stored_plan(config: Any, allow_outside: bool) -> PruningPlan:
+    """The plan of an exported config.
+
+    Raises:
+        ValueError: it cannot be read, or names a pruner from outside that is not allowed.
+    """
+    values = config.token_pruning
+    plan = PruningPlan.from_dict(values, allow_outside)
+    tiles = family_of(config).tiles
+    if values.get("version", 1) == 1 and plan.scope == "image" and tiles is not None and tiles.apart:
+        # A budget held per tile where text stands between tiles, and the model was trained so.
+        return replace(plan, scope="tile")
+    return plan

@@ -2,7 +2,7 @@
 
 A model that was trained at many budgets is recorded at several of them, under `other.K.` and the same names.
 
-probe.safetensors   input.NAME        tensors of the call (ids, mask, pixels)
+probe.tensors       input.NAME        tensors of the call (ids, mask, pixels)
                     stage.N.retained  uint8 (rows, vision tokens of the longest row): 1 where a token is retained
                     logits            fp32 (samples, vocabulary) of the first new token
                     tokens            int64 (samples, new tokens), greedy
@@ -31,6 +31,9 @@ from tpcompress.insertion.attach import attachment_of, budgets, mode, record
 from tpcompress.insertion.budget import Budget
 
 NEW_TOKENS = 8
+TENSORS = "probe.tensors"
+"""File of the probe's tensors, in the format of safetensors. Engines load every `*.safetensors` of a folder as weights,
+so it has another name; earlier versions wrote `probe.safetensors`."""
 QUESTION = "What is in this picture? Answer in one word."
 
 LOGIT_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -67,11 +70,11 @@ class Probe:
         return replace(self, others=tuple(others))
 
     def save(self, folder: Path) -> None:
-        """Write probe.safetensors and probe.json."""
+        """Write probe.tensors and probe.json."""
         tensors = {f"input.{name}": value for name, value in self.inputs.items()} | self._outcome("")
         for number, other in enumerate(self.others):
             tensors |= other._outcome(f"other.{number}.")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "probe.safetensors")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / TENSORS)
         others = [{name: other.about[name] for name in ("budgets", "stages")} for other in self.others]
         write_json(folder / "probe.json", self.about | {"others": others})
 
@@ -83,7 +86,9 @@ class Probe:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged.
         """
-        about, path = read_json(folder / "probe.json"), folder / "probe.safetensors"
+        about, path = read_json(folder / "probe.json"), folder / TENSORS
+        if not path.is_file() and path.with_suffix(".safetensors").is_file():
+            path = path.with_suffix(".safetensors")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; copy or export the folder again.")
         try:
@@ -96,7 +101,7 @@ class Probe:
             raise ValueError(f"{path} is damaged ({error}); copy or export the folder again.") from None
 
     def _outcome(self, prefix: str) -> dict[str, Tensor]:
-        """Outputs under their names in probe.safetensors."""
+        """Outputs under their names in probe.tensors."""
         retained = {f"{prefix}stage.{n}.retained": value.to(torch.uint8) for n, value in enumerate(self.retained)}
         return retained | {f"{prefix}logits": self.logits, f"{prefix}tokens": self.tokens}
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 
 from tpcompress.auto_register import PREFIX as PREFIX
+from tpcompress.export.weights import weights_to_read
 from tpcompress.families import list_families
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
@@ -27,6 +28,8 @@ class ExportedConfig:
 
     def __post_init__(self, **values: Any) -> None:
         super().__post_init__(**values)  # type: ignore[misc]
+        if weights_to_read() is not None:
+            self.transformers_weights = weights_to_read()  # transformers' own key; it never saves it
         register_model(self.base_model_type)
 
 

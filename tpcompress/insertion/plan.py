@@ -14,7 +14,9 @@ from tpcompress.insertion.budget import Budget, check_budget, check_number, read
 from tpcompress.insertion.plan_source import FORMS, read_source
 from tpcompress.pruners import Pruner, create
 
-VERSION = 1
+VERSION = 2
+"""Version of the plans written. In version 1, `scope: image` meant `tile` where text separates tiles."""
+VERSIONS = (1, 2)
 POSITIONS = ("original", "compact")
 SCOPES = ("image", "tile", "prompt")
 STAGE_KEYS = ("pruner", "layer", "keep_ratio", "keep_tokens")
@@ -219,8 +221,9 @@ class PruningPlan:
             raise ValueError(f"A plan is a mapping with `stages`, or with `pruner` and a budget, got {values!r}.")
         values = dict(values)
         version = values.pop("version", VERSION)
-        if version != VERSION:
-            raise ValueError(f"This plan has version {version!r}, this tpcompress reads {VERSION}; update tpcompress.")
+        if version not in VERSIONS:
+            read = " and ".join(map(str, VERSIONS))
+            raise ValueError(f"This plan has version {version!r}, this tpcompress reads {read}; update tpcompress.")
         if "stages" not in values:
             values["stages"] = [{k: values.pop(k) for k in STAGE_KEYS if k in values}]
         _no_other_keys(values, ("stages", "positions", "scope"), "plan")
