@@ -28,6 +28,7 @@ from tpcompress.insertion.nested import check_nestable
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.settings import MODES, Placement
 from tpcompress.insertion.trace import Trace
+from tpcompress.insertion.unpruned import check_fixed_count
 from tpcompress.insertion.views.available import check_layers, check_moved, check_views
 from tpcompress.pruners import Pruner
 
@@ -69,7 +70,8 @@ def attach(
         TypeError: not a transformers model.
         FileNotFoundError: no such plan file.
         ValueError: not a plan, unknown family, a plan already attached, a layer beyond the model's depth, a pruner
-            whose views do not exist at its layer or whose gates cannot act after it, or an unknown mode.
+            whose views do not exist at its layer or whose gates cannot act after it, counts that no image of the model
+            exceeds, or an unknown mode.
     """
     plan = PruningPlan.of(plan, keep_tokens=keep_tokens, keep_ratio=keep_ratio, layer=layer)
     base = base_of(model)
@@ -78,6 +80,7 @@ def attach(
     parts = resolve(base)
     check_layers(parts, [stage.layer for stage in plan.stages])
     check_views(parts, plan)
+    check_fixed_count(parts, plan)
     for stage in plan.stages:
         if stage.pruner.gates:
             check_gates(parts, stage.pruner.name, stage.layer)

@@ -7,6 +7,7 @@ graphs, which would otherwise be recompiled for the state of every call.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tpcompress.insertion import decode, prefill
 from tpcompress.insertion.attachment import Attachment
 from tpcompress.insertion.cache import counted_layer, remember
+from tpcompress.insertion.call import Call
 from tpcompress.insertion.encode import EncoderOverride, ExpandOverride
 from tpcompress.insertion.encoded import has_pixels
 from tpcompress.insertion.gates import GatedAttention
@@ -27,8 +29,10 @@ from tpcompress.insertion.layer_probe import LayerProbe
 from tpcompress.insertion.overrides import DeepstackOverride, ForwardOverride, LossOverride, PrefillOverride
 from tpcompress.insertion.settings import Placement
 from tpcompress.insertion.signatures import named_arguments
+from tpcompress.insertion.unpruned import unpruned_message
 
 _layer_lock = threading.Lock()
+log = logging.getLogger(__name__)
 
 
 class Hooks:
@@ -40,6 +44,7 @@ class Hooks:
         self.layer_handles: dict[int, RemovableHandle] = {}
         self.layer_users: dict[int, int] = {}
         self.replaced: list[tuple[nn.Module, str, Any]] = []
+        self.checked = False  # whether a call with images was seen; threads that race say it twice at most
 
     def install(self) -> None:
         """Register everything; bound methods only, so that copies and pickles of the model use their own."""
@@ -147,9 +152,23 @@ class Hooks:
     def _language_model_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A prefill leaves its cuts on the cache; one that cut nothing removes those of an earlier request."""
         cache, call = getattr(output, "past_key_values", None), self.attachment.call
+        if call is not None and call.is_prefill and not self.checked:
+            self.checked = True
+            self._warn_unpruned(call)
         if call is not None and call.is_prefill and cache is not None:
             rope_deltas = getattr(self.attachment.parts.core, "rope_deltas", None)
             remember(cache, call.end(counted_layer(cache), rope_deltas))
+
+    def _warn_unpruned(self, call: Call) -> None:
+        """Say once if the first call with images retains all of their tokens under the plan's own budgets."""
+        rows, plan = call.rows, self.attachment.plan
+        own = call.settings.budgets == tuple(stage.budget for stage in plan.stages) and call.settings.mode == "drop"
+        asked = any(stage.budget.keep_ratio != 1.0 for stage in plan.stages)
+        if rows is None or not own or not asked or rows.count != rows.total:
+            return
+        if all(stage.pruner.exact_count for stage in plan.stages):
+            where, images = "the first call with images", [sum(rows.total) // rows.num_images]
+            log.warning("%s", unpruned_message(plan, rows.total, where, images))
 
     # ------------------------------------------------------------------ decoder layers
 

@@ -165,6 +165,7 @@ def _record(
                 retained_RV=call.rows.retained_RV(),
                 owner=call.rows.owner,
                 layouts=call.rows.layouts,
+                num_images=call.rows.num_images,
                 view=view,
                 selection=selection,
             )

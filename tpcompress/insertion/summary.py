@@ -87,9 +87,9 @@ class Summary:
             return "\n".join(lines)
         prompt = f"1 image and {self.text_tokens} text tokens"
         lines.append(
-            f"prefill of {prompt}: {_si(self.flops.pruned)}FLOPs in the decoder layers, {self.flops.share:.1%} of dense"
+            f"prefill of {prompt}: {si(self.flops.pruned)}FLOPs in the decoder layers, {self.flops.share:.1%} of dense"
         )
-        lines.append(f"KV cache after it: {_si(self.kv_bytes.pruned)}B, {self.kv_bytes.share:.1%} of dense")
+        lines.append(f"KV cache after it: {si(self.kv_bytes.pruned)}B, {self.kv_bytes.share:.1%} of dense")
         return "\n".join(lines)
 
 
@@ -130,7 +130,7 @@ def summary(model: nn.Module, vision_tokens: int | None = None, text_tokens: int
     )  # fmt: skip
 
 
-def _si(value: int) -> str:
+def si(value: int) -> str:
     """A number with three digits and an SI prefix."""
     amount, prefixes = float(value), ["", "k", "M", "G", "T", "P"]
     while amount >= 1000 and len(prefixes) > 1:

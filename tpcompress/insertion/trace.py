@@ -22,9 +22,10 @@ class StageTrace:
         sequence_in, sequence_out: columns of the batch before and after the stage.
         retained_RV: bool, which of the projector's tokens each row still has.
         owner: sample of each row.
-        layouts: layouts of each row's tokens: one image or video, or all of a prompt.
+        layouts: layouts of each row's tokens: one image, video or tile, or all of a prompt.
         view, selection: input and output of the pruner; None if it was skipped, because the budget kept everything or
             no token was left. An empty row among others showed one dummy token.
+        num_images: images and videos of the call, whatever the scope of the plan; 0 where it is not known.
     """
 
     stage: int
@@ -39,6 +40,17 @@ class StageTrace:
     layouts: list[tuple[Layout, ...]]
     view: TokenView | None = None
     selection: Selection | None = None
+    num_images: int = 0
+
+    @property
+    def per_image(self) -> float:
+        """Mean number of vision tokens per image or video after the stage."""
+        return sum(self.vision_out) / (self.num_images or len(self.total))
+
+    @property
+    def per_sequence(self) -> float:
+        """Mean number of vision tokens per sample with an image after the stage."""
+        return sum(self.vision_out) / len(set(self.owner))
 
 
 @dataclass(eq=False)

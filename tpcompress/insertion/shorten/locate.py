@@ -56,17 +56,19 @@ def locate(
         tokens: ids (B, S) or embeddings (B, S, D), which `Tiles.closes` reads.
     """
     B, S = next(iter(places.values())).shape
-    tiles = None if scope == "tile" else tiles
     runs: list[_Run] = []
     found, first = [], 0
     for modality, given in layouts.items():
         listed = [layout for layout in given if layout.count]  # a sample without images may have features of no token
+        same = [False] * len(listed)
         if splits_tiles or scope == "tile":
+            same = [i > 0 and not splits_tiles for layout in listed for i in range(len(layout.grids))]
             listed = [piece for layout in listed for piece in layout.pieces]
         # A stable sort instead of `nonzero`, which syncs: the number of placeholders is known.
         length = sum(layout.placeholders for layout in listed)
         place_T = (~places[modality].reshape(-1)).to(torch.int8).argsort(stable=True)[:length]
-        runs += [replace(run, start=run.start + first) for run in _runs(place_T, listed, B, S, tiles, tokens)]
+        for run, joined in zip(_runs(place_T, listed, B, S, tiles, tokens), same, strict=True):
+            runs.append(replace(run, start=run.start + first, joined=run.joined or joined))
         found.append(place_T)
         first += length
     place_T, device = torch.cat(found), found[0].device
@@ -93,6 +95,7 @@ def locate(
         total=total_R,
         count=total_R,
         layouts=[_layouts(group) for group in groups],
+        num_images=sum(not run.joined for run in runs),
         owner_R=to_device_async(torch.tensor([group[0].owner for group in groups]), device),
         index_RV=index_RV,
         token_RV=token_RV,

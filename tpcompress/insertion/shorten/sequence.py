@@ -29,6 +29,7 @@ class BudgetRows:
         total: tokens that the projector produced for each row.
         count: tokens that each row has left.
         layouts: layouts of the images or videos of each row; one, except under `scope: prompt`.
+        num_images: images and videos, whatever the scope.
         owner_R: `owner` on the device.
         index_RV: position of each token in the original sequence.
         token_RV: index of each token in its row, 0 .. total - 1.
@@ -41,6 +42,7 @@ class BudgetRows:
     total: list[int]
     count: list[int]
     layouts: list[tuple[Layout, ...]]
+    num_images: int
     owner_R: Tensor
     index_RV: Tensor
     token_RV: Tensor

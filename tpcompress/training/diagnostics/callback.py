@@ -49,7 +49,7 @@ class Diagnostics(L.Callback):
         assert isinstance(pl_module, PruningModule)
         for warning in known_not_to_learn(pl_module) if trainer.is_global_zero else []:
             self.console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False, soft_wrap=True)
-        self.active = self.every > 0 and getattr(pl_module, "plan", None) is not None and not _sharded(trainer)
+        self.active = self.every > 0 and getattr(pl_module, "plan", None) is not None and not is_sharded(trainer)
         loaders: Any = trainer.datamodule.val_dataloader() if self.active and _has_val(trainer) else []  # type: ignore[attr-defined]
         for batch in loaders or []:
             self.probe.append(batch)
@@ -124,7 +124,8 @@ def _has_val(trainer: L.Trainer) -> bool:
     return getattr(data, "val_rows", None) is not None
 
 
-def _sharded(trainer: L.Trainer) -> bool:
+def is_sharded(trainer: L.Trainer) -> bool:
+    """Whether weights are split over ranks, so that all of them must call the same modules."""
     strategy = trainer.strategy
     return isinstance(strategy, ModelParallelStrategy) or (
         isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3

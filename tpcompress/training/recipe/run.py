@@ -22,6 +22,7 @@ from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoin
 from tpcompress.training.checkpoints.signals import Stopping, Terminated
 from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  makes their class names known to recipes
 from tpcompress.training.diagnostics.callback import Diagnostics
+from tpcompress.training.diagnostics.start_report import StartReport
 from tpcompress.training.module import PruningModule
 from tpcompress.training.recipe.errors import readable
 from tpcompress.training.renamed import check_names
@@ -95,7 +96,7 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        self.trainer_defaults["callbacks"] = [Stopping()]
+        self.trainer_defaults["callbacks"] = [Stopping(), StartReport()]
         if self.wants_progress and config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(StepProgress())
         elif config.trainer.enable_progress_bar is None:
