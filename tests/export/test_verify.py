@@ -57,7 +57,7 @@ def test_good_folder(exported: Path) -> None:
     assert report.replay is not None
     assert report.replay.logit_gap <= 1e-6  # the alignment of loaded weights decides the last bit
     assert [(stage.retained, stage.agree) for stage in report.replay.stages] == [(32, 32), (8, 8)]
-    assert "same vision tokens (32, 8 in the probe)" in str(report)
+    assert "same vision tokens (32 of 64, then 8 of 64 in the probe)" in str(report)
 
 
 def test_fresh_process(folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_harmless_change_is_still_named(folder: Path) -> None:
     path = folder / "generation_config.json"
     path.write_text(path.read_text().replace("{", "{ ", 1)[:-1])
     line = one_line(verify(folder))
-    assert "behaves as trained on its probe, but files were changed: generation_config.json has another sha256." in line
+    assert "behaves as the exported model on its probe, but files were changed: generation_config.json has another sha256." in line
 
 
 def test_dtype_is_suspected(folder: Path) -> None:

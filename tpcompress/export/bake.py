@@ -23,7 +23,7 @@ from tpcompress.export.card import CARD, card
 from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
 from tpcompress.export.loaded_precision import as_loaded, is_rounded
 from tpcompress.export.manifest import describe
-from tpcompress.export.probe import Probe, default_inputs, record_probe
+from tpcompress.export.probe import Probe, check_probe_prunes, first_probe, record_probe
 from tpcompress.export.probe_diff import ProbeDiff
 from tpcompress.export.registry import config_class, register_model, stock_class
 from tpcompress.families import family_of
@@ -74,8 +74,8 @@ def export(
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, or a plan or probe
-            that cannot be written.
+        ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, a plan that prunes
+            nothing in the probe, or a plan or probe that cannot be written.
         FileExistsError: `out` exists.
         FileNotFoundError: no such recipe.
     """
@@ -85,9 +85,9 @@ def export(
     base, plan = attached.parts.model, with_budgets(attached.plan, budgets)
     _refuse(base, processor)
     recipe_text = _recipe(recipe)
-    inputs = default_inputs(processor) if probe_inputs is None else probe_inputs
     values = own_budgets(plan)
-    probe = record_probe(base, inputs, values)
+    probe = first_probe(base, processor, probe_inputs, values)
+    inputs = probe.inputs
     merged = base if model is base else merged_copy(model)
     conversion, changed = None, merged is not base or is_rounded(base)
     with as_loaded(merged):
@@ -96,6 +96,7 @@ def export(
             conversion = _conversion(trained, probe, merged is not base)
         ends = probed_budgets(plan, trained_budgets, probe.about["stages"][0]["vision_tokens"][0])
         probe = probe.beside([record_probe(merged, inputs, end) for end in ends])
+    check_probe_prunes(probe)
     baked = bake(merged, plan)
     with new_folder(out, overwrite) as folder:
         baked.save_pretrained(folder)

@@ -32,7 +32,7 @@ def _title(manifest: dict[str, Any], name: str) -> str:
     left = manifest["stages"][-1]["retained"]
     return (
         f"# {name}\n\n{manifest['base']['model'] or manifest['base']['class']} with {left} of "
-        f"{manifest['vision_tokens']} vision tokens after its last stage ({pruners}), "
+        f"{manifest['vision_tokens']} vision tokens per {manifest['scope']} after its last stage ({pruners}), "
         f"{manifest['layer_average']:.4g} on average per decoder layer. It loads only with its pruner."
     )
 
@@ -59,7 +59,12 @@ def _plan(manifest: dict[str, Any]) -> str:
             low, high = trained[stage["stage"]]["retained"]
             row.append(f"{low} to {high}" if low != high else str(low))
         rows.append(row)
-    return f"## Plan\n\n{_table(header, rows)}"
+    scope, total = manifest["scope"], manifest["vision_tokens"]
+    fixed = manifest["tokens_per_image"] is not None and scope == "image"
+    note = f"Budgets hold per {scope}."
+    if not fixed:
+        note += f" Counts are those of the probe, whose {scope} has {total} vision tokens; others have more or fewer."
+    return f"## Plan\n\n{_table(header, rows)}\n\n{note}"
 
 
 def _curve(manifest: dict[str, Any]) -> str:

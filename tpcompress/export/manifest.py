@@ -15,7 +15,7 @@ from tpcompress.export.budgets import Range, as_dict, describe_ranges
 from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
 from tpcompress.export.probe import Probe
 from tpcompress.export.registry import stock_class
-from tpcompress.families import resolve
+from tpcompress.families import family_of, resolve
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners.catalogue import unserved
 from tpcompress.version import __version__
@@ -26,7 +26,8 @@ def describe(
 ) -> dict[str, Any]:
     """Describe an export; `bake.export` adds merging, training and files.
 
-    Counts are those of the first image of the probe; in families with one image size they hold for every image.
+    Counts are those of the first image of the probe (or of its first tile, or of its prompt, by the scope of the plan).
+    In families with one image size (`tokens_per_image` is not None) they hold for every image.
     """
     config = base.config
     model_type = getattr(config, "base_model_type", None) or config.model_type
@@ -39,6 +40,7 @@ def describe(
         "base": {"model": _base_name(base), "model_type": model_type, "class": stock_class(model_type).__name__},
         "dtype": probe.about["dtype"],
         "vision_tokens": total,
+        "tokens_per_image": family_of(config).tokens_per_image(config),
         "layer_average": plan.layer_average(total, depth),
         "decoder_layers": depth,
         "stages": stages(plan, total),

@@ -31,6 +31,8 @@ from tpcompress.insertion.attach import attachment_of, budgets, mode, record
 from tpcompress.insertion.budget import Budget
 
 NEW_TOKENS = 8
+SIDES = (224, 448, 896)
+"""Sides of the built-in image, of which the first is used that the plan shortens."""
 TENSORS = "probe.tensors"
 """File of the probe's tensors, in the format of safetensors. Engines load every `*.safetensors` of a folder as weights,
 so it has another name; earlier versions wrote `probe.safetensors`."""
@@ -59,6 +61,16 @@ class Probe:
     tokens: Tensor
     about: dict[str, Any]
     others: tuple[Probe, ...] = ()
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens of the input, of all its images."""
+        return sum(self.about["stages"][0]["vision_tokens"])
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a vision token was dropped."""
+        return sum(self.about["stages"][-1]["retained"]) < self.vision_tokens
 
     @property
     def budgets(self) -> list[Budget]:
@@ -112,6 +124,43 @@ class Probe:
         return cls(inputs, retained, tensors[f"{prefix}logits"], tensors[f"{prefix}tokens"], about)
 
 
+def first_probe(
+    model: Any, processor: Any, inputs: Mapping[str, Any] | None, values: Sequence[Budget] | None = None
+) -> Probe:
+    """Record the probe of an export.
+
+    Args:
+        model: see `record_probe`.
+        processor: makes the built-in input if there are no `inputs`; its image grows until a token is dropped.
+        inputs: see `record_probe`.
+        values: see `record_probe`.
+
+    Raises:
+        ValueError: see `record_probe` and `default_inputs`.
+    """
+    if inputs is not None:
+        return record_probe(model, inputs, values)
+    for side in SIDES:
+        probe = record_probe(model, default_inputs(processor, side), values)
+        if probe.prunes:
+            break
+    return probe
+
+
+def check_probe_prunes(probe: Probe) -> None:
+    """Check that a plan drops a vision token of the probe, at one of its budgets.
+
+    Raises:
+        ValueError: it retains all of them.
+    """
+    if not any(each.prunes for each in (probe, *probe.others)):
+        raise ValueError(
+            f"The plan prunes nothing: it retains all {probe.vision_tokens} vision tokens of the probe. Export with a "
+            f"smaller budget (budgets=[tpcompress.Budget(keep_tokens=...)]), or give probe_inputs with images of the "
+            f"size that you serve."
+        )
+
+
 def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget] | None = None) -> Probe:
     """Run a model once and record its stages, logits and greedy continuation.
 
@@ -162,8 +211,12 @@ def environment(base: Any) -> dict[str, str]:
     }
 
 
-def default_inputs(processor: Any) -> dict[str, Tensor]:
+def default_inputs(processor: Any, side: int = 224) -> dict[str, Tensor]:
     """Process a synthetic image and a question, through the chat template if the processor has one.
+
+    Args:
+        processor: of the model.
+        side: height and width of the image.
 
     Raises:
         ValueError: the processor does not accept them.
@@ -173,7 +226,7 @@ def default_inputs(processor: Any) -> dict[str, Tensor]:
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(processor(images=[_image()], text=[text], return_tensors="pt"))
+        return dict(processor(images=[_image(side)], text=[text], return_tensors="pt"))
     except Exception as error:
         raise ValueError(
             f"The processor does not accept the built-in probe ({first_line(error)}); pass probe_inputs=processor(...)."
@@ -203,7 +256,7 @@ def _dtype(base: Any) -> str:
     return str(base.dtype).removeprefix("torch.")
 
 
-def _image(side: int = 224) -> Any:
+def _image(side: int) -> Any:
     """A bright disc on a colour ramp with stripes: all regions differ, so that a wrong selection changes the output."""
     from PIL import Image
 

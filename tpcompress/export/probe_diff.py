@@ -13,15 +13,16 @@ from tpcompress.export.probe import Probe
 
 @dataclass(frozen=True)
 class StageCheck:
-    """One stage of a replay against the trained model.
+    """One stage of a replay against the recorded model.
 
     Attributes:
         stage: index in the plan.
         layer: layer in the replay; None without such a stage.
-        trained_layer: layer in the trained model; None without such a stage.
+        trained_layer: layer in the recorded model; None without such a stage.
         retained: number of tokens retained in the replay.
-        trained: number of tokens retained by the trained model.
+        trained: number of tokens retained by the recorded model.
         agree: number of tokens retained by both.
+        total: vision tokens of the probe.
     """
 
     stage: int
@@ -30,6 +31,7 @@ class StageCheck:
     retained: int
     trained: int
     agree: int
+    total: int
 
     @property
     def ok(self) -> bool:
@@ -41,9 +43,9 @@ class StageCheck:
             return f"stage {self.stage} (layer {self.trained_layer}): it is missing"
         where = f"stage {self.stage} (layer {self.layer})"
         if self.trained_layer is None:
-            return f"{where}: the trained model had no such stage"
+            return f"{where}: the recorded model had no such stage"
         if self.layer != self.trained_layer:
-            return f"{where}: trained at layer {self.trained_layer}"
+            return f"{where}: recorded at layer {self.trained_layer}"
         if self.retained != self.trained:
             return f"{where}: {self.retained} vision tokens retained instead of {self.trained}"
         return f"{where}: {self.agree} of {self.trained} retained positions agree"
@@ -51,7 +53,7 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class ProbeDiff:
-    """A replay against the trained model.
+    """A replay against the recorded model.
 
     Attributes:
         stages: one check per stage.
@@ -86,6 +88,11 @@ class ProbeDiff:
         return cls(**values | {"stages": tuple(StageCheck(**stage) for stage in values["stages"])})
 
     @property
+    def prunes(self) -> bool:
+        """Whether the replay dropped a vision token."""
+        return bool(self.stages) and self.stages[-1].retained < self.stages[-1].total
+
+    @property
     def differs(self) -> str | None:
         """Description of the first difference; None if there is none."""
         gap = f"max logit gap {self.logit_gap:.2g}"
@@ -107,4 +114,5 @@ def _stage(number: int, trained: Probe, now: Probe) -> StageCheck:
     (layer, is_), (trained_layer, was) = part(now), part(trained)
     agree = int((is_ & was).sum()) if is_ is not None and was is not None and is_.shape == was.shape else 0
     retained, before = (0 if x is None else int(x.sum()) for x in (is_, was))
-    return StageCheck(number, layer, trained_layer, retained, before, agree)
+    listed = (trained if number < len(trained.retained) else now).about["stages"]
+    return StageCheck(number, layer, trained_layer, retained, before, agree, sum(listed[number]["vision_tokens"]))

@@ -30,9 +30,10 @@ class VerifyReport:
         files: number of files in the manifest.
         damaged: what is wrong with each damaged file.
         error: why the probe could not be replayed, or None.
-        replay: difference from the trained model; None without a replay.
+        replay: difference from the recorded model; None without a replay.
         others: the same at the other budgets of the probe, by budget; empty if `replay` differs.
         suspects: likely reasons of a difference.
+        model: what the probe was recorded from: the trained model, or the model that was exported untrained.
     """
 
     folder: str
@@ -42,12 +43,19 @@ class VerifyReport:
     replay: ProbeDiff | None = None
     others: dict[str, ProbeDiff] = field(default_factory=dict)
     suspects: tuple[str, ...] = ()
+    model: str = "the exported model"
 
     @property
     def ok(self) -> bool:
-        """Whether all files are intact and the model behaves as trained."""
+        """Whether all files are intact, the model behaves as recorded, and its plan drops vision tokens."""
         replayed = self.error is None and self.replay is not None and self.replay.differs is None
-        return replayed and not self.damaged and self._other is None
+        return replayed and not self.damaged and self._other is None and self.prunes
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a vision token of the probe was dropped, at one of its budgets."""
+        replays = [] if self.replay is None else [self.replay, *self.others.values()]
+        return any(replay.prunes for replay in replays)
 
     @property
     def _other(self) -> str | None:
@@ -59,17 +67,22 @@ class VerifyReport:
             return self.error or f"{self.folder} was not replayed."
         likely = f" Likely: {'; '.join(self.suspects)}." if self.suspects else ""
         if self.replay.differs is not None:
-            return f"Export differs from the trained model first {self.replay.differs}.{likely}"
+            return f"Export differs from {self.model} first {self.replay.differs}.{likely}"
         if self._other is not None:
             found = self.others[self._other].differs
-            return f"At {self._other} the export differs from the trained model first {found}.{likely}"
+            return f"At {self._other} the export differs from {self.model} first {found}.{likely}"
         if self.damaged:
             changes = "; ".join(f"{name} {what}" for name, what in self.damaged.items())
-            return f"{self.folder} behaves as trained on its probe, but files were changed: {changes}."
-        kept = ", ".join(str(stage.retained) for stage in self.replay.stages)
+            return f"{self.folder} behaves as {self.model} on its probe, but files were changed: {changes}."
+        if not self.prunes:
+            return (
+                f"{self.folder} prunes nothing: its stages retain all {self.replay.stages[-1].total} vision tokens of "
+                f"the probe. Export it again with a smaller budget."
+            )
+        kept = ", then ".join(f"{stage.retained} of {stage.total}" for stage in self.replay.stages)
         also = f", also at {' and '.join(self.others)}" if self.others else ""
         return (
-            f"{self.folder} behaves as the trained model: its stages retain the same vision tokens ({kept} in the "
+            f"{self.folder} behaves as {self.model}: its stages retain the same vision tokens ({kept} in the "
             f"probe{also}), max logit gap {self.replay.logit_gap:.2g}, all {self.files} files are intact."
         )
 
@@ -102,7 +115,8 @@ def check(model: Any, folder: Path, damaged: dict[str, str] | None = None, probe
             now = record_probe(model, probe.inputs, other.budgets)
             others[words(other.budgets)] = ProbeDiff.of(other, now)
     suspects = _suspects(probe, environment(model), damaged or {})
-    return VerifyReport(str(folder), len(manifest["files"]), dict(damaged or {}), None, replay, others, suspects)
+    model = "the trained model" if manifest.get("trained_with") else "the exported model"
+    return VerifyReport(str(folder), len(manifest["files"]), dict(damaged or {}), None, replay, others, suspects, model)
 
 
 def _suspects(probe: Probe, now: dict[str, str], damaged: dict[str, str]) -> tuple[str, ...]:
@@ -110,5 +124,5 @@ def _suspects(probe: Probe, now: dict[str, str], damaged: dict[str, str]) -> tup
     found = [f"changed files ({', '.join(damaged)})"] if damaged else []
     for key, name in ENVIRONMENT.items():
         if probe.about[key] != now[key]:
-            found.append(f"{name} (trained {probe.about[key]}, loaded {now[key]})")
+            found.append(f"{name} (recorded {probe.about[key]}, loaded {now[key]})")
     return tuple(found)
