@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
+from tpcompress.auto_register import PREFIX
 from tpcompress.bundled import base_path
 from tpcompress.errors import first_line, missing_extra
 from tpcompress.hub import looks_like_path, why_absent
@@ -39,7 +41,7 @@ def load_base(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: unknown dtype, no loadable model, or bitsandbytes is not installed.
+        ValueError: unknown dtype, no loadable model, an export of tpcompress, or bitsandbytes is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -47,6 +49,7 @@ def load_base(
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize)
     path = model_path(base)
+    _check_no_export(path, base)
     return _load(lambda: AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options), "model", base)
 
 
@@ -71,6 +74,24 @@ def load_config(base: str) -> PretrainedConfig:
     path = model_path(base)
     config: PretrainedConfig = _load(lambda: AutoConfig.from_pretrained(path), "config", base)
     return config
+
+
+def _check_no_export(path: str, base: str) -> None:
+    """Refuse an export of tpcompress as a base: the pruner inside it would act in what is called dense.
+
+    Raises:
+        ValueError: it is one, with the name of its own base.
+    """
+    config, _ = _load(lambda: PretrainedConfig.get_config_dict(path), "model", base)
+    if not str(config.get("model_type")).startswith(PREFIX):
+        return
+    manifest, known = Path(path) / "manifest.json", None
+    if manifest.is_file():
+        known = json.loads(manifest.read_text(encoding="utf-8")).get("base", {}).get("model")
+    raise ValueError(
+        f"'{base}' is an export of tpcompress, which always prunes; a base is a dense model. "
+        f"Give the model that it was made from{f' ({known})' if known else ''}."
+    )
 
 
 def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from export.helpers import run_python, two_stages
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 import tpcompress as tp
 from tpcompress.export import load, verify
@@ -146,3 +148,32 @@ def test_stock_transformers_refuses(exported: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("tpcompress_llava") == 3
     assert "LlavaForConditionalGeneration Error no file named model.safetensors" in run.stdout
+
+
+@pytest.mark.parametrize("variant", ["tpcompress", "pruned", None])
+def test_no_variant_of_the_stock_class_finds_the_weights(exported: Path, tmp_path: Path, variant: str | None) -> None:
+    shards = tmp_path / "shards"
+    load(exported).save_pretrained(shards, max_shard_size="300KB")
+    for folder in (exported, shards):
+        with pytest.raises(OSError, match="no file named model"):
+            LlavaForConditionalGeneration.from_pretrained(folder, variant=variant)
+
+
+def test_every_safetensors_file_of_an_export_holds_weights(exported: Path, tmp_path: Path) -> None:
+    """Engines load whatever `*.safetensors` finds, so the probe has another suffix; saving again leaves no old file."""
+    assert [path.name for path in exported.glob("**/*.safetensors")] == ["tpcompress.safetensors"]
+    assert (exported / "probe.tensors").is_file()
+    model, folder = load(exported), tmp_path / "again"
+    model.save_pretrained(folder, max_shard_size="300KB")
+    index = json.loads((folder / "tpcompress.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in folder.glob("*.safetensors")}
+    assert len(set(index["weight_map"].values())) > 2
+    model.save_pretrained(folder)
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["tpcompress.safetensors"]
+    assert "transformers_weights" not in (folder / "config.json").read_text()
+    for options in ({}, {"config": load(exported).config}, {"dtype": torch.bfloat16}):
+        again = load(folder, **options)
+        assert not hasattr(again.config, "transformers_weights")
+        wanted = options.get("dtype", torch.float32)
+        assert all(torch.equal(p, model.state_dict()[name].to(p.dtype)) for name, p in again.named_parameters())
+        assert again.dtype == wanted

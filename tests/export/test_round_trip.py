@@ -39,7 +39,7 @@ def equal(a: Any, b: Any, inputs: dict[str, torch.Tensor] | None = None) -> bool
 def names(folder: Path) -> dict[str, torch.Tensor]:
     """Stored tensors by name, over all shards."""
     found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return found

@@ -76,7 +76,7 @@ def attach(
     plan = PruningPlan.of(plan, keep_tokens=keep_tokens, keep_ratio=keep_ratio, layer=layer)
     base = base_of(model)
     if is_attached(base):
-        raise ValueError("This model already carries a plan; call tpcompress.detach(model) first.")
+        raise ValueError(_carries(base))
     parts = resolve(base)
     check_layers(parts, [stage.layer for stage in plan.stages])
     check_views(parts, plan)
@@ -235,6 +235,17 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"Expected a transformers model or a PEFT model around one, got {type(model).__name__}.")
     return base
+
+
+def _carries(base: PreTrainedModel) -> str:
+    """Why no plan can be attached to a model that carries one."""
+    own = ", ".join(f"{stage.pruner.name} with {stage.budget} at layer {stage.layer}" for stage in plan_of(base).stages)
+    if not hasattr(base.config, "token_pruning"):
+        return f"This model already carries a plan ({own}); call tpcompress.detach(model) first."
+    return (
+        f"This model is an export, which carries its plan ({own}). For other budgets use tpcompress.budgets, or load "
+        f"it with keep_tokens=...; for another plan call tpcompress.detach(model) first."
+    )
 
 
 def _hooks_of(model: nn.Module) -> Hooks:
