@@ -40,10 +40,15 @@ def check_settings(now: dict[str, Any], then: dict[str, Any]) -> None:
     Raises:
         ValueError: base, plan, trained parts or LoRA have changed.
     """
-    changed = [name for name in ("base", "plan", "train", "lora") if now[name] != then.get(name)]
+    changed = [name for name in ("base", "plan", "train", "lora") if _said(now[name]) != _said(then.get(name))]
     if changed:
         name = changed[0]
         raise ValueError(
             f"The checkpoint was trained with {name} {then.get(name)}, the recipe has {now[name]}; resume with the "
             f"recipe.yaml beside it, or start again without --ckpt_path."
         )
+
+
+def _said(value: Any) -> Any:
+    """A setting without the version of its form: a plan of an earlier version is the same plan."""
+    return {k: v for k, v in value.items() if k != "version"} if isinstance(value, dict) else value
