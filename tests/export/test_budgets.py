@@ -69,7 +69,7 @@ def test_the_range_of_training_is_written_and_replayed(any_budget: Path) -> None
         "0.5 of the tokens": 32,
     }
     assert report.ok
-    assert "(16 in the probe, also at 4 tokens and 0.5 of the tokens)" in str(report)
+    assert "(16 of 64 in the probe, also at 4 tokens and 0.5 of the tokens)" in str(report)
 
 
 def test_a_difference_at_another_budget_is_found(any_budget: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_difference_at_another_budget_is_found(any_budget: Path, tmp_path: Pat
     assert not report.ok
     line = str(report)
     assert line.startswith(
-        "At 0.5 of the tokens the export differs from the trained model first at stage 0 (layer 0): "
+        "At 0.5 of the tokens the export differs from the exported model first at stage 0 (layer 0): "
     )
     assert "\n" not in line
 

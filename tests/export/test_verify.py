@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_exit_codes(exported: Path, folder: Path, capsys: pytest.CaptureFixture[
     [
         (lambda s: s[0].update(keep_tokens=30), "first at stage 0 (layer 0): 30 vision tokens retained instead of 32"),
         (lambda s: s[1].update(keep_tokens=7), "first at stage 1 (layer 3): 7 vision tokens retained instead of 8"),
-        (lambda s: s[1].update(layer=4), "first at stage 1 (layer 4): trained at layer 3"),
+        (lambda s: s[1].update(layer=4), "first at stage 1 (layer 4): recorded at layer 3"),
         (lambda s: s[1].update(pruner={"type": "random", "seed": 0}), r"first at stage 1 (layer 3): "),
         (lambda s: s.pop(1), "first at stage 1 (layer 3): it is missing"),
         (lambda s: s.append({"pruner": {"type": "uniform"}, "layer": 5, "keep_tokens": 4}), "had no such stage"),
@@ -132,7 +133,7 @@ def test_harmless_change_is_still_named(folder: Path) -> None:
 
 
 def test_dtype_is_suspected(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"Likely: dtype \(trained float32, loaded bfloat16\)\.$"):
+    with pytest.raises(ValueError, match=r"Likely: dtype \(recorded float32, loaded bfloat16\)\.$"):
         load(folder, verify=True, dtype=torch.bfloat16)
     assert load(folder, verify=True) is not None
 
@@ -140,7 +141,7 @@ def test_dtype_is_suspected(folder: Path) -> None:
 def test_attention_is_suspected(exported: Path) -> None:
     report = check(load(exported, attn_implementation="eager"), exported)
     assert report.ok
-    assert report.suspects == ("attention implementation (trained sdpa, loaded eager)",)
+    assert report.suspects == ("attention implementation (recorded sdpa, loaded eager)",)
 
 
 # ---------------------------------------------------------------------------------------------------- damaged folders
@@ -289,3 +290,31 @@ def test_chat_template(base: Any, tmp_path: Path) -> None:
     out = tp.export(tp.attach(base, two_stages()), processor, tmp_path / "out")
     assert verify(out).ok
     assert tp.load_processor(out).chat_template == processor.chat_template
+
+
+@pytest.mark.parametrize(("facts", "model"), [(None, "the exported model"), ({"steps": 3}, "the trained model")])
+def test_only_a_trained_model_is_called_so(exported: Path, folder: Path, facts: Any, model: str) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    values["trained_with"] = facts or {}
+    (folder / "manifest.json").write_text(json.dumps(values))
+    report = verify(folder)
+    assert report.ok
+    assert f"behaves as {model}: its stages retain the same vision tokens" in str(report)
+    assert ("trained" in str(report)) == (facts is not None)
+
+
+def test_an_export_that_prunes_nothing_is_refused(base: Any, processor: Any, tmp_path: Path) -> None:
+    model = tp.attach(base, "divprune:1.0")
+    with pytest.raises(ValueError, match="The plan prunes nothing: it retains all 64 vision tokens of the probe"):
+        tp.export(model, processor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_says_that_a_plan_prunes_nothing(exported: Path) -> None:
+    """Folders of earlier versions may hold such plans."""
+    report = verify(exported)
+    replay = report.replay
+    assert replay is not None
+    stages = tuple(replace(s, retained=s.total, trained=s.total, agree=s.total) for s in replay.stages)
+    report = replace(report, replay=replace(replay, stages=stages))
+    assert "prunes nothing: its stages retain all 64 vision tokens of the probe" in one_line(report)
