@@ -338,7 +338,7 @@ def test_bad_rows_are_left_out_and_named(tmp_path, photo_folder):
     found = take(ChatStream(open_shards(tmp_path / "a.jsonl"), Reasons(look=look), 2, photo_folder), 3)
     assert {row[0] for row in rows_of(found)} == {"r0", "r4", "r5"}
     assert [len(rows) for _, _, (rows, _) in found] == [2, 2, 2]
-    assert reasons == {"r1": "no assistant turn", "r2": "missing image", "r3": "no assistant turn"}
+    assert reasons == {"r1": "no assistant turn", "r2": "missing image", "r3": "no conversation"}
     for workers in (0, 1):
         strict = ChatStream(open_shards(tmp_path / "a.jsonl"), Names(), 2, photo_folder, on_bad_row="raise")
         with pytest.raises(ValueError, match="Row r1 is broken: no assistant turn"):
@@ -376,8 +376,8 @@ def test_errors_are_one_line(tmp_path, photo_folder):
         (ValueError, "holds no rows", tmp_path / "list.json"),
         (ValueError, "holds no rows in 1 shards.* is not valid JSON near", tmp_path / "torn.json"),
         (ValueError, "has the columns text, label; chat data needs", tmp_path / "other.jsonl"),
-        (ValueError, "Cannot stream .*notes.txt: give files that end in .json", tmp_path / "notes.txt"),
-        (ValueError, "holds no .json, .jsonl, .parquet or .tar", tmp_path / "bare"),
+        (ValueError, "Cannot read .*notes.txt: supported are .json", tmp_path / "notes.txt"),
+        (ValueError, "holds no .json, .jsonl, .csv", tmp_path / "bare"),
         (ValueError, "holds files of the formats .json, .jsonl", tmp_path),
     ]
     for kind, text, source in cases:

@@ -1,8 +1,8 @@
 """Estimate the token length of rows from characters and image counts, to batch rows of similar length.
 
-    length = characters * tokens per character + images * tokens per image
+    length = characters * tokens per character + (images + videos) * tokens per image or video
 
-Both rates are measured on a few rows; the images of all other rows are not opened.
+Both rates are measured on a few rows; the images and videos of all other rows are not opened.
 """
 
 from collections.abc import Iterable
@@ -14,16 +14,20 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from tpcompress.data.bad_rows import BadRow
 from tpcompress.data.encode import ChatEncoder
-from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow
+from tpcompress.data.messages import IMAGE_COLUMNS, VIDEO_COLUMNS
+from tpcompress.data.records import PAIR_COLUMNS, TURN_COLUMNS
 
 SAMPLE = 32  # rows on which the rates are measured
+TEXT_COLUMNS = (*TURN_COLUMNS, *dict.fromkeys(sum(PAIR_COLUMNS, ())), "input", "system")
+MEDIA_COLUMNS = (*IMAGE_COLUMNS, *VIDEO_COLUMNS)
 READ_ROWS = 1000  # rows read at a time
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens per character of text and per image."""
+    """Tokens per character of text, and per image or video."""
 
     per_character: float = 0.25
     per_image: float = 0.0
@@ -42,7 +46,7 @@ def measure_rates(rows: Iterable[dict[str, Any]], encoder: ChatEncoder) -> Rates
             vision += encoder.vision_tokens(row)
         except BadRow:
             continue
-        characters, images = characters + len(text.encode()), images + len(row["images"])
+        characters, images = characters + len(text.encode()), images + count_media(row)
         tokens += _count(encoder, text)
     default = Rates()
     return Rates(tokens / characters if characters else default.per_character, vision / images if images else 0.0)
@@ -61,10 +65,10 @@ def estimate_lengths(rows: datasets.Dataset, encoder: ChatEncoder) -> np.ndarray
     step = max(1, len(rows) // SAMPLE)
     rates = measure_rates((_row(rows, index) for index in range(0, len(rows), step)), encoder)
     columns = rows.with_format("arrow").select_columns(
-        [name for name in rows.column_names if name in (*TURN_COLUMNS, *IMAGE_COLUMNS)]
+        [name for name in rows.column_names if name in (*TEXT_COLUMNS, *MEDIA_COLUMNS)]
     )
     found = [
-        rates.length(_sum(table, TURN_COLUMNS, _characters), _sum(table, IMAGE_COLUMNS, _entries))
+        rates.length(_sum(table, TEXT_COLUMNS, _characters), _sum(table, MEDIA_COLUMNS, _entries))
         for table in columns.iter(READ_ROWS)
     ]
     return np.concatenate(found)
@@ -73,6 +77,11 @@ def estimate_lengths(rows: datasets.Dataset, encoder: ChatEncoder) -> np.ndarray
 def count_characters(conversations: list[list[dict[str, str]]]) -> int:
     """Number of text bytes of one row, counted as in `estimate_lengths`."""
     return sum(len(turn["content"].encode()) + len(turn["role"]) for turns in conversations for turn in turns)
+
+
+def count_media(row: dict[str, Any]) -> int:
+    """Number of images and videos of one row."""
+    return len(row["images"]) + len(row.get("videos") or ())
 
 
 def _row(rows: datasets.Dataset, index: int) -> dict[str, Any]:

@@ -1,39 +1,44 @@
-"""The row format that all data sets share, with its checks: roles, image markers, broken images.
+"""The row format that all data sets share, with its checks, and the data set that passes over bad rows.
 
-A row is a dict `{"images": [PIL.Image or path, ...], "conversations": [[{"role", "content"}, ...], ...],
-"families": [str, ...]}`. The conversations are independent and share the images; `families[i]` is the question family
-of conversation `i`. The literal `<image>` in the content of a user turn marks the position of an image; without
-markers, all images are placed at the start of the first user turn.
+A row is a dict:
+
+    images          list of images: path, `{"bytes", "path"}` or PIL image; opened by `open_image`
+    videos          list of videos: path, `{"bytes", "path"}` or list of images (frames); opened by `video.open_video`
+    conversations   list of conversations, which are independent and share images and videos; a conversation is a list
+                    of messages `{"role": system | user | assistant | tool, "content": str}`, with the JSON text
+                    "tool_calls" where an assistant calls tools
+    families        question family of each conversation
+    tools           JSON text of a list of tool schemas, or None
+    id              name of the row
+
+The literals `<image>` and `<video>` in the content of a user or tool message mark the positions of images and videos;
+without a marker of its kind, all of them are placed at the start of the first user turn.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from itertools import pairwise
+from typing import Generic, TypeVar
 
 import datasets
 from torch.utils.data import Dataset
 
 from tpcompress.data.bad_rows import BadRow, BadRows, OnBadRow, bad_row_error, check_on_bad_row
 from tpcompress.data.images import open_image
+from tpcompress.data.messages import IMAGE_MARKER, VIDEO_MARKER
 
 __all__ = [
-    "IMAGE_COLUMNS",
     "IMAGE_MARKER",
-    "TURN_COLUMNS",
+    "VIDEO_MARKER",
     "BadRow",
     "BadRows",
     "GoodRows",
     "OnBadRow",
     "bad_row_error",
-    "chat_message",
     "check_conversation",
     "check_on_bad_row",
     "open_image",
 ]
 
-IMAGE_MARKER = "<image>"
-TURN_COLUMNS = ("messages", "conversations")  # column names for turns in chat data, in order of preference
-IMAGE_COLUMNS = ("images", "image")
-ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's role names; others are kept
 Sample = TypeVar("Sample")
 
 
@@ -82,49 +87,38 @@ class GoodRows(Dataset, Generic[Sample]):
         raise ValueError(f"None of the {len(self.rows)} rows is usable; the last one: {skipped[-1][1]}.")
 
 
-def chat_message(turn: Any) -> dict[str, str]:
-    """Convert a turn in LLaVA's or the Hugging Face format to `{"role", "content"}`; other content becomes empty."""
-    turn = turn if isinstance(turn, dict) else {}
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        content = "\n".join(_part(part) for part in content)
-    return {"role": ROLES.get(str(role), str(role)), "content": content if isinstance(content, str) else ""}
+def check_conversation(messages: Sequence[dict[str, str]], num_images: int, num_videos: int = 0) -> None:
+    """Check the roles, contents and markers of one conversation.
 
-
-def check_conversation(messages: Sequence[dict[str, str]], num_images: int) -> None:
-    """Check the roles, contents and image markers of one conversation.
-
-    A valid conversation has an optional system turn, then alternating user and assistant turns, and ends with an
-    assistant turn.
+    A valid conversation has an optional system turn, then user and assistant turns in alternation, and ends with an
+    assistant turn. Between two assistant turns there can be tool turns instead of a user turn.
 
     Args:
         messages: turns of the conversation.
         num_images: number of images in the row.
+        num_videos: number of videos in the row.
 
     Raises:
         BadRow: the conversation is not valid; the reason is `unknown role`, `no assistant turn`, `role order`,
-            `empty content`, `image marker in an answer` or `image markers`.
+            `empty content`, `image marker in an answer` or `image markers` (or `video ...`).
     """
     roles = [message["role"] for message in messages]
-    unknown = next((role for role in roles if role not in ("system", "user", "assistant")), None)
+    unknown = next((role for role in roles if role not in ("system", "user", "assistant", "tool")), None)
     if unknown is not None:
         raise BadRow(f"unknown role: {unknown!r}")
     if "assistant" not in roles:
         raise BadRow("no assistant turn")
     turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2):
+    follows = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+    in_order = all(role in follows.get(before, ()) for before, role in pairwise(turns))
+    if turns[0] != "user" or turns[-1] != "assistant" or not in_order:
         raise BadRow(f"role order: {' '.join(roles[:6])}{' ...' if len(roles) > 6 else ''}")
-    if any(not message["content"].strip() for message in messages):
+    if any(not (message["content"].strip() or message.get("tool_calls")) and message["role"] != "tool"
+           for message in messages):  # fmt: skip
         raise BadRow("empty content")
-    if any(IMAGE_MARKER in message["content"] for message in messages if message["role"] != "user"):
-        raise BadRow("image marker in an answer")
-    num_markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
-    if num_markers not in ({0, num_images} if num_images else {0}):
-        raise BadRow(f"image markers: {num_markers} for {num_images} images")
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") == "image":
-        return IMAGE_MARKER
-    return str(part.get("text") or "") if isinstance(part, dict) else str(part)
+    for kind, marker, number in (("image", IMAGE_MARKER, num_images), ("video", VIDEO_MARKER, num_videos)):
+        if any(marker in message["content"] for message in messages if message["role"] not in ("user", "tool")):
+            raise BadRow(f"{kind} marker in an answer")
+        num_markers = sum(message["content"].count(marker) for message in messages)
+        if num_markers not in ({0, number} if number else {0}):
+            raise BadRow(f"{kind} markers: {num_markers} for {number} {kind}s")

@@ -18,10 +18,12 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tpcompress.data.chat import find_problem, parse_conversations, parse_images
-from tpcompress.data.lengths import Rates, count_characters
-from tpcompress.data.rows import IMAGE_COLUMNS, TURN_COLUMNS, BadRow, OnBadRow, bad_row_error, check_on_bad_row
-from tpcompress.data.shards import Record, Shards
+from tpcompress.data.arrow_rows import completed
+from tpcompress.data.bad_rows import BadRow, OnBadRow, bad_row_error, check_on_bad_row
+from tpcompress.data.chat import folder_of_images
+from tpcompress.data.lengths import Rates, count_characters, count_media
+from tpcompress.data.records import Record, Row, clean, read_record
+from tpcompress.data.shards import Shards
 from tpcompress.errors import first_line
 
 GIVE_UP_AFTER = 10_000  # consecutive bad rows
@@ -33,16 +35,13 @@ START: Place = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "used": 0}
 
 @dataclass
 class RawRow:
-    """A row with undecoded images (paths or bytes).
+    """A row with references to its images and videos, as `read_record` gives it.
 
     Attributes:
         ends: the row is the last of its batch (streams with buckets).
     """
 
-    row_id: str
-    conversations: list[list[dict[str, str]]]
-    families: list[str]
-    images: Any
+    row: Row
     ends: bool = False
 
 
@@ -95,12 +94,8 @@ class ChatStream(IterableDataset):
         sharing: Sharing | None = None,
     ) -> None:
         check_on_bad_row(on_bad_row)
-        if image_folder is not None and not Path(image_folder).is_dir():
-            raise FileNotFoundError(
-                f"No image folder {image_folder}; give the folder that image paths are relative to."
-            )
         self.shards, self.collator, self.batch_size, self.on_bad_row = shards, collator, batch_size, on_bad_row
-        self.base = str(image_folder if image_folder is not None else shards.folder)
+        self.base = str(shards.folder if image_folder is None else folder_of_images(image_folder))
         self.shuffle_buffer, self.bucket, self.rates, self.seed = shuffle_buffer, bucket, rates or Rates(), seed
         pool = max(1, bucket * batch_size)
         self.block_rows = -(-max(shuffle_buffer, 1) // pool) * pool
@@ -117,9 +112,9 @@ class ChatStream(IterableDataset):
             self._miss(missed, bad)
             for used, row in enumerate(islice(block, place["used"], None), start=place["used"] + 1):
                 try:
-                    sample = self.collator.encode(self._opened(row), -1)
+                    sample = self.collator.encode(completed(row.row, self.base), -1)
                 except BadRow as problem:
-                    self._miss(missed, [(row.row_id, problem)])
+                    self._miss(missed, [(row.row["id"], problem)])
                 else:
                     samples.append((sample, missed))
                     missed = []
@@ -130,12 +125,8 @@ class ChatStream(IterableDataset):
     def first_rows(self) -> Iterator[dict[str, Any]]:
         """Yield usable rows of the first pass, the same on every rank, for measurements on a few rows."""
         for _, item in self._pass(0, 0, 0, 0):
-            try:
-                row = self._opened(item) if isinstance(item, RawRow) else None
-            except BadRow:
-                continue
-            if row is not None:
-                yield row
+            if isinstance(item, RawRow):
+                yield completed(item.row, self.base)
 
     def _blocks(self, part: int, place: Place) -> Iterator[tuple[list[RawRow], list[tuple[str, BadRow]], Place]]:
         """Yield blocks from a position on, in training order, each with the bad rows found while reading it."""
@@ -198,17 +189,10 @@ class ChatStream(IterableDataset):
         """Convert a record to a row; or return its id and why it is broken."""
         if isinstance(record, BadRow):
             return fallback, record
-        row_id = fallback if record.get("id") is None else str(record["id"])
-        turns: list = next((record[name] for name in TURN_COLUMNS if isinstance(record.get(name), list)), [])
-        images = next((record[name] for name in IMAGE_COLUMNS if record.get(name)), None)
-        conversations = parse_conversations(turns)
-        families = record.get("families") or [str(record.get("family") or "chat")] * len(conversations)
-        problem = find_problem(conversations, families, images, self.base, check_images=False)
-        return (row_id, problem) if problem is not None else RawRow(row_id, conversations, families, images)
-
-    def _opened(self, row: RawRow) -> dict[str, Any]:
-        families = {"conversations": row.conversations, "families": row.families}
-        return {"id": row.row_id, "images": parse_images(row.images, self.base), **families}
+        try:
+            return RawRow(read_record(record, fallback))
+        except BadRow as bad:
+            return clean(str(record.get("id") or fallback)), bad
 
     def _ordered(self, block: list[RawRow], part: int, number: int) -> list[RawRow]:
         """Put the rows of a block in training order."""
@@ -219,8 +203,7 @@ class ChatStream(IterableDataset):
         return _bucketed(block, self.batch_size, self.bucket, self._length, f"{self.seed} {number}")
 
     def _length(self, row: RawRow) -> float:
-        images = len(row.images) if isinstance(row.images, list) else int(row.images is not None)
-        return self.rates.length(count_characters(row.conversations), images)
+        return self.rates.length(count_characters(row.row["conversations"]), count_media(row.row))
 
     def _miss(self, missed: list[tuple[str, BadRow]], bad: list[tuple[str, BadRow]]) -> None:
         if bad and self.on_bad_row == "raise":

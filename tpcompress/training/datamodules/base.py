@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import datasets
 import lightning as L
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
-from tpcompress.data import BadRow, BadRows, ChatCollator, GoodRows
+from tpcompress.data import BadRows, BatchMeta, ChatCollator, GoodRows
 from tpcompress.data.lengths import estimate_lengths
 from tpcompress.data.rows import OnBadRow
 from tpcompress.training.datamodules.loader import Position, ResumableLoader, StatefulLoader
@@ -42,10 +43,15 @@ class RowsData(LightningDataModule):
 
     Attributes:
         bad_rows: rows that were skipped, by the reader or in training.
+        num_sequences: sequences that this rank was given for training.
+        num_cut: those of them that `max_length` cut, or conversations that did not fit into a packed sequence.
+        validation_keys: arguments that give validation data, for the error when there are none.
 
     Raises:
         ValueError: a batch size below 1, or a negative bucket.
     """
+
+    validation_keys: ClassVar[str]
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class RowsData(LightningDataModule):
         self.seed = seed
         self.bucket = bucket
         self.bad_rows = BadRows()
+        self.num_sequences = self.num_cut = 0
         self.train_rows: datasets.Dataset | None = None
         self.val_rows: datasets.Dataset | None = None
         self._position = Position()
@@ -85,19 +92,25 @@ class RowsData(LightningDataModule):
         """Read the rows once.
 
         Raises:
-            ValueError: no rows, or a LightningModule without a processor.
+            ValueError: no rows, `validate` without validation rows, or a LightningModule without a processor.
         """
         module = None if self.trainer is None else self.trainer.lightning_module
         processor = getattr(module, "processor", None)
         if processor is None:
             raise ValueError(f"{type(module).__name__} has no processor; set self.processor before the data is set up.")
-        self.collator = ChatCollator(processor, self.max_length, self.pack)
+        self.collator = self.make_collator(processor)
         if not self._loaded:
             self.train_rows, self.val_rows = self.load_rows()
             self._loaded = True
         for name, rows in (("train", self.train_rows), ("val", self.val_rows)):
             if rows is not None and not len(rows):
                 raise ValueError(f"The {name} data of {type(self).__name__} are empty; give at least one row.")
+        if stage == TrainerFn.VALIDATING and self.val_rows is None:
+            raise ValueError(f"There are no validation data; set {self.validation_keys} of {type(self).__name__}.")
+
+    def make_collator(self, processor: Any) -> ChatCollator:
+        """The collator of training and validation."""
+        return ChatCollator(processor, self.max_length, self.pack)
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled by (seed, epoch); each rank gets its share."""
@@ -109,7 +122,7 @@ class RowsData(LightningDataModule):
         self._position.check(**shape, bucket=self.bucket)
         sampler = self._sampler(rank, num_ranks)
         return self._opened(
-            ResumableLoader(rows, sampler, position=self._position, on_bad_rows=self._count_bad, **self._map_options())
+            ResumableLoader(rows, sampler, position=self._position, on_batch=self._count, **self._map_options())
         )
 
     def val_dataloader(self) -> ResumableLoader | list:
@@ -119,10 +132,12 @@ class RowsData(LightningDataModule):
         assert self.trainer is not None
         rows = GoodRows(self.val_rows, self.collator.encode, self.on_bad_row)
         sampler = ResumableBatchSampler(len(rows), self.batch_size, 0, *data_rank(self.trainer), shuffle=False)
-        return self._opened(ResumableLoader(rows, sampler, on_bad_rows=self._count_bad, **self._map_options()))
+        return self._opened(ResumableLoader(rows, sampler, on_batch=self._count_bad, **self._map_options()))
 
     def teardown(self, stage: str | None = None) -> None:
-        """Stop the workers of all loaders."""
+        """Stop the workers of all loaders, and say what was skipped and cut in training."""
+        if stage == TrainerFn.FITTING:
+            self._say_losses()
         while self._loaders:
             self._loaders.pop().close()
 
@@ -172,9 +187,17 @@ class RowsData(LightningDataModule):
         lasting = {"persistent_workers": self.num_workers > 0, "collate_fn": self.collator.pad}
         return self._options() | lasting
 
-    def _count_bad(self, bad_rows: list[tuple[str, BadRow]]) -> None:
-        """Count rows that could not be used in training; warn at the first."""
-        for row_id, bad in bad_rows:
+    def _count(self, meta: BatchMeta) -> None:
+        """Count what was skipped and cut in a training batch; warn at the first."""
+        self._count_bad(meta)
+        if meta.dropped and not self.num_cut:
+            log.warning("A conversation is cut at max_length (%s tokens); further ones are counted.", self.max_length)
+        self.num_sequences += len(meta.rows)
+        self.num_cut += meta.dropped
+
+    def _count_bad(self, meta: BatchMeta) -> None:
+        """Count rows that could not be used; warn at the first."""
+        for row_id, bad in meta.bad_rows:
             if row_id in self._seen_bad:
                 continue
             if not self._seen_bad:
@@ -183,6 +206,15 @@ class RowsData(LightningDataModule):
                 )
             self._seen_bad.add(row_id)
             self.bad_rows.add(row_id, bad)
+
+    @rank_zero_only
+    def _say_losses(self) -> None:
+        """Log how many rows were skipped and how many sequences were cut."""
+        losses = [str(self.bad_rows)] if len(self.bad_rows) else []
+        if self.num_cut:
+            losses.append(f"{self.num_cut} of {self.num_sequences} sequences were cut at {self.max_length} tokens")
+        if losses:
+            log.warning("Training data: %s.", "; ".join(losses))
 
 
 def data_rank(trainer: L.Trainer) -> tuple[int, int]:

@@ -21,6 +21,8 @@ class BenchmarkData(RowsData):
         max_length: maximum sequence length in tokens.
     """
 
+    validation_keys = "num_val"
+
     def __init__(
         self,
         num_train: int = 4800,

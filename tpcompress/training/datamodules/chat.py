@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import datasets
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from tpcompress.data import BadRows, load_chat
+from tpcompress.data import BadRows, ChatCollator, load_chat
 from tpcompress.data.lengths import measure_rates
 from tpcompress.data.rows import OnBadRow
 from tpcompress.data.shards import Shards, open_shards
+from tpcompress.data.split import held_out
 from tpcompress.data.stream import ChatStream, Sharing
+from tpcompress.data.video import VideoSampling
 from tpcompress.training.datamodules.base import RowsData, data_rank
 from tpcompress.training.datamodules.loader import ResumableLoader
 from tpcompress.training.datamodules.stream_loader import StreamLoader, StreamPosition
 
 log = logging.getLogger(__name__)
+
+LOOK_AT = 64
+"""Rows of a stream of which one should hold an image if the run has a plan."""
 
 
 class ChatData(RowsData):
@@ -34,7 +39,7 @@ class ChatData(RowsData):
         on_bad_row: `skip` counts unusable rows and continues, `raise` stops at the first.
         max_length: maximum sequence length in tokens.
         pack: pack the conversations of a row into one sequence.
-        val_fraction: share of `train` for validation if there is no `val`.
+        val_fraction: share of `train` for validation if there is no `val`. Rows with the same image stay together.
         train_split: split of `train`, for data sets with several.
         val_split: split of `val`.
         seed: seed of the order and of the held-out rows.
@@ -42,11 +47,18 @@ class ChatData(RowsData):
         streaming: read `train` during training, without an index. A stream has no end, so `trainer.max_steps` is
             required.
         shuffle_buffer: rows that each worker of a stream holds and shuffles.
+        config_name: config of `train` and `val`, for data sets with several.
+        num_frames: frames that are read of a video, spread evenly.
+        fps: frames per second that are read of a video, instead of `num_frames`.
+        learn_from: `all` answers of a conversation are learnt, or only the `last`.
+        pack_sequences: put several rows into one sequence of up to `max_length` tokens.
 
     Raises:
         ValueError: both `val` and `val_fraction`, `val_fraction` outside [0, 1) or with streaming, or
-            `shuffle_buffer` below 1.
+            `shuffle_buffer` or `num_frames` below 1, or `fps` not positive.
     """
+
+    validation_keys = "val or val_fraction"
 
     def __init__(
         self,
@@ -65,6 +77,11 @@ class ChatData(RowsData):
         bucket: int = 0,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
+        config_name: str | None = None,
+        num_frames: int | None = 8,
+        fps: float | None = None,
+        learn_from: Literal["all", "last"] = "all",
+        pack_sequences: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, on_bad_row, max_length, pack, seed, bucket)
         if not 0 <= val_fraction < 1:
@@ -83,6 +100,10 @@ class ChatData(RowsData):
         self.val_split = val_split
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
+        self.config_name = config_name
+        self.video = VideoSampling(num_frames, fps)
+        self.learn_from = learn_from
+        self.pack_sequences = pack_sequences
         self.shards: Shards | None = None
         self._stream_position = StreamPosition()
 
@@ -92,15 +113,29 @@ class ChatData(RowsData):
         if self.streaming:
             self._find_stream()
         else:
-            train, self.bad_rows = load_chat(self.train, self.image_folder, self.train_split, self.on_bad_row)
-            _report(self.train, self.bad_rows)
+            train, self.bad_rows = self._load(self.train, self.train_split)
+            if self.bad_rows.with_media == 0 and self._has_plan():
+                raise ValueError(
+                    f"None of the {len(train)} usable rows of {self.train} holds an image or a video, so the plan has "
+                    "nothing to prune; put images into the column 'images' or the messages, or set model.plan to null."
+                )
         if self.val is not None:
-            val, report = load_chat(self.val, self.image_folder, self.val_split, self.on_bad_row)
-            _report(self.val, report)
-            return train, val
+            return train, self._load(self.val, self.val_split)[0]
         if train is None or not self.val_fraction:
             return train, None
-        return _held_out(train, self.val_fraction, self.seed)
+        own, held = held_out(train, self.val_fraction, seed=self.seed)
+        return train.select(own), train.select(held)
+
+    def make_collator(self, processor: Any) -> ChatCollator:
+        """The collator of training and validation."""
+        return ChatCollator(
+            processor,
+            self.max_length,
+            self.pack,
+            pack_sequences=self.pack_sequences,
+            learn_from=self.learn_from,
+            video=self.video,
+        )
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """The stream, or rows shuffled by (seed, epoch); each rank gets its share."""
@@ -125,11 +160,22 @@ class ChatData(RowsData):
         else:
             super().load_state_dict(state_dict)
 
+    def _load(self, source: str, split: str) -> tuple[datasets.Dataset, BadRows]:
+        """Read whole data, and say what was left out."""
+        options: dict[str, Any] = {"split": split, "on_bad_row": self.on_bad_row, "config_name": self.config_name}
+        rows, report = load_chat(source, self.image_folder, **options)
+        _report(source, report)
+        return rows, report
+
+    def _has_plan(self) -> bool:
+        """Whether the model of the run is pruned."""
+        return self.trainer is not None and getattr(self.trainer.lightning_module, "plan", None) is not None
+
     def _find_stream(self) -> None:
         """Find the shards, when training."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_stops(self.trainer, self.val is not None)
-            self.shards = open_shards(self.train, self.train_split)
+            self.shards = open_shards(self.train, self.train_split, self.config_name)
 
     def _stream_loader(self, shards: Shards) -> StreamLoader:
         assert self.trainer is not None
@@ -146,6 +192,8 @@ class ChatData(RowsData):
             seed=self.seed,
             sharing=sharing,
         )
+        if self._has_plan():
+            _warn_without_media(self.train, stream)
         if self.bucket:
             stream.rates = measure_rates(stream.first_rows(), self.collator.encoder)
         shape = {
@@ -158,7 +206,7 @@ class ChatData(RowsData):
             "bucket": self.bucket,
         }
         self._stream_position.check(self.trainer.global_rank, shape)
-        return self._opened(StreamLoader(stream, self._stream_position, self._count_bad, **self._options()))
+        return self._opened(StreamLoader(stream, self._stream_position, self._count, **self._options()))
 
 
 @rank_zero_only
@@ -166,13 +214,14 @@ def _report(source: str, report: BadRows) -> None:
     log.log(logging.WARNING if len(report) else logging.INFO, "%s: %s", source, report)
 
 
-def _held_out(rows: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training rows, and a random `fraction` of at least one row, both in the order of the data."""
-    if len(rows) < 2:
-        raise ValueError(f"val_fraction needs at least 2 usable rows, got {len(rows)}; set val instead.")
-    number = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return rows.select(sorted(order[number:])), rows.select(sorted(order[:number]))
+@rank_zero_only
+def _warn_without_media(source: str, stream: ChatStream) -> None:
+    first = list(islice(stream.first_rows(), LOOK_AT))
+    if first and not any(row["images"] or row["videos"] for row in first):
+        log.warning(
+            "None of the first %d rows of %s holds an image or a video: the plan has nothing to prune on them.",
+            len(first), source,
+        )  # fmt: skip
 
 
 def check_stops(trainer: Any, validates: bool) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from tpcompress.data import BadRow
+from tpcompress.data import BatchMeta
 from tpcompress.training.datamodules.samplers import ResumableBatchSampler
 
-OnBadRows = Callable[[list[tuple[str, BadRow]]], None]
+OnBatch = Callable[[BatchMeta], None]
 
 
 @dataclass
@@ -62,11 +63,11 @@ class StatefulLoader:
     """Base class of the loaders of rows and of streams, which Lightning recognises as resumable.
 
     Args:
-        on_bad_rows: called in the main process with the bad rows of a batch, which were skipped or replaced.
+        on_batch: called in the main process with the metadata of every batch, to count what was skipped or cut.
     """
 
-    def __init__(self, on_bad_rows: OnBadRows | None) -> None:
-        self.on_bad_rows = on_bad_rows
+    def __init__(self, on_batch: OnBatch | None) -> None:
+        self.on_batch = on_batch
         self._running: Any = None
 
     def close(self) -> None:
@@ -76,22 +77,22 @@ class StatefulLoader:
             running._shutdown_workers()
 
     def _batches(self, loader: DataLoader) -> Iterator[Any]:
-        """Batches of a loader; a worker's ValueError, whose message is a traceback, is reduced to its last line."""
+        """Batches of a loader; an error of a worker, whose message is a traceback, is reduced to its last line."""
         if not loader.persistent_workers:
             self.close()
         self._running = running = iter(loader)
         try:
             yield from running
-        except ValueError as error:
-            raise type(error)(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        except (ValueError, ImportError) as error:
+            raise type(error)(re.sub(r"^\w+: ", "", str(error).strip().splitlines()[-1])) from error
         finally:
             if running is self._running and not loader.persistent_workers:
                 self.close()
 
-    def report_bad_rows(self, batch: dict) -> dict:
-        """Call `on_bad_rows` with the bad rows of a batch, and return the batch."""
-        if self.on_bad_rows is not None and batch["meta"].bad_rows:
-            self.on_bad_rows(batch["meta"].bad_rows)
+    def reported(self, batch: dict) -> dict:
+        """Call `on_batch` with the metadata of a batch, and return the batch."""
+        if self.on_batch is not None:
+            self.on_batch(batch["meta"])
         return batch
 
     def state_dict(self) -> dict[str, int]:
@@ -113,7 +114,7 @@ class ResumableLoader(StatefulLoader):
         dataset: `GoodRows`.
         sampler: sampler of this rank's batches.
         position: updated, and the start of the first epoch; None for validation.
-        on_bad_rows: called in the main process with the bad rows of a batch, which were replaced.
+        on_batch: called in the main process with the metadata of every batch.
         **options: options of `DataLoader`.
 
     Raises:
@@ -125,10 +126,10 @@ class ResumableLoader(StatefulLoader):
         dataset: Dataset,
         sampler: ResumableBatchSampler,
         position: Position | None = None,
-        on_bad_rows: OnBadRows | None = None,
+        on_batch: OnBatch | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(on_bad_rows)
+        super().__init__(on_batch)
         self.dataset = dataset
         self.batch_sampler = sampler  # DeepSpeed's strategy reads its batch size
         self.batch_size = sampler.batch_size
@@ -144,7 +145,7 @@ class ResumableLoader(StatefulLoader):
         for batch in self._batches(self._loader):
             if self.position is not None:
                 self.position.batch += 1
-            yield self.report_bad_rows(batch)
+            yield self.reported(batch)
 
     def _start(self, position: Position) -> None:
         """Move to the next epoch, or to the position of a checkpoint."""

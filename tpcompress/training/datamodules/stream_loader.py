@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tpcompress.data.stream import START, ChatStream, Place
-from tpcompress.training.datamodules.loader import OnBadRows, StatefulLoader, changed_since
+from tpcompress.training.datamodules.loader import OnBatch, StatefulLoader, changed_since
 
 HISTORY = 1024
 """Number of batches whose positions are stored; larger than any prefetch or gradient accumulation."""
@@ -106,14 +106,14 @@ class StreamLoader(StatefulLoader):
     Args:
         stream: the stream.
         position: updated, and the start of the first iteration.
-        on_bad_rows: called in the main process with the rows that were skipped.
+        on_batch: called in the main process with the metadata of every batch.
         **options: options of `DataLoader`.
     """
 
     def __init__(
-        self, stream: ChatStream, position: StreamPosition, on_bad_rows: OnBadRows | None = None, **options: Any
+        self, stream: ChatStream, position: StreamPosition, on_batch: OnBatch | None = None, **options: Any
     ) -> None:
-        super().__init__(on_bad_rows)
+        super().__init__(on_batch)
         self.stream = stream
         self.batch_sampler = stream  # DeepSpeed's strategy reads its batch size
         self.batch_size = stream.batch_size
@@ -132,7 +132,7 @@ class StreamLoader(StatefulLoader):
         loader = DataLoader(stream, batch_size=None, collate_fn=_identity, **self.options)
         for slot, place, batch in self._batches(loader):
             position.record(slot, place)
-            yield self.report_bad_rows(batch)
+            yield self.reported(batch)
 
 
 def _identity(item: Any) -> Any:
