@@ -94,6 +94,16 @@ def _check_no_export(path: str, base: str) -> None:
     )
 
 
+def max_positions(base: str) -> int | None:
+    """Longest sequence that the language model of a base was made for; None if its config gives none.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no loadable config.
+    """
+    return getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
+
+
 def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
         raise ValueError("quantize requires bitsandbytes, which is not installed; install it, or leave quantize out.")

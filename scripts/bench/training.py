@@ -23,7 +23,7 @@ from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.training.losses.label import label_loss
 from tpcompress.training.optim import group_of
 from tpcompress.training.passes import run_pass
-from tpcompress.training.trainable import add_lora
+from tpcompress.training.adapters import add_lora
 
 ADAPT = ("lora", "full")
 MODES = {"masked": "mask", "gathered": "drop"}

@@ -14,7 +14,7 @@ from peft import LilyConfig, LoraConfig, PromptTuningConfig, get_peft_model
 import tpcompress as tp
 from tpcompress.export import load, verify
 from tpcompress.families import resolve
-from tpcompress.training.trainable import add_lora
+from tpcompress.training.adapters import add_lora
 
 TARGETS = r".*language_model.*\.(q_proj|v_proj|down_proj)"
 

@@ -8,10 +8,10 @@ from torch import nn
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach
 from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.training.adapters import add_lora
 from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
 from tpcompress.training.phases import Phase
 from tpcompress.training.schedules import Constant
-from tpcompress.training.trainable import add_lora
 
 SETTINGS = Optimizer(lr=1.0, projector_lr=2.0, pruner_lr=3.0, weight_decay=0.1, warmup=4, final=0.1)
 PEAK = {"language_model": 1.0, "vision_tower": 1.0, "projector": 2.0, "pruner": 3.0}

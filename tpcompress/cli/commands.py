@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from rich.markup import escape
@@ -31,9 +30,9 @@ def fit(args: list[str]) -> int:
 
     run = run_recipe(args)
     if args[0] == "fit" and run.trainer.is_global_zero:
-        folder = run.trainer.default_root_dir
-        following = f" Next: tpcompress export --ckpt {folder} --out {folder}/export" if run.model.plan else ""
-        console.print(f"Trained: {folder}.{following}", soft_wrap=True)
+        from tpcompress.training.recipe.following import following
+
+        console.print(escape(following(run.trainer, run.model)), soft_wrap=True, highlight=False)
     return 0
 
 
@@ -89,7 +88,7 @@ def export(
         assert base is not None
         assert plan is not None
         folder = export_free(base, plan, out, overwrite, measure)
-    console.print(f"Exported to {folder}. Next: tpcompress verify {quote(str(folder))}", soft_wrap=True)
+    console.print(f"Exported to {folder}. Next: tpcompress verify {folder}", soft_wrap=True)
     return 0
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tpcompress.errors import first_line
+from tpcompress.export.adapters import merged_copy
 from tpcompress.export.budgets import CurvePoint, Range, own_budgets, probed_budgets, with_budgets
 from tpcompress.export.card import CARD, card
 from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
@@ -26,6 +26,7 @@ from tpcompress.export.manifest import describe
 from tpcompress.export.probe import Probe, check_probe_prunes, first_probe, record_probe
 from tpcompress.export.probe_diff import ProbeDiff
 from tpcompress.export.registry import config_class, register_model, stock_class
+from tpcompress.export.trained_probe import check_reload
 from tpcompress.families import family_of
 from tpcompress.insertion.attach import attachment_of
 from tpcompress.insertion.budget import Budget
@@ -49,6 +50,7 @@ def export(
     trained_budgets: Sequence[Range] | None = None,
     measure: Measure | None = None,
     overwrite: bool = False,
+    trained_probe: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a folder that loads with its plan attached, and only so.
 
@@ -68,6 +70,8 @@ def export(
             records both ends.
         measure: called before the folder appears; its result becomes the accuracy table of the model card.
         overwrite: replace an earlier export at `out`.
+        trained_probe: answer of the model in another process, which trained it (`TrainedProbe.to_dict()`), that the
+            written weights must repeat.
 
     Returns:
         The folder.
@@ -75,16 +79,16 @@ def export(
     Raises:
         TypeError: not a transformers model.
         ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, a plan that prunes
-            nothing in the probe, or a plan or probe that cannot be written.
+            nothing in the probe, a plan or probe that cannot be written, or a model that is not the one that was trained.
         FileExistsError: `out` exists.
         FileNotFoundError: no such recipe.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     check_free(out, overwrite)
     attached = attachment_of(model)
     base, plan = attached.parts.model, with_budgets(attached.plan, budgets)
-    _refuse(base, processor)
-    recipe_text = _recipe(recipe)
+    check_writable(base, processor)
+    recipe_yaml = recipe_text(recipe)
     values = own_budgets(plan)
     probe = first_probe(base, processor, probe_inputs, values)
     inputs = probe.inputs
@@ -94,6 +98,7 @@ def export(
         if changed:
             trained, probe = probe, record_probe(merged, inputs, values)
             conversion = _conversion(trained, probe, merged is not base)
+        reload = None if trained_probe is None else check_reload(trained_probe, merged, "The exported model")
         ends = probed_budgets(plan, trained_budgets, probe.about["stages"][0]["vision_tokens"][0])
         probe = probe.beside([record_probe(merged, inputs, end) for end in ends])
     check_probe_prunes(probe)
@@ -102,10 +107,10 @@ def export(
         baked.save_pretrained(folder)
         processor.save_pretrained(folder)
         probe.save(folder)
-        if recipe_text is not None:
-            (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        if recipe_yaml is not None:
+            (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         manifest = describe(base, plan, probe, trained_budgets)
-        manifest |= {"conversion": conversion, "trained_with": dict(trained_with or {})}
+        manifest |= {"conversion": conversion, "reload": reload, "trained_with": dict(trained_with or {})}
         points = [] if measure is None else measure(folder, manifest)
         manifest["budget_curve"] = [point.to_dict() for point in points]
         (folder / CARD).write_text(card(manifest, out.name), encoding="utf-8")
@@ -132,22 +137,34 @@ def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Convert an attached model to its exported class, with shared tensors; only `save_pretrained` may be called on it.
 
     Raises:
-        ValueError: its weights are not those of its stock class plus the pruners'.
+        ValueError: its weights are not those of its stock class plus the pruners', or differ where the class
+            shares one.
     """
     config = exported_config(base.config, plan, base.dtype)
     stock = config.base_model_type
     with torch.device("meta"):
         baked = register_model(stock)(config, allow_outside=True)
+    return with_weights(baked, base)
+
+
+def with_weights(made: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
+    """A model without weights that gets those of another, shared, and its generation config.
+
+    Raises:
+        ValueError: they do not fit, or differ where the class shares one.
+    """
     weights = base.state_dict()
-    odd = sorted(set(weights) ^ set(baked.state_dict()))
+    odd = sorted(set(weights) ^ set(made.state_dict()))
     if odd:
         adapted = any(part in name for name in odd for part in (".base_layer.", ".lora_", ".modules_to_save."))
+        stock = getattr(base.config, "base_model_type", None) or base.config.model_type
         hint = "pass the PEFT model around it" if adapted else f"export a plain {stock_class(stock).__name__}"
         raise ValueError(f"The model has {len(odd)} weights more or less than its class, '{odd[0]}' first; {hint}.")
-    baked.load_state_dict(weights, assign=True)
-    baked.tie_weights()
-    baked.generation_config = copy.deepcopy(base.generation_config)
-    return baked
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    _check_tied(weights, made.state_dict())
+    made.generation_config = copy.deepcopy(base.generation_config)
+    return made
 
 
 def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dtype) -> PretrainedConfig:
@@ -159,33 +176,6 @@ def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dt
         if getattr(made, name) is not None:  # Gemma 4 without audio
             getattr(made, name).dtype = dtype
     return made
-
-
-def merged_copy(model: nn.Module) -> PreTrainedModel:
-    """Base of a PEFT model with its adapters merged; tensors that merging leaves unchanged are shared with the model.
-
-    Raises:
-        ValueError: adapters that cannot be merged, e.g. of prompt tuning.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    tuner: Any = getattr(model, "base_model", None)
-    if not hasattr(tuner, "merge_and_unload"):
-        raise ValueError(
-            f"Adapters of {type(model).__name__} cannot be merged into weights; train with LoRA to export."
-        )
-    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    changed = {id(t) for module in adapted for t in (*module.parameters(), *module.buffers())}
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in changed}
-    clone: Any = copy.deepcopy(model, shared)
-    try:
-        return clone.merge_and_unload()
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        kind = model.peft_config[model.active_adapter].peft_type.value  # type: ignore[union-attr,index]
-        raise ValueError(
-            f"{kind} adapters cannot be merged ({first_line(error)}); train with LoRA to export."
-        ) from error
 
 
 def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]:
@@ -205,7 +195,21 @@ def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]
     return {"adapters_merged": merged, "logit_gap": found.logit_gap, "positions": positions}
 
 
-def _refuse(base: PreTrainedModel, processor: Any) -> None:
+def _check_tied(weights: Mapping[str, Tensor], tied: Mapping[str, Tensor]) -> None:
+    """Check that no weight is lost where the config lets two modules share one.
+
+    Raises:
+        ValueError: the model has different weights there.
+    """
+    for name, value in weights.items():
+        if tied[name].data_ptr() != value.data_ptr() and not torch.equal(tied[name], value):
+            raise ValueError(
+                f"The config shares '{name}' with another weight (tie_word_embeddings), but the model has different "
+                f"ones, so one would be lost; train both alike (lora.ensure_weight_tying), or untie the config."
+            )
+
+
+def check_writable(base: PreTrainedModel, processor: Any) -> None:
     """Check that the model can be written as plain weights of its stock class.
 
     Raises:
@@ -225,7 +229,12 @@ def _refuse(base: PreTrainedModel, processor: Any) -> None:
         raise ValueError(f"processor must be a transformers processor, got {type(processor).__name__}.")
 
 
-def _recipe(recipe: str | Path | Mapping[str, Any] | None) -> str | None:
+def recipe_text(recipe: str | Path | Mapping[str, Any] | None) -> str | None:
+    """A recipe, given as file or mapping, as YAML; None for None.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
     if recipe is None:
         return None
     if isinstance(recipe, Mapping):

@@ -16,6 +16,8 @@ from tpcompress.export.registry import exported_types
 
 MANIFEST = "manifest.json"
 FORMAT = "tpcompress-export"
+DENSE = "tpcompress-dense"
+"""`format` of a manifest beside a stock model that was trained without a plan."""
 SCHEMA = 1
 
 
@@ -70,7 +72,8 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     try:
-        read_manifest(out)
+        if read_json(out / MANIFEST).get("format") != DENSE:
+            read_manifest(out)
     except (ValueError, OSError) as error:
         raise FileExistsError(
             f"{out} is not an export of tpcompress, so it is not overwritten; choose another folder."
@@ -90,6 +93,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} has no {MANIFEST}, so it is no export of tpcompress; give one, or export again.")
     manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") == DENSE:
+        raise ValueError(f"{folder} holds a dense model without a plan; load it with transformers, or as a base.")
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{folder / MANIFEST} is not of a tpcompress export; give one, or export again.")
     if manifest.get("schema") != SCHEMA:

@@ -50,6 +50,7 @@ def load(
             that differs from the trained model.
     """
     asked = read_budgets(None, keep_tokens, keep_ratio)
+    folder = Path(folder).expanduser() if str(folder).startswith("~") else folder
     local = Path(folder).is_dir()
     if local:
         _check_local(Path(folder))

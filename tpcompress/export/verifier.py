@@ -34,7 +34,7 @@ def verify(folder: str | Path, *, allow_outside: bool = False, device: str | Non
         FileNotFoundError: no such folder.
         ValueError: not an export, or its manifest is damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     damaged = damaged_files(folder, manifest, hashes=True)
     broken = unusable_files(damaged, folder)

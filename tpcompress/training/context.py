@@ -21,6 +21,7 @@ class StepContext:
         plan: the pruning plan; None for a dense run.
         step: optimizer steps done.
         device: device of the model.
+        per_sample: losses are means over samples, not over answer tokens.
     """
 
     model: nn.Module
@@ -28,3 +29,4 @@ class StepContext:
     plan: PruningPlan | None
     step: int
     device: torch.device
+    per_sample: bool = False

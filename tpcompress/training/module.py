@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, attachment_of
-from tpcompress.models import load_base, load_processor
-from tpcompress.training.checkpoint_content import KEY, check_settings, check_weights, trained_state
+from tpcompress.models import load_base, load_processor, max_positions
+from tpcompress.training.adapters import adapter_tensors, add_lora
+from tpcompress.training.checkpoint_content import KEY, check_settings, check_weights, complete, with_base_weights
+from tpcompress.training.checkpoints.probe_of_run import ProbeOfRun
 from tpcompress.training.context import StepContext
-from tpcompress.training.distributed.blank_image import ranks_call_same_modules, with_blank_image
+from tpcompress.training.distributed.blank_image import with_blank_image_if_needed
 from tpcompress.training.distributed.ddp import check_ddp
 from tpcompress.training.distributed.fsdp2 import shard
 from tpcompress.training.distributed.gradients import average_unsharded, clip_norm
@@ -26,21 +28,14 @@ from tpcompress.training.distributed.zero import unsharded_weights
 from tpcompress.training.losses import Loss
 from tpcompress.training.losses.label import Label
 from tpcompress.training.nan_guard import check_gradients, check_loss
-from tpcompress.training.optim import Optimizer, build_optimizer, group_of, warmup_cosine
-from tpcompress.training.passes import Pass
-from tpcompress.training.phases import (
-    Phase,
-    PrunerPhase,
-    check_alone,
-    check_full_every,
-    is_learned,
-    phases_of,
-    steps_alone,
-)
+from tpcompress.training.optim import Optimizer, build_optimizer, warmup_cosine
+from tpcompress.training.passes import Pass, count_answers
+from tpcompress.training.phases import Phase, PrunerPhase, check_alone, check_full_every, is_learned, phases_of
 from tpcompress.training.schedules import Schedule, draw_for
-from tpcompress.training.steps import check_gradient_reaches_pruner, set_progress_done, student_passes
+from tpcompress.training.step_mean import StepMean, check_average
+from tpcompress.training.steps import check_gradient_reaches_pruner, mean_terms, set_progress_done, student_passes
 from tpcompress.training.teachers import Teacher
-from tpcompress.training.trainable import add_lora, check_losses, check_packing, check_train, read_plan
+from tpcompress.training.trainable import check_losses, check_packing, check_train, mark_trainable, read_plan
 
 
 class PruningModule(L.LightningModule):
@@ -66,6 +61,8 @@ class PruningModule(L.LightningModule):
         dtype: dtype in which weights are loaded: float32, bfloat16, float16 or auto.
         attention: attention implementation of transformers; null for its default.
         gradient_checkpointing: recompute decoder layers in the backward pass.
+        average_over: `tokens` makes the loss of an optimizer step a mean over its answer tokens, across accumulated
+            batches and ranks; `samples` averages the tokens of each sample first, so that long answers count no more.
         seed: seed of everything that is drawn in a step: budgets, noise, dropout.
 
     Raises:
@@ -89,6 +86,7 @@ class PruningModule(L.LightningModule):
         dtype: str = "float32",
         attention: str | None = None,
         gradient_checkpointing: bool = False,
+        average_over: str = "tokens",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -112,12 +110,16 @@ class PruningModule(L.LightningModule):
             "dtype": dtype,
             "attention": attention,
         }
-        # Checkpoints contain the trained weights only; all others are loaded from the base.
-        self.strict_loading = False
-        self.processor = load_processor(base)
+        self.strict_loading = False  # checkpoints contain the trained weights only
+        self.processor, self.max_positions = load_processor(base), max_positions(base)
+        self.probe = ProbeOfRun()
+        self.recipe: dict[str, Any] | None = None  # the complete recipe, if the run has one
         self.model: nn.Module | None = None
         self.parts: Parts | None = None
         self.trainable: list[nn.Parameter] = []
+        self.added: set[str] = set()  # names of the adapters' tensors in the model
+        self.average_over = check_average(average_over)
+        self.step_mean = StepMean(average_over)
         self.in_step = False  # between optimizer and scheduler step, where a checkpoint would be inconsistent
         self._phases: list[Phase] | None = None
         self._resumed: dict[str, Any] = {}  # the checkpoint's entry about its run
@@ -145,19 +147,15 @@ class PruningModule(L.LightningModule):
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None:
-            model = add_lora(model, self.lora, self.parts, self.train_parts)
+            needs_base = self.teacher is not None and self.teacher.is_the_model_without_adapters
+            own = [*model.parameters(), *model.buffers()]
+            model = add_lora(model, self.lora, self.parts, self.train_parts, needs_base)
+            self.added = adapter_tensors(model, own)
         if self.plan is not None:
             attach(model, self.plan)
         trained = self.train_parts | ({"pruner"} if is_learned(self.plan) else set())
-        for name, parameter in model.named_parameters():
-            if group_of(name, self.parts) in trained and (self.lora is None or "pruner" in name):
-                parameter.requires_grad_(True)
-        # transformers loads in eval mode and Lightning keeps it, which would disable dropout, gates and checkpointing.
-        self.model = model.train()
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        if self._trainer is not None and "mixed" in str(self._trainer.precision):
-            for parameter in self.trainable:  # half-precision weights round small updates to zero
-                parameter.data = parameter.data.float()
+        mixed = self._trainer is not None and "mixed" in str(self._trainer.precision)
+        self.model, self.trainable = model, mark_trainable(model, self.parts, trained, self.lora is not None, mixed)
         for loss in [*self.losses, *(self.pruner_phase.losses or [])]:
             loss.prepare(model, self.parts, self.plan)
         if self.device_mesh is not None:
@@ -182,7 +180,8 @@ class PruningModule(L.LightningModule):
     def context(self) -> StepContext:
         """What losses, teachers and diagnostics may read at the current step."""
         assert self.model is not None and self.parts is not None
-        return StepContext(self.model, self.parts, self.plan, self.global_step, self.device)
+        per_sample = self.average_over == "samples"
+        return StepContext(self.model, self.parts, self.plan, self.global_step, self.device, per_sample)
 
     @property
     def phase(self) -> Phase:
@@ -214,41 +213,33 @@ class PruningModule(L.LightningModule):
             parameter.requires_grad_(phase.pruner if id(parameter) in pruners else phase.rest)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The losses of one batch with the phase, mode and budgets of the step; mean over its passes."""
+        """The losses of one batch with the phase, mode and budgets of the step; mean over its passes.
+
+        The logged loss is that of the batch; the returned one is weighted by its share of the optimizer step.
+        """
         phase = self.phase
-        batch, blank_image = self._with_blank_image(batch)
+        batch, blank_image = with_blank_image_if_needed(self.trainer, batch)
         # Equal on all ranks, because budgets set the sequence lengths.
         draw = draw_for(self.seed, self.global_step, batch_idx).random()
-        terms: dict[str, Tensor] = {}
         ctx = self.context
         passes = student_passes(ctx, phase, self.teacher, batch, draw, blank_image)
-        for _, losses in passes:
-            for name, value in losses.items():
-                share = value.float() / len(passes)
-                terms[name] = terms[name] + share if name in terms else share
+        terms = mean_terms(passes)
         loss = torch.stack(list(terms.values())).sum() if terms else torch.zeros((), device=self.device)
         check_loss(self.trainer, loss, terms)
         self._log_step(terms, loss, passes[-1][0], phase, len(batch["input_ids"]))
         if not loss.requires_grad:  # a batch without images, where only the vision side trains
             check_gradient_reaches_pruner(ctx, phase, passes)
             loss = loss + sum((p.sum() * 0.0).float() for p in self.trainable if p.requires_grad)
-        return loss
+        return self.step_mean.weighed(self.trainer, loss, passes[0][0])
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Label loss with the plan's own budget on the pruned sequences, as after export."""
         assert self.model is not None
-        size = len(batch["input_ids"])
-        batch = {k: v for k, v in self._with_blank_image(batch)[0].items() if k != "meta"}
+        size = count_answers(batch) or len(batch["input_ids"])  # of the mean over batches and ranks
+        batch = {k: v for k, v in with_blank_image_if_needed(self.trainer, batch)[0].items() if k != "meta"}
         set_progress_done(self.model)
         loss = self.model(**batch, use_cache=False).loss
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
-
-    def _with_blank_image(self, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Where all ranks must call the same modules, add a blank image to a batch without images."""
-        collator = getattr(self.trainer.datamodule, "collator", None)  # type: ignore[attr-defined]
-        if collator is None or not ranks_call_same_modules(self.trainer):
-            return batch, False
-        return with_blank_image(batch, collator)
 
     def _log_step(self, terms: dict[str, Tensor], loss: Tensor, student: Pass, phase: Phase, size: int) -> None:
         self.log_dict({f"loss/{name}": value.detach() for name, value in terms.items()}, batch_size=size)
@@ -256,13 +247,20 @@ class PruningModule(L.LightningModule):
         if student.trace is not None and student.trace.stages and not phase.full(self.global_step):
             last = student.trace.stages[-1]
             self.log("vision_tokens", sum(last.vision_out) / len(last.total), batch_size=size)
+            self.log("vision_tokens_per_sequence", sum(last.vision_out) / len(set(last.owner)), batch_size=size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before the step if a gradient is not finite. Until the scheduler step, no checkpoint is written."""
         if self.device_mesh is not None:
             average_unsharded(self.trainable)
+        self.step_mean.rescale(self.trainer, self.trainable)
         check_gradients(self.trainer, self.trainable)
         self.in_step = True
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Run the optimizer step, for which gradients are divided by the answer tokens of all its batches."""
+        super().optimizer_step(*args, **kwargs)
+        self.step_mean.restore()
 
     def configure_gradient_clipping(
         self,
@@ -284,17 +282,16 @@ class PruningModule(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reduce the checkpoint to the trained weights, and add steps and settings of the run."""
+        """Reduce the checkpoint to the trained weights, and add steps, recipe and a probe of the model."""
         for parameter in self.trainable:  # DeepSpeed saves weights that require a gradient, in every phase
             parameter.requires_grad_(True)
-        checkpoint["state_dict"] = trained_state(self, self.trainable, checkpoint["state_dict"])
-        checkpoint[KEY] = {"step": self.global_step, "steps": self.total_steps, "settings": self.settings}
-        checkpoint[KEY]["alone"] = steps_alone(self.phases)
+        complete(checkpoint, self, self.probe)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another recipe, of which Lightning would load the matching part."""
         if "state_dict" in checkpoint:  # DeepSpeed loads the weights itself
             check_weights(self, self.trainable, checkpoint["state_dict"])
+            with_base_weights(self, checkpoint)
         if self.trainer.state.fn == "fit":
             check_settings(self.settings, checkpoint[KEY]["settings"])
             self._resumed = checkpoint[KEY]

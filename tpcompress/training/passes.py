@@ -37,6 +37,7 @@ class Pass:
         top_indices_AT: vocabulary ids of the T columns of `logits_AC` from a cache, which are then log probabilities;
             None otherwise.
         tail_A: log probability of all other tokens together, if `top_indices_AT` is given.
+        per_sample: losses are means over samples, each by the mean of its answer tokens, not over answer tokens.
     """
 
     logits_AC: Tensor
@@ -50,6 +51,24 @@ class Pass:
     own_AC: Tensor | None = None
     top_indices_AT: Tensor | None = None
     tail_A: Tensor | None = None
+    per_sample: bool = False
+
+    def answer_mean(self, value_A: Tensor) -> Tensor:
+        """Mean of a value of each answer token: over the tokens, or over the samples that have any."""
+        if not self.per_sample:
+            return value_A.mean()
+        zero_B = value_A.new_zeros(self.num_samples)
+        count_B = self._answers_of_samples().to(value_A.dtype)
+        return (zero_B.index_add(0, self.sample_A, value_A) / count_B.clamp(min=1)).sum() / self.num_answered()
+
+    def num_answered(self) -> Tensor:
+        """Number of samples with answer tokens, at least 1, on the device."""
+        return (self._answers_of_samples() > 0).sum().clamp(min=1)
+
+    def _answers_of_samples(self) -> Tensor:
+        """Number of answer tokens of each sample (B,)."""
+        ones_A = self.sample_A.new_ones(len(self.sample_A))
+        return self.sample_A.new_zeros(self.num_samples).index_add(0, self.sample_A, ones_A)
 
 
 def run_pass(

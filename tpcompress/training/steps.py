@@ -42,6 +42,7 @@ def student_passes(
     for values in step_budgets(ctx.plan, phase.schedule, progress, draw):
         with pruning(ctx, phase, progress):
             student = run_pass(ctx.model, batch, values, own="own" in needs)
+        student.per_sample = ctx.per_sample
         if blank_image:
             student = replace(student, trace=None)
         taught = None
@@ -49,6 +50,16 @@ def student_passes(
             taught = teacher(ctx, batch, student, progress)
         done.append((student, weighed(phase.losses, student, taught, progress)))
     return done
+
+
+def mean_terms(passes: Sequence[tuple[Pass, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Terms of a step by name, fp32: the mean over its forward calls."""
+    terms: dict[str, Tensor] = {}
+    for _, losses in passes:
+        for name, value in losses.items():
+            share = value.float() / len(passes)
+            terms[name] = terms[name] + share if name in terms else share
+    return terms
 
 
 def check_gradient_reaches_pruner(

@@ -1,19 +1,16 @@
-"""Checks and sets up what trains: parts of the model, and PEFT adapters."""
+"""Checks what trains: parts of the model, and the losses, teachers and plans that fit them."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Set
 from typing import Any
 
-from peft import PeftConfig, PeftType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from tpcompress.errors import first_line
 from tpcompress.families import Parts
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
+from tpcompress.training.optim import group_of
 from tpcompress.training.phases import is_learned
 from tpcompress.training.teachers import Teacher
 
@@ -88,52 +85,22 @@ def check_packing(plan: PruningPlan | None, attention: str | None) -> None:
         raise ValueError(f"Packed sequences need attention sdpa, got {attention}; set it, or data pack: false.")
 
 
-def add_lora(model: nn.Module, fields: dict[str, Any], parts: Parts, train: set[str]) -> nn.Module:
-    """Wrap a model with PEFT. Fully trained parts become modules_to_save, so that disabling adapters gives the base.
+def mark_trainable(model: nn.Module, parts: Parts, trained: Set[str], adapted: bool, mixed: bool) -> list[nn.Parameter]:
+    """Let the weights of a run require a gradient, in training mode, and return them.
 
     Args:
-        model: the base.
-        fields: fields of peft.LoraConfig (DoRA: `use_dora`), or of another tuner's config named by `peft_type`.
+        model: model with adapters and plan attached; everything but its adapters is frozen.
         parts: parts of the model.
-        train: parts that train fully.
-
-    Raises:
-        ValueError: unknown tuner, a tuner that cannot be merged into weights, or invalid fields.
+        trained: parts that train in some phase.
+        adapted: it has adapters, which then train instead of the parts; only the pruner trains beside them.
+        mixed: the run uses mixed precision.
     """
-    inside = parts.family.language_model.rpartition(".")[2]
-    fields = {"target_modules": rf".*{inside}.*\.(q|k|v|o|gate|up|down)_proj"} | fields
-    kind = str(fields.pop("peft_type", "LORA")).upper()
-    mergeable = sorted(str(t.value) for t, c in PEFT_TYPE_TO_TUNER_MAPPING.items() if issubclass(c, BaseTuner))
-    if kind not in mergeable:
-        raise ValueError(f"lora: no tuner '{kind}' whose weights can be merged; choose from {', '.join(mergeable)}.")
-    config: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
-    whole = [getattr(parts.family, name).rpartition(".")[2] for name in TRAINABLE if name in train]
-    if whole:
-        fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or []), *whole})
-    try:
-        wrapped = get_peft_model(model, config(**fields))  # type: ignore[arg-type]
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = str(error).removeprefix(f"{config.__name__}.__init__() ")
-        raise ValueError(f"lora: {reason}; it takes the fields of peft.{config.__name__}.") from error
-    _check_merges(wrapped, kind)
-    return wrapped
-
-
-def _check_merges(model: nn.Module, kind: str) -> None:
-    """Merge a copy of the smallest adapted layer, to refuse before training what could not be exported.
-
-    Raises:
-        ValueError: PEFT cannot merge the layer.
-    """
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    # A quantised base is merged into its full-precision weights at export, and meta weights cannot be merged.
-    plain = [m for m in adapted if all(p.is_floating_point() and not p.is_meta for p in m.parameters())]
-    if not plain:
-        return
-    layer: Any = copy.deepcopy(min(plain, key=lambda module: sum(p.numel() for p in module.parameters())))
-    try:
-        layer.merge()
-    except Exception as error:  # tuners raise different exception types
-        raise ValueError(
-            f"lora: {kind} adapters cannot be merged, so not exported ({first_line(error)}); use LORA."
-        ) from error
+    for name, parameter in model.named_parameters():
+        if group_of(name, parts) in trained and (not adapted or "pruner" in name):
+            parameter.requires_grad_(True)
+    # transformers loads in eval mode and Lightning keeps it, which would disable dropout, gates and checkpointing.
+    found = [p for p in model.train().parameters() if p.requires_grad]
+    if mixed:
+        for parameter in found:  # half-precision weights round small updates to zero
+            parameter.data = parameter.data.float()
+    return found

@@ -106,9 +106,15 @@ def test_adapters_of_a_quantised_base_are_merged_into_its_own_weights(work, tmp_
     assert "merged into the unquantised weights" in (folder / "README.md").read_text()
 
 
-def test_a_checkpoint_alone_says_less(work, tmp_path):
+def test_a_checkpoint_contains_its_recipe_and_an_older_one_says_less(work, tmp_path):
     work.fit(trainer={"max_steps": 1})
     (work.folder / "run/recipe.yaml").unlink()
+    trained = load_trained(work.folder / "run")
+    assert trained.recipe["model"]["base"] == str(work.base)
+    assert trained.trained_budgets is not None
+    saved = work.saved()
+    del saved["tpcompress"]["recipe"]
+    torch.save(saved, work.last())
     trained = load_trained(work.folder / "run")
     assert trained.recipe is None
     assert trained.trained_budgets is None

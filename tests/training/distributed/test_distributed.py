@@ -38,8 +38,10 @@ def train(work):
         folder = work.folder / f"{name}_notes"
         folder.mkdir(exist_ok=True)
         sections = {key: dict(value) for key, value in CASES[case].items()}
+        batches = trainer.pop("accumulate_grad_batches", 1)
         own = {"max_steps": STEPS, "callbacks": [note(folder), *more]} | trainer
-        own |= {"devices": 2, "strategy": STRATEGIES[strategy]} if strategy else {"accumulate_grad_batches": 2}
+        place = {"devices": 2, "strategy": STRATEGIES[strategy]} if strategy else {}
+        own |= place | {"accumulate_grad_batches": batches if strategy else 2 * batches}
         if strategy is None:
             own["callbacks"] = [*own["callbacks"], {"class_path": "training.distributed.ranks.AsTwo"}]
         sections["trainer"] = own
@@ -73,8 +75,8 @@ def assert_close(ours: dict, theirs: dict, tolerance: float = 2e-4) -> None:
 def check(train, case: str, strategy: str) -> None:
     """Ranks agree, call the same modules, and equal one process that takes both ranks' batches for a step.
 
-    Each rank's loss is the mean over its own answer tokens, and ranks count alike however many they have: the mean of
-    means, as one process has it that accumulates two batches.
+    The loss of a step is a mean over the answer tokens of both ranks, as one process has it that accumulates two
+    batches, which tests/training/test_step_mean.py compares with one large batch.
     """
     first, second = train("two", case, strategy)
     (alone,) = train("one", case, None)
@@ -101,6 +103,18 @@ def check(train, case: str, strategy: str) -> None:
 )
 def test_two_processes_equal_one(train, strategy, case):
     check(train, case, strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [None, 4.0])  # some steps are clipped
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_that_accumulate_equal_one_process_that_accumulates_as_much(train, strategy, clip):
+    """Two batches on each of two ranks, or four batches: the same mean over answer tokens, before clipping."""
+    how = {"accumulate_grad_batches": 2, "max_steps": 2, "gradient_clip_val": clip}
+    first, _ = train("two", "full", strategy, **how)
+    (alone,) = train("one", "full", None, **how)
+    assert len({step["answers"] for step in alone["steps"]}) > 1
+    assert_close(first["weights"], alone["weights"])
 
 
 @pytest.mark.slow

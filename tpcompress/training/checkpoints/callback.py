@@ -175,7 +175,9 @@ class StepProgress(ProgressBar):
 def _describe(trainer: L.Trainer) -> str:
     values = trainer.callback_metrics
     parts = [f"loss {float(values['loss/total']):.3f}"] if "loss/total" in values else []
-    parts += [f"{float(values['vision_tokens']):.0f} vision tokens"] if "vision_tokens" in values else []
+    if "vision_tokens" in values:
+        each, all_ = (f"{float(values[name]):.0f}" for name in ("vision_tokens", "vision_tokens_per_sequence"))
+        parts.append(f"{all_} vision tokens" + ("" if each == all_ else f" per sequence, {each} per image or tile"))
     return " · ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tpcompress.export.budgets import Range
+from tpcompress.export.trained_probe import check_reload
 from tpcompress.training.checkpoint_content import KEY, check_weights
 from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.checkpoints.run_folder import final_ranges, manifest_entry, read_recipe
@@ -22,16 +24,18 @@ class TrainedModel:
     Attributes:
         model: model in eval mode, with the plan attached at its own budgets and LoRA not yet merged.
         processor: processor of the base.
-        recipe: path of the recipe beside the checkpoint; None if there is none.
+        recipe: recipe of the run, of which the checkpoint has a copy; None for older ones without a file beside them.
         trained_with: settings and results of the training, for the manifest of an export.
         trained_budgets: lowest and highest budget of each stage at the end of the run; None without a recipe or plan.
+        probe: answer of the model in the training process, as `tpcompress.export.trained_probe` records it.
     """
 
     model: nn.Module
     processor: Any
-    recipe: Path | None
+    recipe: dict[str, Any] | None
     trained_with: dict[str, Any]
-    trained_budgets: list[Range] | None = None
+    trained_budgets: list[Range] | None
+    probe: dict[str, Any]
 
 
 def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquantised: bool = False) -> TrainedModel:
@@ -45,13 +49,15 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
 
     Raises:
         FileNotFoundError: no checkpoint.
-        ValueError: a checkpoint that is damaged, of an unfinished run, or not of tpcompress.
+        ValueError: a checkpoint that is damaged, of an unfinished run, or not of tpcompress; or a model that behaves
+            otherwise than in the training process.
     """
     path, saved = checkpoint_file(checkpoint), read_checkpoint(checkpoint)
     done, steps, settings = saved[KEY]["step"], saved[KEY]["steps"], saved[KEY]["settings"]
     if done < steps and not allow_unfinished:
+        resume = f"tpcompress fit ... --ckpt_path {shlex.quote(str(path))}"
         raise ValueError(
-            f"This run stopped at step {done} of {steps}; finish it with `tpcompress fit ... --ckpt_path {path}`, "
+            f"This run stopped at step {done} of {steps}; finish it with `{resume}`, "
             f"or export it as it is with --allow-unfinished."
         )
     quantised = settings.get("quantize")
@@ -60,8 +66,11 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
     check_weights(module, module.trainable, saved["state_dict"])
     module.load_state_dict(saved["state_dict"], strict=False)
     assert module.model is not None
-    path_of_recipe = path.parent.parent / "recipe.yaml"
-    recipe = read_recipe(path_of_recipe)
+    recipe = saved[KEY].get("recipe") or read_recipe(path.parent.parent / "recipe.yaml")
+    probe = saved[KEY].get("probe", {"reason": "the checkpoint holds no probe"})
+    if quantised is not None:
+        probe = {"reason": "the base was quantised in training"}
+    check_reload(probe, module.model)
     trained_with = {
         "arm": "training_aware" if module.plan is not None else "dense_ft",
         "steps": done,
@@ -73,6 +82,4 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
         trained_with["quantize"] = quantised
     ranges = final_ranges(module, recipe, steps) if recipe is not None else None
     trained_with |= manifest_entry(path.parent.parent, recipe)
-    return TrainedModel(
-        module.model.eval(), module.processor, None if recipe is None else path_of_recipe, trained_with, ranges
-    )
+    return TrainedModel(module.model.eval(), module.processor, recipe, trained_with, ranges, probe)

@@ -40,7 +40,7 @@ def checkpoint_file(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: no checkpoint.
     """
-    given = Path(path)
+    given = Path(path).expanduser()
     found = given / "checkpoints" / "last.ckpt" if given.is_dir() and not _is_deepspeed(given) else given
     recover(found)
     if not found.exists():

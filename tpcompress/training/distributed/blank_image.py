@@ -20,6 +20,22 @@ from tpcompress.insertion.encoded import has_pixels
 SIZE = 64
 """Height and width of the blank image in pixels, before the processor resizes it."""
 
+COLOR = (200, 200, 200)
+"""Neither black nor mid-gray: some models take an image whose normalised pixels are all 0 for padding."""
+
+
+def with_blank_image_if_needed(trainer: Trainer, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Where all ranks must call the same modules, a batch with at least one image, and whether a blank one was added.
+
+    Args:
+        trainer: trainer of the run; without a collator in its data module, the batch is returned as it is.
+        batch: output of the collator, on the device.
+    """
+    collator = getattr(trainer.datamodule, "collator", None)  # type: ignore[attr-defined]
+    if collator is None or not ranks_call_same_modules(trainer):
+        return batch, False
+    return with_blank_image(batch, collator)
+
 
 def ranks_call_same_modules(trainer: Trainer) -> bool:
     """Whether all ranks must call the same modules: true for FSDP2 and DeepSpeed.
@@ -59,7 +75,7 @@ def with_blank_image(batch: dict[str, Any], collator: ChatCollator) -> tuple[dic
 
 def _one_image(collator: ChatCollator) -> Mapping[str, Any]:
     messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n."}, {"role": "assistant", "content": "."}]
-    row = {"images": [Image.new("RGB", (SIZE, SIZE))], "conversations": [messages], "families": ["none"]}
+    row = {"images": [Image.new("RGB", (SIZE, SIZE), COLOR)], "conversations": [messages], "families": ["none"]}
     batch = collator([row])
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 

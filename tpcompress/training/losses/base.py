@@ -57,6 +57,7 @@ class Loss:
     """One term of the training objective.
 
     Subclasses set `name`, the word in logs (`loss/<name>`), list what they read in `needs`, and define `__call__`.
+    A loss on answer tokens averages them with `student.answer_mean`, which follows the recipe's `average_over`.
 
     Args:
         weight: factor on the term: a number, or a ramp over the phase.

@@ -15,15 +15,15 @@ METRICS = ("cosine", "mse")
 
 
 def cosine_gap(student_AD: Tensor, teacher_AD: Tensor) -> Tensor:
-    """1 - cos(student, teacher), mean over answer tokens, fp32."""
-    return (1 - F.cosine_similarity(student_AD.float(), teacher_AD.float(), dim=-1)).mean()
+    """1 - cos(student, teacher) of each answer token (A,), fp32."""
+    return 1 - F.cosine_similarity(student_AD.float(), teacher_AD.float(), dim=-1)
 
 
 def relative_error(student_AD: Tensor, teacher_AD: Tensor) -> Tensor:
-    """|student - teacher|^2 / |teacher|^2, mean over answer tokens, fp32; 1 for a student of zeros."""
+    """|student - teacher|^2 / |teacher|^2 of each answer token (A,), fp32; 1 for a student of zeros."""
     teacher_AD = teacher_AD.float()
     gap_A = (student_AD.float() - teacher_AD).square().sum(-1)
-    return (gap_A / teacher_AD.square().sum(-1).clamp(min=1e-12)).mean()
+    return gap_A / teacher_AD.square().sum(-1).clamp(min=1e-12)
 
 
 class Hidden(Loss):
@@ -58,4 +58,4 @@ class Hidden(Loss):
                 "Loss 'hidden' compares hidden states, which a cached teacher does not store; use another."
             )
         compare = cosine_gap if self.metric == "cosine" else relative_error
-        return compare(student.hidden_AD, teacher.hidden_AD.detach())
+        return student.answer_mean(compare(student.hidden_AD, teacher.hidden_AD.detach()))

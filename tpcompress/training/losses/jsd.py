@@ -16,7 +16,7 @@ from tpcompress.training.passes import Pass
 
 
 def jensen_shannon(log_p_AC: Tensor, log_q_AC: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, mean over rows."""
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, of each row (A,)."""
     log_m_AC = torch.logaddexp(log_p_AC + math.log(beta), log_q_AC + math.log(1 - beta))
     return beta * kl_divergence(log_p_AC, log_m_AC) + (1 - beta) * kl_divergence(log_q_AC, log_m_AC)
 
@@ -52,4 +52,4 @@ class JSD(Loss):
         if teacher is None or not len(student.targets_A):
             return None
         log_q_AC, log_p_AC = aligned(student, teacher, self.temperature)
-        return jensen_shannon(log_p_AC.detach(), log_q_AC, self.beta) * self.temperature**2
+        return student.answer_mean(jensen_shannon(log_p_AC.detach(), log_q_AC, self.beta)) * self.temperature**2

@@ -15,14 +15,14 @@ from tpcompress.training.passes import Pass
 
 
 def kl_divergence(log_p_AC: Tensor, log_q_AC: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q), mean over rows."""
-    return (log_p_AC.exp() * (log_p_AC - log_q_AC)).sum(-1).mean()
+    """KL(p || q) = sum p (log p - log q) of each row (A,)."""
+    return (log_p_AC.exp() * (log_p_AC - log_q_AC)).sum(-1)
 
 
 def kl_to_teacher(student_AC: Tensor, teacher_AC: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(teacher || student) at temperature T, mean over answer tokens, fp32 (arXiv 1503.02531, section 2)."""
     log_q_AC, log_p_AC = ((x.float() / temperature).log_softmax(-1) for x in (student_AC, teacher_AC.detach()))
-    return kl_divergence(log_p_AC, log_q_AC) * temperature**2
+    return kl_divergence(log_p_AC, log_q_AC).mean() * temperature**2
 
 
 def aligned(student: Pass, teacher: Pass, temperature: float, own: bool = False) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def aligned(student: Pass, teacher: Pass, temperature: float, own: bool = False)
 
 
 class KL(Loss):
-    """T^2 KL(teacher || student) on the answer tokens, mean over them (arXiv 1503.02531, section 2).
+    """T^2 KL(teacher || student) on the answer tokens (arXiv 1503.02531, section 2).
 
     The pruned student has a shorter sequence than its teacher. Text is never dropped, so both have the same answer
     tokens in the same order.
@@ -91,7 +91,7 @@ class KL(Loss):
         if teacher is None or not len(student.targets_A):
             return None
         log_q_AC, log_p_AC = aligned(student, teacher, self.temperature, own=not self.shifted)
-        return kl_divergence(log_p_AC.detach(), log_q_AC) * self.temperature**2
+        return student.answer_mean(kl_divergence(log_p_AC.detach(), log_q_AC)) * self.temperature**2
 
 
 def checked_temperature(temperature: float, name: str) -> float:

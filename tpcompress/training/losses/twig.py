@@ -14,7 +14,7 @@ from tpcompress.families import Parts
 from tpcompress.insertion.answers import answer_places
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses.base import Loss, Ramp, pruned_stages, stage_sum
-from tpcompress.training.losses.label import label_loss
+from tpcompress.training.losses.label import label_losses
 from tpcompress.training.passes import Pass
 
 
@@ -61,7 +61,7 @@ class Twig(Loss):
                 )
             place_A = answer_places(student.labels_BS, len(student.targets_A))
             hidden_AD = text_BSD.flatten(0, 1).index_select(0, place_A)
-            terms.append(label_loss(self._logits(hidden_AD), student.targets_A))
+            terms.append(student.answer_mean(label_losses(self._logits(hidden_AD), student.targets_A)))
         return stage_sum(terms)
 
     def _logits(self, hidden_AD: Tensor) -> Tensor:

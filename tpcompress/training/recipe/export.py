@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tpcompress.export import export
 from tpcompress.export.bake import Measure
+from tpcompress.export.dense import export_dense
 from tpcompress.insertion.attach import attach
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.models import load_base, load_processor
@@ -21,6 +22,7 @@ def export_run(
 ) -> Path:
     """Export a trained run: LoRA merged, schedule at its end, pruner baked in.
 
+    A run without a plan becomes a stock transformers checkpoint, which any loader and every command takes as a base.
     Adapters of a quantised base are merged into its full-precision weights, which the manifest records.
 
     Args:
@@ -31,13 +33,22 @@ def export_run(
         measure: see `tpcompress.export.export`.
 
     Raises:
-        ValueError: a run that is unfinished or dense, or a damaged checkpoint.
+        ValueError: a run that is unfinished, a damaged checkpoint, a model that behaves otherwise than in the training
+            process, or `measure` for a run without a plan.
         FileExistsError: `out` exists.
     """
     trained = load_trained(checkpoint, allow_unfinished, unquantised=True)
     if trained.trained_with["arm"] != "training_aware":
-        raise ValueError(
-            "This run has no pruning plan, so there is nothing to export; use save_pretrained for a dense model."
+        if measure is not None:
+            raise ValueError("This run has no pruning plan, so there are no budgets to measure; leave out --budgets.")
+        return export_dense(
+            trained.model,
+            trained.processor,
+            out,
+            recipe=trained.recipe,
+            trained_with=trained.trained_with,
+            overwrite=overwrite,
+            trained_probe=trained.probe,
         )
     return export(
         trained.model,
@@ -48,6 +59,7 @@ def export_run(
         trained_budgets=trained.trained_budgets,
         measure=measure,
         overwrite=overwrite,
+        trained_probe=trained.probe,
     )
 
 

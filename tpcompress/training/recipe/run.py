@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,23 @@ from typing import Any
 
 import jsonargparse
 import lightning as L
+import yaml
 from docstring_parser import DocstringStyle
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from tpcompress.bundled import find_config
 from tpcompress.errors import read_yaml
 from tpcompress.recipe_files import INCLUDE, read_recipe
-from tpcompress.training.checkpoints.callback import Checkpoints, StepProgress
+from tpcompress.training.checkpoints.callback import Checkpoints
 from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.checkpoints.signals import Stopping, Terminated
 from tpcompress.training.datamodules import benchmark, chat  # noqa: F401  makes their class names known to recipes
 from tpcompress.training.diagnostics.callback import Diagnostics
 from tpcompress.training.diagnostics.start_report import StartReport
 from tpcompress.training.module import PruningModule
+from tpcompress.training.recipe.callbacks import callbacks_of_run
 from tpcompress.training.recipe.errors import readable
+from tpcompress.training.recipe.numbers import integers_first
 from tpcompress.training.renamed import check_names
 
 # By default jsonargparse tries every docstring style, which takes most of the time until a run starts.
@@ -41,6 +45,8 @@ class SaveRecipe(SaveConfigCallback):
     """Writes the complete recipe, with all defaults, into the folder of the run."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, PruningModule):  # for checkpoints, which may be copied without this file
+            pl_module.recipe = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         if trainer.is_global_zero and stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +91,7 @@ class RecipeCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name == self.requested}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        integers_first(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
         # One seed for everything that is drawn, so recipes set `seed_everything` only.
@@ -94,13 +101,9 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(_with_includes(args))  # Lightning's version warns about sys.argv
 
-    def before_instantiate_classes(self) -> None:
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
-        self.trainer_defaults["callbacks"] = [Stopping(), StartReport()]
-        if self.wants_progress and config.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(StepProgress())
-        elif config.trainer.enable_progress_bar is None:
-            config.trainer.enable_progress_bar = False
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        config["callbacks"] = callbacks_of_run(config, callbacks, self.wants_progress)
+        return super()._instantiate_trainer(config, [Stopping(), StartReport()])
 
     def _parse_ckpt_path(self) -> None:
         """Find and check the checkpoint first. Lightning's version replaces settings of the recipe by those in it."""
@@ -180,4 +183,4 @@ def _how_to_resume(trainer: L.Trainer, what: str = "Interrupted") -> str:
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     if not last.exists():
         return f"{what} before the first checkpoint; run the same command again."
-    return f"{what}; resume with the same command and --ckpt_path {last}."
+    return f"{what}; resume with the same command and --ckpt_path {shlex.quote(str(last))}."

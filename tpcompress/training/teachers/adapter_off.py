@@ -21,8 +21,10 @@ class AdapterOff(Teacher):
     """The model without its adapters, modules_to_save and plan: one more forward call, no memory for weights.
 
     Raises:
-        ValueError: the recipe has no LoRA.
+        ValueError: the recipe has no LoRA, or one that changes the base itself (pissa, olora, trained biases).
     """
+
+    is_the_model_without_adapters = True
 
     def prepare(self, base: nn.Module, parts: Parts, plan: PruningPlan | None, lora: Mapping[str, Any] | None) -> None:
         if lora is None:

@@ -22,6 +22,9 @@ class Teacher:
     test_arguments: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     """Arguments with which the contract tests build the teacher."""
 
+    is_the_model_without_adapters: ClassVar[bool] = False
+    """The teacher disables the adapters of the model that trains, so the weights below them must stay the base's."""
+
     def prepare(self, base: nn.Module, parts: Parts, plan: PruningPlan | None, lora: Mapping[str, Any] | None) -> None:
         """Called once, after the base is loaded and frozen, and before LoRA and the plan are attached.
 
