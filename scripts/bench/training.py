@@ -20,10 +20,10 @@ from tpcompress.data.encode import IGNORED
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import attach, base_of
 from tpcompress.insertion.plan import PruningPlan, Stage
+from tpcompress.training.adapters import add_lora
 from tpcompress.training.losses.label import label_loss
 from tpcompress.training.optim import group_of
 from tpcompress.training.passes import run_pass
-from tpcompress.training.adapters import add_lora
 
 ADAPT = ("lora", "full")
 MODES = {"masked": "mask", "gathered": "drop"}

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tpcompress.compress.recipe import check_amounts
 from tpcompress.files import write_atomic
 from tpcompress.insertion.plan_source import read_keep
 
@@ -33,7 +32,7 @@ class CompressSettings:
         seed: seed of the split and of the runs.
 
     Raises:
-        ValueError: `keep` is not a budget, or a number is too small.
+        ValueError: `keep` is not a budget.
     """
 
     model: str
@@ -51,7 +50,6 @@ class CompressSettings:
 
     def __post_init__(self) -> None:
         read_keep(self.keep)
-        check_amounts(self.lora, self.steps, self.batch_size)
 
     @property
     def budget(self) -> float:

@@ -21,8 +21,8 @@ from tpcompress.data import load_chat
 from tpcompress.files import atomic_path, write_atomic
 
 PARTS = ("train", "choose", "table")
-SHARE, FEW, MOST = 0.1, 8, 512
-"""Rows held out for choosing, and as many for the table: a share of all rows, from `FEW` (or a quarter) to `MOST`."""
+SHARE, MOST = 0.2, 512
+"""Rows held out for choosing and for the table together: a share of all rows, and at most this many for each."""
 
 FEWEST = 8
 """Rows with different images that a split needs."""
@@ -109,7 +109,7 @@ def _groups(rows: Any) -> list[list[int]]:
 def _parts(groups: list[list[int]], num_rows: int, seed: int) -> dict[str, list[int]]:
     """Whole groups in random order: the table first, then the rows to choose on, the rest for training."""
     order = np.random.default_rng(seed).permutation(len(groups))
-    held_out = max(1, min(max(round(SHARE * num_rows), FEW), num_rows // 4, MOST))
+    held_out = max(1, min(round(SHARE * num_rows / 2), MOST))
     parts: dict[str, list[int]] = {"table": [], "choose": [], "train": []}
     for group in order:
         part = next((name for name in ("table", "choose") if len(parts[name]) < held_out), "train")

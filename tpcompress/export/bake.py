@@ -79,7 +79,7 @@ def export(
     Raises:
         TypeError: not a transformers model.
         ValueError: no plan attached, quantized or offloaded weights, adapters that cannot be merged, a plan that prunes
-            nothing in the probe, a plan or probe that cannot be written, or a model that is not the one that was trained.
+            nothing in the probe, a plan or probe that cannot be written, or a model that is not the one that trained.
         FileExistsError: `out` exists.
         FileNotFoundError: no such recipe.
     """

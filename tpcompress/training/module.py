@@ -18,7 +18,6 @@ from tpcompress.insertion.attach import attach, attachment_of
 from tpcompress.models import load_base, load_processor, max_positions
 from tpcompress.training.adapters import adapter_tensors, add_lora
 from tpcompress.training.checkpoint_content import KEY, check_settings, check_weights, complete, with_base_weights
-from tpcompress.training.checkpoints.probe_of_run import ProbeOfRun
 from tpcompress.training.context import StepContext
 from tpcompress.training.distributed.blank_image import with_blank_image_if_needed
 from tpcompress.training.distributed.ddp import check_ddp
@@ -31,6 +30,7 @@ from tpcompress.training.nan_guard import check_gradients, check_loss
 from tpcompress.training.optim import Optimizer, build_optimizer, warmup_cosine
 from tpcompress.training.passes import Pass, count_answers
 from tpcompress.training.phases import Phase, PrunerPhase, check_alone, check_full_every, is_learned, phases_of
+from tpcompress.training.probe_of_run import ProbeOfRun
 from tpcompress.training.schedules import Schedule, draw_for
 from tpcompress.training.step_mean import StepMean, check_average
 from tpcompress.training.steps import check_gradient_reaches_pruner, mean_terms, set_progress_done, student_passes
