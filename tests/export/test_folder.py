@@ -30,7 +30,7 @@ class OutsidePruner(tp.Pruner):
 
 
 def test_existing_folder(trained: Any, processor: Any, folder: Path) -> None:
-    with pytest.raises(FileExistsError, match="exists already; choose another folder, or pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="exists already; choose another folder, or replace it: overwrite=True"):
         tp.export(trained, processor, folder)
     (folder / "leftover").write_text("of the earlier export")
     tp.export(trained, processor, folder, overwrite=True)

@@ -35,6 +35,7 @@ def test_words_of_an_effect() -> None:
     assert (text.images, text.prunes, str(text)) == (
         (), False, "1 row, 0 images: vision tokens 0 per image, 0 per row; sequence 12"
     )  # fmt: skip
+    assert text.layer_lengths(6) == [[12] * 6]
     check_prunes(text)
 
 

@@ -115,7 +115,7 @@ def effect_of(model: nn.Module, batch: Mapping[str, Any], plan: PruningPlan | No
         lengths = mask[:, 0].diagonal(dim1=1, dim2=2).bool().sum(1).tolist()
     layouts = layouts_of(parts, inputs) if has_pixels(inputs) else {}
     if not any(layout.count for given in layouts.values() for layout in given):
-        return Effect(plan, tuple(lengths), (), (), (), ())
+        return Effect(plan, tuple(lengths), (), (), (), () if plan is None else ((),) * len(plan.stages))
     where = (placeholders(parts, inputs), layouts)
     how = (parts.family.tiles, parts.family.splits_tiles, tokens_of_tiles(parts, inputs))
     images = locate(*where, "image", *how)

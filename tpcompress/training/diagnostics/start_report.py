@@ -47,7 +47,7 @@ class StartReport(L.Callback):
         if len(self.seen) == 1:
             self._print(trainer, pl_module, batch, self.seen[0])
         if not self._prunes(trainer) and pl_module.plan is not None:
-            self.seen += [_effect(trainer, pl_module, more) for more in self._next_rows(trainer)]
+            self.seen = [_effect(trainer, pl_module, more) for more in self._next_rows(trainer)] or self.seen
             if not self._prunes(trainer) and len(self.seen) < BATCHES and self._streams(trainer):
                 return  # the next batches of a stream are seen when they come
             self._refuse(trainer)
