@@ -22,7 +22,8 @@ from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.compare.write import report_markdown
 from tpcompress.evaluation.downsample import downsampled, smaller_grid, tokens_per_image
-from tpcompress.evaluation.scoring.evaluate import evaluate, evaluate_by_generation, prepare
+from tpcompress.evaluation.scoring.evaluate import evaluate, prepare
+from tpcompress.evaluation.scoring.generate import evaluate_by_generation
 from tpcompress.families import resolve
 from tpcompress.insertion.encode import layouts_of
 

@@ -15,7 +15,8 @@ from rich.progress import Progress
 
 from tpcompress.bundled import base_path
 from tpcompress.data.collate import BatchMeta
-from tpcompress.evaluation.scoring.evaluate import Rows, evaluate, learnt_families
+from tpcompress.evaluation.scoring.batches import Rows
+from tpcompress.evaluation.scoring.evaluate import evaluate, learnt_families
 from tpcompress.evaluation.tasks import Task, create_task
 from tpcompress.export import load, load_processor
 from tpcompress.export.budgets import CurvePoint, ranges_of, was_trained, with_budgets, words

@@ -99,9 +99,9 @@ def test_a_record_with_too_many_families_is_left_out(rows, tmp_path):
 def test_a_task_scores_as_evaluate_does(vqa, processor, pack):
     task = create_task({"type": "benchmark", "num_images": 6})
     model = tp.attach(vqa, tp.PruningPlan([tp.Stage("divprune", keep_tokens=9)]))
-    prepared = task.prepare(processor, batch_size=5, pack=pack)
-    assert prepared.packed == pack
     for blank in (False, True):
+        prepared = task.prepare(processor, batch_size=5, pack=pack, blank=blank)
+        assert prepared.packed == pack
         found = task.score(model, processor, prepared, blank=blank)
         expected = evaluate(model, processor, task.rows, pack=pack, blank=blank)
         assert found.families == pytest.approx(expected.families, nan_ok=True)

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.downsample import downsampled, tokens_per_image
 from tpcompress.evaluation.engine.bench import Bench
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, Settings, slug
+from tpcompress.evaluation.engine.counts import Counted
 from tpcompress.evaluation.engine.model_cell import ModelCell
 from tpcompress.evaluation.engine.plans import budget_of, control_plan, key_of, recipe_plan
 from tpcompress.evaluation.position_bias import PositionBias
 from tpcompress.families import resolve
 from tpcompress.insertion.plan import Budget, PruningPlan
+from tpcompress.insertion.trace import Trace
 from tpcompress.recipe_files import read_recipe
 
 
@@ -29,28 +32,23 @@ class RowCell(ModelCell):
 
     def make(self, bench: Bench) -> Made:
         """Test the model and record what it retains."""
-        bias = PositionBias()
+        bias, counted = PositionBias(), Counted()
+
+        def watch(trace: Trace, meta: BatchMeta) -> None:
+            bias.add(trace, meta.rows)
+            counted.add(trace)
+
+        total, depth = bench.vision_tokens, len(resolve(bench.model).layers)
         with self.model(bench) as model:
-            scores = bench.test(model, self.blank, lambda trace, meta: bias.add(trace, meta.rows))
-        retained, average = self._retained(bench, bias)
-        record: dict[str, Any] = {"vision_tokens": bench.vision_tokens, "retained_tokens": retained}
-        record["layer_average"] = average
+            scores = bench.test(model, self.blank, watch)
+        retained, average = (total, total) if self.plan is None else counted.means(depth)
+        record: dict[str, Any] = {"vision_tokens": total, "retained_tokens": retained, "layer_average": average}
         maps = bias.maps()
         if maps:
             maps[-1].save(self.map_path(bench))
             for name, index in (("uniformity", maps[-1].places), ("uniformity_thirds", maps[-1].thirds)):
                 record |= {name: _number(index.value), f"{name}_ci95": _number(index.ci95)}
         return Made(record, scores)
-
-    def _retained(self, bench: Bench, bias: PositionBias) -> tuple[float, float]:
-        """Tokens of an image after the last stage, and on the average layer; measured if the pruner sets the count."""
-        total, depth, plan = bench.vision_tokens, len(resolve(bench.model).layers), self.plan
-        if plan is None:
-            return total, total
-        stage = plan.stages[-1]
-        if len(plan.stages) == 1 and not stage.pruner.exact_count and bias.retained is not None:
-            return bias.retained, (total * stage.layer + bias.retained * (depth - stage.layer)) / depth
-        return plan.counts(total)[-1], plan.layer_average(total, depth)
 
 
 @dataclass(frozen=True, eq=False)

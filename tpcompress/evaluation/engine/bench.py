@@ -14,18 +14,18 @@ from rich.console import Console
 from torch import nn
 
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, check_names
+from tpcompress.evaluation.engine.counts import mean_vision_tokens
 from tpcompress.evaluation.engine.fingerprint import base_digest, digest_of
 from tpcompress.evaluation.engine.locks import claim
 from tpcompress.evaluation.engine.progress import seconds_left
 from tpcompress.evaluation.engine.runs import Kept, Trained, check_run, is_done, load_run, train
-from tpcompress.evaluation.scoring.evaluate import Prepared, Watch
-from tpcompress.evaluation.scoring.metrics import find_metric
+from tpcompress.evaluation.scoring.batches import Prepared
+from tpcompress.evaluation.scoring.evaluate import Watch, why_not_packed_by
+from tpcompress.evaluation.scoring.metrics import find_metric, name_of
 from tpcompress.evaluation.scoring.scores import Scores, learnt_families
 from tpcompress.evaluation.tasks import Task
-from tpcompress.families import resolve
 from tpcompress.files import atomic_path, write_atomic
 from tpcompress.insertion.attach import is_attached, plan_of
-from tpcompress.insertion.encode import layouts_of
 from tpcompress.models import load_base, load_processor
 from tpcompress.training.nan_guard import NonFiniteLoss
 
@@ -49,7 +49,7 @@ class Bench:
         dtype: dtype of the base's weights.
         device: device of the base; None leaves it where it is loaded.
         many_runs: many short training runs: their images are encoded once, they show no progress and write no logs.
-        tests: the rows of the task, collated: packed and one question per sequence.
+        tests: the rows of the task, collated: packed or one question per sequence, blank or not.
         kept: encoded training images.
         loaded: the trained model that was needed last.
         failed: cells that this process could not make, and the reason.
@@ -64,13 +64,15 @@ class Bench:
     dtype: str = "float32"
     device: str | None = None
     many_runs: bool = False
-    tests: dict[bool, Prepared] = field(default_factory=dict)
+    tests: dict[tuple[bool, bool], Prepared] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
     loaded: Trained | None = None
     failed: dict[str, str] = field(default_factory=dict)
+    _keys: dict[str, Any] = field(default_factory=dict, repr=False)
+    _run_keys: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.metric = find_metric(self.metric or self.task.metric).name
+        self.metric = name_of(find_metric(self.metric or self.task.metric))
 
     # ------------------------------------------------------------------ what all cells share
 
@@ -97,27 +99,40 @@ class Bench:
         }
 
     @cached_property
-    def vision_tokens(self) -> int:
-        """Vision tokens of the first image, after the projector.
+    def vision_tokens(self) -> float:
+        """Vision tokens of a question after the projector: of all its images, in the mean over questions with an image.
 
         Raises:
             ValueError: no row has an image.
         """
-        for batch in self.prepared(True).batches:
-            layouts = layouts_of(resolve(self.model), batch).get("image")
-            if layouts:
-                return layouts[0].count
-        raise ValueError(f"No row of {self.task.description} has an image, so there are no vision tokens to prune.")
+        found = mean_vision_tokens(self.model, self.prepared(True).batches)
+        if found is None:
+            raise ValueError(
+                f"No row of {self.task.description} has an image, so there are no vision tokens to prune; give rows "
+                f"with images."
+            )
+        return found
 
-    def prepared(self, packed: bool) -> Prepared:
-        """The rows of the task, collated once."""
-        if packed not in self.tests:
-            self.tests[packed] = self.task.prepare(self.processor, self.batch_size, packed)
-        return self.tests[packed]
+    @cached_property
+    def packs(self) -> bool:
+        """Questions about an image can share its sequence in this family."""
+        return why_not_packed_by(self.processor) is None
+
+    def prepared(self, packed: bool, blank: bool = False) -> Prepared:
+        """The rows of the task, collated once.
+
+        Args:
+            packed: questions about an image share its sequence, where the family allows it.
+            blank: images are blank.
+        """
+        key = (packed and self.packs, blank)
+        if key not in self.tests:
+            self.tests[key] = self.task.prepare(self.processor, self.batch_size, *key, metric=self.metric)
+        return self.tests[key]
 
     def test(self, model: nn.Module, blank: bool = False, watch: Watch | None = None) -> Scores:
         """Answers of a model, pruned as attached; one question per sequence where the plan reads the prompt."""
-        data = self.prepared(not (is_attached(model) and plan_of(model).reads_prompt))
+        data = self.prepared(not (is_attached(model) and plan_of(model).reads_prompt), blank)
         return self.task.score(model, self.processor, data, blank=blank, watch=watch, metric=self.metric)
 
     def trained(self, run: Run) -> Trained:
@@ -258,14 +273,6 @@ class Bench:
         if run.name not in self._run_keys:
             self._run_keys[run.name] = run.key(self.common["base"])
         return self._run_keys[run.name]
-
-    @cached_property
-    def _keys(self) -> dict[str, Any]:
-        return {}
-
-    @cached_property
-    def _run_keys(self) -> dict[str, Any]:
-        return {}
 
     def _write(self, cell: Cell, made: Made, seconds: dict[str, Any]) -> None:
         """The answers of every image first, then the record, which says that the cell is done."""

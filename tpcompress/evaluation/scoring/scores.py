@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from tpcompress.evaluation.scoring.metrics import find_metric
-from tpcompress.evaluation.scoring.stats import Gain, draws, interval, known_mean, ratio
+from tpcompress.evaluation.scoring.questions import Questions
+from tpcompress.evaluation.scoring.stats import Gain, draws, interval, known_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +25,12 @@ class Scores:
     Attributes:
         names: the F families.
         count_IF: number of questions.
-        sums: value_IF and weight_IF of each metric; a score is sum of values / sum of weights.
+        sums: counts (I, F) of each metric, mostly value and weight; a score is the metric's `aggregate` of their sums.
         metric: the metric of `score` and `families`.
         learnt: families that `score` averages; None for all.
         skipped: images left out because their row is broken.
         seed: seed of the bootstrap; equal seeds draw equal images, so that differences are paired.
+        questions: the answers one by one; None if they were not kept.
 
     Raises:
         ValueError: an unknown family is listed as learnt, or the metric was not measured.
@@ -36,11 +38,12 @@ class Scores:
 
     names: tuple[str, ...]
     count_IF: np.ndarray
-    sums: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    sums: Mapping[str, tuple[np.ndarray, ...]]
     metric: str = "accuracy"
     learnt: tuple[str, ...] | None = None
     skipped: int = 0
     seed: int = 0
+    questions: Questions | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.learnt or ()) - set(self.names))
@@ -57,13 +60,11 @@ class Scores:
 
     def by_family(self, metric: str) -> dict[str, float]:
         """Any measured metric in each family; nan in one without questions."""
-        value_IF, weight_IF = self._of(metric)
-        return self._by_name(ratio(value_IF.sum(0), weight_IF.sum(0)))
+        return self._by_name(find_metric(metric).aggregate(*(sums_IF.sum(0) for sums_IF in self._of(metric))))
 
     def overall(self, metric: str) -> float:
         """Any measured metric over all questions, whatever their family."""
-        value_IF, weight_IF = self._of(metric)
-        return float(ratio(value_IF.sum(), weight_IF.sum()))
+        return float(find_metric(metric).aggregate(*(np.asarray(sums_IF.sum()) for sums_IF in self._of(metric))))
 
     @property
     def value_IF(self) -> np.ndarray:
@@ -88,7 +89,8 @@ class Scores:
     @property
     def score(self) -> float:
         """Mean of the learnt families; nan if there is none."""
-        return float(known_mean(ratio(self.value_IF.sum(0), self.weight_IF.sum(0))[self._learnt_columns]))
+        by_family = np.array(list(self.families.values()))
+        return float(known_mean(by_family[self._learnt_columns]))
 
     @cached_property
     def ci95(self) -> float:
@@ -133,8 +135,9 @@ class Scores:
         arrays: dict[str, Any] = {"names": np.array(self.names, dtype=str), "metric": np.array(self.metric)}
         arrays |= {"learnt": np.array([] if self.learnt is None else self.learnt, dtype=str)}
         arrays |= {"notes": np.array([self.skipped, self.seed, self.learnt is None]), "count_IF": self.count_IF}
-        for name, (value_IF, weight_IF) in self.sums.items():
-            arrays |= {f"{name}.value": value_IF, f"{name}.weight": weight_IF}
+        for name, counts in self.sums.items():
+            arrays |= {f"sums.{index}.{name}": sums_IF for index, sums_IF in enumerate(counts)}
+        arrays |= {} if self.questions is None else self.questions.arrays()
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -149,18 +152,22 @@ class Scores:
         if not Path(path).is_file():
             raise FileNotFoundError(f"No scores at {path}; give a file that Scores.save wrote.")
         with np.load(path) as file:
-            if "metric" not in file.files:
+            if "metric" not in file.files or not any(key.startswith("sums.0.") for key in file.files):
                 raise ValueError(f"{path} was written by an earlier version of tpcompress; evaluate again.")
-            skipped, seed, averages_all = (int(n) for n in file["notes"])
-            learnt = None if averages_all else tuple(file["learnt"].tolist())
-            measured = [key.removesuffix(".value") for key in file.files if key.endswith(".value")]
-            sums = {name: (file[f"{name}.value"], file[f"{name}.weight"]) for name in measured}
-            names, metric = tuple(file["names"].tolist()), str(file["metric"])
-            return cls(names, file["count_IF"], sums, metric, learnt, skipped, seed)
+            arrays = {key: file[key] for key in file.files}
+        skipped, seed, averages_all = (int(n) for n in arrays["notes"])
+        learnt = None if averages_all else tuple(arrays["learnt"].tolist())
+        sums: dict[str, tuple[np.ndarray, ...]] = {}
+        for key in sorted((k for k in arrays if k.startswith("sums.")), key=lambda k: int(k.split(".")[1])):
+            name = key.split(".", 2)[2]
+            sums[name] = (*sums.get(name, ()), arrays[key])
+        names, metric = tuple(arrays["names"].tolist()), str(arrays["metric"])
+        questions = Questions.of_arrays(arrays)
+        return cls(names, arrays["count_IF"], sums, metric, learnt, skipped, seed, questions)
 
     # ------------------------------------------------------------------ inside
 
-    def _of(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    def _of(self, metric: str) -> tuple[np.ndarray, ...]:
         if metric not in self.sums:
             raise ValueError(f"No metric '{metric}' in these scores; they have {', '.join(self.sums)}.")
         return self.sums[metric]
@@ -172,8 +179,9 @@ class Scores:
     @cached_property
     def _resampled_WF(self) -> np.ndarray:
         """The metric of each family in every draw."""
-        value_IF, weight_IF = self.value_IF, self.weight_IF
-        return np.concatenate([ratio(w @ value_IF, w @ weight_IF) for w in draws(len(weight_IF), self.seed)])
+        metric, sums = find_metric(self.metric), self._of(self.metric)
+        drawn = draws(len(self.count_IF), self.seed)
+        return np.concatenate([metric.aggregate(*(weights @ sums_IF for sums_IF in sums)) for weights in drawn])
 
     def _by_name(self, values_F: np.ndarray) -> dict[str, float]:
         return {name: float(value) for name, value in zip(self.names, values_F, strict=True)}

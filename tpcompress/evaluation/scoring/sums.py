@@ -1,46 +1,50 @@
-"""Sums of all metrics over the questions of each image, by family, from logits and the labels that pruning left.
+"""Collects the answers of a test: teacher-forced ones from logits and labels, generated ones from texts.
 
-B sequences, S tokens, N tokens left after pruning, C vocabulary, T answer tokens of a batch, Q its questions,
-I images, F question families.
+B sequences, S tokens, N tokens left after pruning, C vocabulary, T answer tokens of a batch, Q its questions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torchmetrics
 from torch import Tensor
 
 from tpcompress.data.collate import BatchMeta
-from tpcompress.evaluation.scoring.metrics import Answers, find_metric, list_metrics
+from tpcompress.evaluation.scoring.metrics import Answers, Metric, Reply, find_metric, list_metrics, name_of
+from tpcompress.evaluation.scoring.questions import Questions
 from tpcompress.evaluation.scoring.scores import Scores
 
 
-class AnswerSums(torchmetrics.Metric):
-    """Values and weights of every metric by image and family. The states add up across ranks.
+class AnswerSums:
+    """Answers of all batches so far.
 
     Args:
         families: question families of the data set.
         num_images: rows of the data set.
         metric: metric that the scores are of.
+        generated: answers are generated; otherwise teacher-forced, for which all metrics of logits are measured.
 
     Raises:
-        ValueError: unknown metric.
+        ValueError: unknown metric, or one that does not count such answers.
     """
 
-    full_state_update = False
-
-    def __init__(self, families: Sequence[str], num_images: int, metric: str) -> None:
-        super().__init__()
-        self.names, self.metric = tuple(families), find_metric(metric).name
-        self.metrics = {name: find_metric(name) for name in list_metrics()}
-        self.seen: set[str] = set()
-        for state in ("count_IF", *(f"{name}_{what}_IF" for name in self.metrics for what in ("value", "weight"))):
-            self.add_state(state, torch.zeros(num_images, len(self.names)), dist_reduce_fx="sum")
+    def __init__(self, families: Sequence[str], num_images: int, metric: str, generated: bool = False) -> None:
+        self.names, self.num_images = tuple(families), num_images
+        main = find_metric(metric)
+        self.metric = name_of(main)
+        if not (main.reads_text if generated else main.reads_logits):
+            raise ValueError(_cannot_count(self.metric, generated))
+        names = dict.fromkeys(
+            [self.metric, *main.beside, "exact_match"] if generated else [self.metric, *list_metrics()]
+        )
+        metrics = {name: find_metric(name) for name in names}
+        self.metrics = {n: m for n, m in metrics.items() if (m.reads_text if generated else m.reads_logits)}
+        self.parts: list[Questions] = []
 
     def update(self, logits_BNC: Tensor, labels_BN: Tensor, labels_BS: Tensor, meta: BatchMeta) -> None:
-        """Add a batch.
+        """Add a teacher-forced batch.
 
         Args:
             logits_BNC: logits at the tokens that pruning left.
@@ -65,27 +69,75 @@ class AnswerSums(torchmetrics.Metric):
             raise ValueError("The model's logits are not finite; check its weights, or evaluate it in float32.")
         families = [name for listed in meta.families for name in listed]
         answers = Answers(logits_TC, target_T, question_T, families)
-        self.add(meta, {name: metric(answers) for name, metric in self.metrics.items()})
+        counts = {name: _columns(metric(answers)) for name, metric in self.metrics.items()}
+        said, confidence_Q = _predicted(answers)
+        rows = [row for row, listed in zip(meta.rows, meta.families, strict=True) for _ in listed]
+        self._add(rows, families, answers.right_Q.cpu().numpy(), confidence_Q, said, counts)
 
-    def add(self, meta: BatchMeta, measured: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add value and weight (Q,) of the questions of a batch, by the name of the metric."""
-        row_Q = [row for row, listed in zip(meta.rows, meta.families, strict=True) for _ in listed]
-        family_Q = [self.names.index(name) for listed in meta.families for name in listed]
-        place = (torch.tensor(row_Q, device=self.device), torch.tensor(family_Q, device=self.device))
-        self.seen |= set(measured)
-        states = {"count_IF": torch.ones(len(row_Q))}
-        for name, (value_Q, weight_Q) in measured.items():
-            states |= {f"{name}_value_IF": value_Q, f"{name}_weight_IF": weight_Q}
-        for name, value_Q in states.items():
-            getattr(self, name).index_put_(place, value_Q.float().to(self.device), accumulate=True)
+    def add_replies(self, rows: Sequence[int], replies: Sequence[Reply], confidence_Q: Sequence[float]) -> None:
+        """Add generated answers.
 
-    def compute(self) -> Scores:
-        """The scores over all families."""
-        return self.scores()
+        Args:
+            rows: row of the data set of each question.
+            replies: the answers.
+            confidence_Q: probability of each answer.
+        """
+        counts = {
+            name: np.array([metric.of_reply(reply) for reply in replies], dtype=float).T
+            for name, metric in self.metrics.items()
+        }
+        main = self.metrics[self.metric]
+        right = np.array([main.is_right(reply) for reply in replies], dtype=bool)
+        said, families = [reply.text for reply in replies], [reply.family for reply in replies]
+        self._add(rows, families, right, np.array(confidence_Q, dtype=float), said, counts)
 
     def scores(self, learnt: Sequence[str] | None = None, skipped: int = 0) -> Scores:
         """The scores, averaged over the learnt families."""
-        arrays = {state: getattr(self, state).double().cpu().numpy() for state in self._defaults}
-        sums = {n: (arrays[f"{n}_value_IF"], arrays[f"{n}_weight_IF"]) for n in self.metrics if n in self.seen}
+        questions, shape = Questions.join(self.parts), (self.num_images, len(self.names))
+        (count_IF,) = questions.sums(np.ones((1, len(questions.image_Q))), *shape)
+        sums = {name: questions.sums(values_KQ, *shape) for name, values_KQ in questions.counts.items()}
         kept = None if learnt is None else tuple(learnt)
-        return Scores(self.names, arrays["count_IF"], sums, self.metric, learnt=kept, skipped=skipped)
+        return Scores(self.names, count_IF, sums, self.metric, kept, skipped, questions=questions)
+
+    def _add(
+        self,
+        rows: Sequence[int],
+        families: Sequence[str],
+        right_Q: np.ndarray,
+        confidence_Q: np.ndarray,
+        said: list[str],
+        counts: dict[str, np.ndarray],
+    ) -> None:
+        places = np.array([self.names.index(name) for name in families])
+        self.parts.append(Questions(np.array(rows), places, right_Q, confidence_Q, np.array(said, dtype=str), counts))
+
+
+def _cannot_count(name: str, generated: bool) -> str:
+    """Why a metric does not count such answers, and what to do."""
+    fitting = [n for n, m in list_metrics().items() if (_reads(m, generated))]
+    if generated:
+        return f"Metric {name} reads logits, not generated text; leave `generate` out, or use {', '.join(fitting)}."
+    return f"Metric {name} reads generated text; set `generate` of the task, or use {', '.join(fitting)}."
+
+
+def _reads(metric: type[Metric], generated: bool) -> bool:
+    return metric().reads_text if generated else metric().reads_logits
+
+
+def _columns(counted: Sequence[Tensor]) -> np.ndarray:
+    """(K, Q): what a metric counted of a batch."""
+    return np.stack([values_Q.float().cpu().numpy().astype(float) for values_Q in counted])
+
+
+def _predicted(answers: Answers) -> tuple[list[str], np.ndarray]:
+    """Per question: the predicted ids up to the first wrong one, as text, and the probability of these."""
+    best_T = answers.logits_TC.float().log_softmax(-1).amax(-1).cpu().tolist()
+    said_T, right_T = answers.predicted_T.cpu().tolist(), answers.right_T.cpu().tolist()
+    said: list[list[str]] = [[] for _ in answers.families]
+    total, ended = np.zeros(len(said)), [False] * len(said)
+    for question, token, right, best in zip(answers.question_T.cpu().tolist(), said_T, right_T, best_T, strict=True):
+        if not ended[question]:
+            said[question].append(str(token))
+            total[question] += best
+            ended[question] = not right
+    return [" ".join(tokens) for tokens in said], np.exp(total)

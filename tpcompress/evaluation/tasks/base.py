@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
+from rich.progress import Progress
 from torch import nn
 
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.evaluation.create import argument_names
-from tpcompress.evaluation.scoring.evaluate import Prepared, Rows, Watch, evaluate, prepare
+from tpcompress.evaluation.scoring.batches import Prepared, Rows, prepare, prepare_prompts
+from tpcompress.evaluation.scoring.evaluate import Watch, evaluate
+from tpcompress.evaluation.scoring.generate import Generation, evaluate_by_generation
+from tpcompress.evaluation.scoring.metrics import find_metric
 from tpcompress.evaluation.scoring.scores import Scores
+
+SHARED = ("metric", "generate", "label")
+"""Arguments that every task takes beside its own."""
 
 
 class Task:
@@ -23,15 +30,21 @@ class Task:
 
     A subclass sets `name`, takes plain values in `__init__`, keeps them as attributes of the same names, and
     implements `load` and `description`. A row is `{"images": [...], "conversations": [[turn, ...], ...],
-    "families": [name per conversation]}`, see `tpcompress.data`.
+    "families": [name per conversation]}`, see `tpcompress.data`; with `references` (a list of right answers per
+    conversation) where the last turn is not the only right answer.
 
     Attributes:
         name: word for it in files (`task: benchmark`, or `task: {type: benchmark, ...}`).
-        metric: default metric, see `tpcompress.evaluation.scoring.metrics`.
+        metric: metric of its scores, by name or dotted path, see `tpcompress.evaluation.scoring.metrics`.
+        generate: settings with which answers are generated (`max_new_tokens`, `batch_size`, `stop`); None scores by
+            teacher forcing, unless the metric reads text.
+        label: name in reports of several tasks.
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str] = "accuracy"
+    metric: str = "accuracy"
+    generate: Generation | None = None
+    label: str | None = None
 
     def load(self) -> Rows:
         """Read or draw the rows. Called once."""
@@ -43,8 +56,26 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} must implement description.")
 
     def config(self) -> dict[str, Any]:
-        """Name and arguments; `create_task` is the inverse."""
-        return {"type": self.name} | {name: getattr(self, name) for name in argument_names(type(self))}
+        """Name and arguments, without the label; `create_task` is the inverse."""
+        values = {"type": self.name} | {name: getattr(self, name) for name in argument_names(type(self))}
+        if self.metric != type(self).metric:
+            values["metric"] = self.metric
+        return values if self.generate is None else values | {"generate": self.generate.config()}
+
+    @property
+    def title(self) -> str:
+        """Its label, or its name."""
+        return self.label or self.name
+
+    def generation(self, metric: str | None = None) -> Generation | None:
+        """How answers are generated for a metric; None scores by teacher forcing.
+
+        Args:
+            metric: default: that of the task.
+        """
+        if self.generate is None and not find_metric(metric or self.metric).reads_logits:
+            return Generation()
+        return self.generate
 
     @cached_property
     def rows(self) -> Rows:
@@ -57,24 +88,41 @@ class Task:
         digest = hashlib.sha256()
         for index in range(len(self.rows)):
             row = self.rows[index]
-            digest.update(json.dumps([row["conversations"], row["families"]], ensure_ascii=False).encode())
+            texts = [row["conversations"], row["families"]]
+            texts += [row[name] for name in ("references", "tools") if row.get(name)]
+            digest.update(json.dumps(texts, ensure_ascii=False).encode())
             for image in row["images"]:
                 digest.update(_image_digest(image))
+            for video in row.get("videos") or []:
+                for part in video if isinstance(video, list) else [video]:
+                    digest.update(_image_digest(part))
         return digest.hexdigest()
 
-    def prepare(self, processor: Any, batch_size: int = 64, pack: bool = True) -> Prepared:
+    def prepare(
+        self,
+        processor: Any,
+        batch_size: int = 64,
+        pack: bool = True,
+        blank: bool = False,
+        metric: str | None = None,
+    ) -> Prepared:
         """Collate all rows once, for testing many models.
 
         Args:
             processor: processor of the model.
-            batch_size: sequences per batch.
+            batch_size: sequences per batch; generation has a batch size of its own.
             pack: all questions about an image in one sequence; False gives each question its own, which plans that
-                read the prompt need.
+                read the prompt need, and families that cannot pack. Generation never packs.
+            blank: replace the images by blank ones: the blank baseline.
+            metric: metric that will be counted; default: that of the task.
 
         Raises:
             ValueError: no row is usable.
         """
-        return prepare(processor, self.rows, batch_size=batch_size, pack=pack)
+        settings = self.generation(metric)
+        if settings is not None:
+            return prepare_prompts(processor, self.rows, batch_size=settings.batch_size, blank=blank)
+        return prepare(processor, self.rows, batch_size=batch_size, pack=pack, blank=blank)
 
     def score(
         self,
@@ -85,6 +133,7 @@ class Task:
         blank: bool = False,
         watch: Watch | None = None,
         metric: str | None = None,
+        progress: Progress | None = None,
     ) -> Scores:
         """Test a model, pruned as attached.
 
@@ -92,15 +141,20 @@ class Task:
             model: dense, attached or exported.
             processor: processor of the model.
             prepared: output of `prepare`; None collates the rows while scoring.
-            blank: replace the images by their mean: the blank baseline.
+            blank: replace the images by blank ones; prepared rows are blank or not already.
             watch: callback for the record of every batch.
             metric: metric of the score; default: that of the task.
+            progress: rich progress display to report to.
 
         Raises:
             ValueError: no row is usable, or the logits are not finite.
         """
         rows = self.rows if prepared is None else prepared
-        return evaluate(model, processor, rows, blank=blank, watch=watch, metric=metric or self.metric)
+        more: dict[str, Any] = {"blank": blank, "watch": watch, "metric": metric or self.metric, "progress": progress}
+        settings = self.generation(metric)
+        if settings is None:
+            return evaluate(model, processor, rows, **more)
+        return evaluate_by_generation(model, processor, rows, generation=settings, **more)
 
 
 def _image_digest(image: Any) -> bytes:

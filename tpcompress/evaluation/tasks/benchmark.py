@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpcompress.data.benchmark import load_benchmark
-from tpcompress.evaluation.scoring.evaluate import Rows
+from tpcompress.evaluation.scoring.batches import Rows
 from tpcompress.evaluation.tasks.base import Task
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tpcompress.data.chat import load_chat
 from tpcompress.data.rows import OnBadRow
-from tpcompress.evaluation.scoring.evaluate import Rows
+from tpcompress.evaluation.scoring.batches import Rows
 from tpcompress.evaluation.tasks.base import Task
 
 FAMILY = "all"

@@ -1,14 +1,23 @@
-"""Metrics: how the answer to one question counts. One file each, found by being here."""
+"""Metrics: how the answer to one question counts. One file each, found by being here, or any class by dotted path."""
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 
+from tpcompress.errors import first_line
 from tpcompress.evaluation.create import create_from
-from tpcompress.evaluation.scoring.metrics.base import PERCENT, Answers, Metric, Unit
+from tpcompress.evaluation.scoring.metrics.base import PERCENT, Answers, Metric, Reply, Unit
 from tpcompress.open_set import named_classes
 
-__all__ = ["PERCENT", "Answers", "Metric", "Unit", "find_metric", "list_metrics"]
+__all__ = ["PERCENT", "Answers", "Metric", "Reply", "Unit", "find_metric", "list_metrics", "name_of"]
+
+UNAVAILABLE = {
+    "cider": "torchmetrics has no CIDEr and pycocoevalcap needs Java",
+    "spice": "torchmetrics has no SPICE and pycocoevalcap needs Java",
+    "meteor": "torchmetrics has no METEOR",
+}
+"""Metrics that no library here computes, and why."""
 
 
 @cache
@@ -18,9 +27,38 @@ def list_metrics() -> dict[str, type[Metric]]:
 
 
 def find_metric(name: str) -> Metric:
-    """The metric of that name.
+    """The metric of that name, or of a dotted path: `package.module:Class` or `package.module.Class`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the path does not lead to a `Metric`.
     """
+    if isinstance(name, str) and name not in list_metrics():
+        if name.lower() in UNAVAILABLE:
+            reason = UNAVAILABLE[name.lower()]
+            raise ValueError(
+                f"No metric '{name}': {reason}; name a class of your own by its dotted path, or use rouge_l."
+            )
+        if ":" in name or "." in name:
+            return _imported(name)()
     return create_from(list_metrics(), Metric, "metric", name)
+
+
+def name_of(metric: Metric) -> str:
+    """The name by which `find_metric` finds a metric again."""
+    cls = type(metric)
+    return (
+        metric.name if list_metrics().get(getattr(cls, "name", "")) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    )
+
+
+@cache
+def _imported(path: str) -> type[Metric]:
+    """A metric class by its dotted path."""
+    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"No metric at '{path}': {first_line(error)}; give package.module:Class.") from error
+    if not (isinstance(found, type) and issubclass(found, Metric)):
+        raise ValueError(f"'{path}' is not a metric; derive a class from tpcompress.evaluation.Metric.")
+    return found

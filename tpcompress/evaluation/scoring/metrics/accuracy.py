@@ -16,7 +16,7 @@ class Accuracy(Metric):
 
     name = "accuracy"
 
-    def __call__(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def __call__(self, answers: Answers) -> tuple[Tensor, ...]:
         tokens_Q = answers.tokens_Q
         open_Q = torch.tensor([name == OPEN_FAMILY for name in answers.families]).to(tokens_Q.device, non_blocking=True)
         value_Q = torch.where(open_Q, answers.total_Q(answers.right_T.float()), answers.right_Q.float())

@@ -14,5 +14,5 @@ class LogLikelihood(Metric):
     title = "Log-likelihood of an answer token"
     unit = Unit(scale=1.0, suffix=" nats", title="nats", digits=3)
 
-    def __call__(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def __call__(self, answers: Answers) -> tuple[Tensor, ...]:
         return -answers.total_Q(answers.loss_T), answers.tokens_Q

@@ -13,5 +13,5 @@ class TokenAccuracy(Metric):
     name = "token_accuracy"
     title = "Token accuracy"
 
-    def __call__(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def __call__(self, answers: Answers) -> tuple[Tensor, ...]:
         return answers.total_Q(answers.right_T.float()), answers.tokens_Q

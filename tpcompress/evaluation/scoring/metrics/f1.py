@@ -1,0 +1,19 @@
+"""F1 of the words of an answer, as in SQuAD."""
+
+from __future__ import annotations
+
+from torchmetrics.functional.text import squad
+
+from tpcompress.evaluation.scoring.metrics.base import Metric, Reply
+
+
+class F1(Metric):
+    """Harmonic mean of precision and recall of the words, with the best reference, as SQuAD normalizes them."""
+
+    name = "f1"
+    title = "F1 of the words"
+
+    def of_reply(self, reply: Reply) -> tuple[float, ...]:
+        answers = {"text": list(reply.references), "answer_start": [0] * len(reply.references)}
+        scored = squad([{"prediction_text": reply.text, "id": "0"}], [{"answers": answers, "id": "0"}])
+        return float(scored["f1"]) / 100, 1.0
