@@ -32,6 +32,10 @@ STRETCH = 1.5
 INTERPOLATES = "interpolate_pos_encoding"
 
 
+class CannotDownsample(ValueError):
+    """The images of a model cannot be made smaller; `str()` says why."""
+
+
 @dataclass(frozen=True)
 class Smaller:
     """A processor that returns smaller images.
@@ -56,7 +60,8 @@ def downsampled(model: nn.Module, processor: Any, keep_tokens: int) -> Iterator[
             many tokens; images of variable size get at most as many.
 
     Raises:
-        ValueError: `keep_tokens` is not a positive integer, or the image size of this model cannot be changed.
+        CannotDownsample: the image size of this model cannot be changed.
+        ValueError: `keep_tokens` is not a positive integer.
     """
     if isinstance(keep_tokens, bool) or not isinstance(keep_tokens, int) or keep_tokens < 1:
         raise ValueError(f"keep_tokens must be a whole number of at least 1, got {keep_tokens!r}.")
@@ -142,12 +147,12 @@ def _shrunk(parts: Parts, processor: Any, keep_tokens: int) -> Smaller:
     config = parts.model.config.vision_config
     side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if INTERPOLATES not in inspect.signature(parts.vision_tower.forward).parameters:
-        raise ValueError(_refusal(parts, f"{type(parts.vision_tower).__name__} cannot interpolate its positions"))
+        raise CannotDownsample(_refusal(parts, f"{type(parts.vision_tower).__name__} cannot interpolate its positions"))
     if not isinstance(side, int) or not isinstance(patch, int):
-        raise ValueError(_refusal(parts, "its tower has no single image size"))
+        raise CannotDownsample(_refusal(parts, "its tower has no single image size"))
     pixels = processor.image_processor(images=[_sample()], return_tensors="pt").get("pixel_values")
     if not isinstance(pixels, Tensor) or tuple(pixels.shape) != (1, 3, side, side):
-        raise ValueError(_refusal(parts, "its processor splits images into tiles, or chooses their sizes"))
+        raise CannotDownsample(_refusal(parts, "its processor splits images into tiles, or chooses their sizes"))
     rows, cols = smaller_grid(side // patch, side // patch, keep_tokens)
     image_processor = _shrinking(processor.image_processor, rows * patch, cols * patch)
     return Smaller(_with(processor, image_processor), (rows, cols))
@@ -160,13 +165,15 @@ def _check(parts: Parts, smaller: Smaller, keep_tokens: int) -> None:
     try:
         (layout,) = layouts_of(parts, inputs_for(parts.vision_tower, inputs))["image"]
     except (RuntimeError, ValueError) as error:
-        raise ValueError(_refusal(parts, f"its encoder rejects smaller images ({type(error).__name__})")) from error
+        raise CannotDownsample(
+            _refusal(parts, f"its encoder rejects smaller images ({type(error).__name__})")
+        ) from error
     placeholders = int((inputs["input_ids"] == parts.placeholder_ids["image"]).sum())
     if placeholders != layout.placeholders:
         why = f"its processor returns {placeholders} placeholders for an image of {layout.placeholders} tokens"
-        raise ValueError(_refusal(parts, why))
+        raise CannotDownsample(_refusal(parts, why))
     if layout.count > keep_tokens or smaller.grid not in (None, (layout.grids[0].rows, layout.grids[0].cols)):
-        raise ValueError(_refusal(parts, f"an image of {keep_tokens} tokens was encoded to {layout.count}"))
+        raise CannotDownsample(_refusal(parts, f"an image of {keep_tokens} tokens was encoded to {layout.count}"))
 
 
 def _refusal(parts: Parts, why: str) -> str:

@@ -127,7 +127,7 @@ def test_table_is_whole_at_any_width(report, width):
 
 def test_findings_follow_from_the_rows(report):
     text = "\n".join(findings(report))
-    assert "The dense base scores 95.0 % (mean of 2 learnt families); with blanked images 20.0 %." in text
+    assert "The dense base scores 95.0 % (mean of 2 learnt families); with blank images 20.0 %." in text
     assert "not in any score: ocr." in text
     assert "divprune is the best pruner without training: 70.0 % (-25.0 against dense); not better than" in text
     assert "uniform (42.0 %): pool (35.0 %)" in text
@@ -186,9 +186,15 @@ def test_files_are_written_whole(report, tmp_path):
     assert "- base: tiny_llava" in markdown
 
 
-def test_a_base_that_has_learnt_nothing_gives_no_score_but_says_so():
-    nothing = Row("dense", score=float("nan"), ci95=float("nan"), families={"a": 0.1}, learnt=[], retained_tokens=144)
-    report = Report([nothing], meta={"blind": {"a": 0.1}})
-    (sentence,) = findings(report)
-    assert sentence.startswith("The dense base is not clearly better than on blanked images in any family")
-    assert "| dense | 144 | – |" in report_markdown(report)
+def test_a_base_that_has_learnt_nothing_has_a_marked_table():
+    nothing = Row("dense", score=0.1, ci95=0.02, families={"a": 0.1}, learnt=[], retained_tokens=144)
+    pruned = Row("training_free", "pool", 16, score=0.1, families={"a": 0.1}, learnt=[], retained_tokens=16)
+    report = Report([nothing, pruned], meta={"blind": {"a": 0.1}})
+    first, second = findings(report)[:2]
+    assert first == "The dense base scores 10.0 % (family a); with blank images 10.0 %."
+    assert second.startswith("In no family is the dense base clearly better than with blank images")
+    text = report_markdown(report)
+    assert "| dense | 144 | 10.0 ±2.0 |" in text
+    assert "| a* |" in text
+    assert "| · pool | 16 / 16 / – | 10.0 |" in text
+    assert "*: not learnt by the dense base" in text

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tpcompress as tp
+from tpcompress.data.blank import blank_images
 from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.evaluation.tasks import create_task, list_tasks
 
@@ -100,9 +101,9 @@ def test_a_task_scores_as_evaluate_does(vqa, processor, pack):
     task = create_task({"type": "benchmark", "num_images": 6})
     model = tp.attach(vqa, tp.PruningPlan([tp.Stage("divprune", keep_tokens=9)]))
     for blank in (False, True):
-        prepared = task.prepare(processor, batch_size=5, pack=pack, blank=blank)
+        prepared = task.prepare(processor, 5, pack, blank_images if blank else None)
         assert prepared.packed == pack
-        found = task.score(model, processor, prepared, blank=blank)
+        found = task.score(model, processor, prepared)
         expected = evaluate(model, processor, task.rows, pack=pack, blank=blank)
         assert found.families == pytest.approx(expected.families, nan_ok=True)
         np.testing.assert_array_equal(found.count_IF, expected.count_IF)

@@ -54,7 +54,7 @@ def accuracy_figure(report: Report, path: str | Path) -> None:
         axes.set_ylim(0, 103)
     _draw_levels(axes, report)
     words = "%" if unit == PERCENT else unit.title
-    axes.set_ylabel(f"{report.metric.title.lower()}, mean of learnt families ({words})")
+    axes.set_ylabel(f"{report.metric.title.lower()}, mean of {'learnt' if report.learnt else 'all'} families ({words})")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,13 +9,14 @@ from typing import Any
 
 from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.compare.config import Comparison
-from tpcompress.evaluation.downsample import downsampled, tokens_per_image
+from tpcompress.evaluation.downsample import CannotDownsample, downsampled, tokens_per_image
 from tpcompress.evaluation.engine.bench import Bench
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, Settings, slug
 from tpcompress.evaluation.engine.counts import Counted
 from tpcompress.evaluation.engine.model_cell import ModelCell
 from tpcompress.evaluation.engine.plans import budget_of, control_plan, key_of, recipe_plan
 from tpcompress.evaluation.position_bias import PositionBias
+from tpcompress.evaluation.scoring.degrade import degrade
 from tpcompress.families import resolve
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace
@@ -66,19 +67,41 @@ class DownsampleCell(Cell):
         return {**common, "downsample": str(self.budget)}
 
     def make(self, bench: Bench) -> Made:
-        """Test the base on smaller images.
-
-        Raises:
-            ValueError: images of this family cannot be made smaller.
-        """
-        with downsampled(bench.model, bench.processor, self.budget.count(bench.vision_tokens)) as smaller:
-            data = bench.task.prepare(smaller.processor, bench.batch_size)
-            scores = bench.task.score(bench.model, smaller.processor, data, metric=bench.metric)
-            count = tokens_per_image(bench.model, data.batches)
+        """Test the base on smaller images; a family whose images cannot be made smaller gets a note instead."""
+        total = bench.vision_tokens
+        try:
+            with downsampled(bench.model, bench.processor, max(1, round(self.budget.count(total)))) as smaller:
+                data = bench.collated(smaller.processor)
+                scores = bench.task.score(bench.model, smaller.processor, data, metric=bench.metric)
+                count = tokens_per_image(bench.model, data.batches)
+        except CannotDownsample as error:
+            return Made({"vision_tokens": total, "note": f"not available: {error}", "summary": str(error)})
         grid = "" if smaller.grid is None else f", {smaller.grid[0]} x {smaller.grid[1]}"
         note = f"{count:g} tokens{grid}, of images with fewer pixels"
-        record = {"vision_tokens": bench.vision_tokens, "retained_tokens": count, "layer_average": count, "note": note}
+        record = {"vision_tokens": total, "retained_tokens": count, "layer_average": count, "note": note}
         return Made(record, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class DegradedCell(Cell):
+    """The base on images without detail, for the hard subset; not a row of the table.
+
+    Attributes:
+        factor: by which the sides are shrunk before they are enlarged again.
+        variant: 0 or 1, see `scoring.degrade`.
+    """
+
+    factor: float = 4.0
+    variant: int = 0
+
+    def key(self, common: Mapping[str, Any]) -> dict[str, Any]:
+        """Shared settings, factor and variant."""
+        return {**common, "degraded": [self.factor, self.variant]}
+
+    def make(self, bench: Bench) -> Made:
+        """Test the base."""
+        data = bench.collated(bench.processor, degrade(self.factor, self.variant))
+        return Made(scores=bench.task.score(bench.model, bench.processor, data, metric=bench.metric))
 
 
 def cells_of(comparison: Comparison) -> list[Cell]:
@@ -89,7 +112,10 @@ def cells_of(comparison: Comparison) -> list[Cell]:
     """
     trained = comparison.trained()
     cells: list[Cell] = [_row("dense"), _row("blind", blank=True)]
-    if comparison.downsample:  # early: a family without smaller images fails before hours of training
+    if comparison.hard_subset:
+        labels = {"arm": "degraded", "pruner": None}
+        cells += [DegradedCell(f"degraded-{n}", labels, comparison.hard_subset, n) for n in (0, 1)]
+    if comparison.downsample:  # early: quick, and it says whether the family has smaller images
         for value in comparison.budgets:
             cells.append(DownsampleCell(*_identity("downsample", None, 0, value, 0), budget_of(value)))
     shared = [(p, value) for value in comparison.budgets for p in comparison.training_free if not p.budgets]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tpcompress.bundled import find_config
 from tpcompress.evaluation.engine.cell import slug
@@ -37,6 +38,9 @@ class Comparison(Config):
         training_aware: recipes to train; a bare path is one at the first budget.
         control: recipe of the dense model with the same extra steps.
         downsample: add the base on smaller images at every budget, without a pruner.
+        hard_subset: factor by which images lose detail (such as 4) for the questions that need it; None leaves the
+            hard subset out.
+        tasks: several tasks instead of one, each a name or `{type: name, metric: ..., label: ...}`.
 
     Raises:
         ValueError: no budget, a seed twice, or rows that cannot be told apart.
@@ -49,8 +53,14 @@ class Comparison(Config):
     training_aware: tuple[TrainedRecipe, ...] = ()
     control: str | None = None
     downsample: bool = False
+    hard_subset: float | None = None
+    tasks: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.hard_subset is not None and not self.hard_subset > 1:
+            raise ValueError(f"hard_subset is a factor above 1, such as 4, got {self.hard_subset}.")
+        if self.tasks and (self.data is not None or self.task != "benchmark" or self.metric or self.generate):
+            raise ValueError("tasks stands beside task, data, metric or generate; write these inside its entries.")
         if not self.budgets:
             raise ValueError("budgets is empty; give counts such as 16 or ratios such as 0.111.")
         groups: dict[str, tuple[float, ...]] = {"budgets": self.budgets}
@@ -70,6 +80,28 @@ class Comparison(Config):
     def parts(cls) -> dict[str, tuple[type, str | None]]:
         """The lists of pruners and recipes."""
         return {"training_free": (FreePruner, "pruner"), "training_aware": (TrainedRecipe, "recipe")}
+
+    def check_tasks(self) -> None:
+        """Make every task, without reading its data."""
+        if not self.tasks:
+            super().check_tasks()
+        for one in self.by_task().values():
+            one.check_tasks()
+
+    def by_task(self) -> dict[str, Comparison]:
+        """One comparison per entry of `tasks`, by the label of the task.
+
+        Raises:
+            ValueError: a wrong task, or two of one label.
+        """
+        found: dict[str, Comparison] = {}
+        for entry in self.tasks:
+            one = replace(self, tasks=(), task=entry)
+            name = slug(one.make_task().title)
+            if name.casefold() in map(str.casefold, found):
+                raise ValueError(f"two tasks are named {name}; give one a label.")
+            found[name] = one
+        return found
 
     def at(self, pruner: FreePruner) -> tuple[float, ...]:
         """Budgets of a pruner."""

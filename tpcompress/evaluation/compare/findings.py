@@ -31,13 +31,18 @@ def findings(report: Report) -> list[str]:
 
 def _on_dense(report: Report) -> list[str]:
     unit, dense, sentences = report.metric.unit, _dense(report), []
-    if dense is not None and not report.learnt:
-        return ["The dense base is not clearly better than on blanked images in any family, so there are no scores."]
     if dense is not None:
-        blind = "" if report.blind_score is None else f"; with blanked images {unit.text(report.blind_score)}"
-        number = len(report.learnt)
-        families = f"mean of {number} learnt families" if number != 1 else f"family {report.learnt[0]}"
+        blind = "" if report.blind_score is None else f"; with blank images {unit.text(report.blind_score)}"
+        number = len(report.averaged)
+        families = f"mean of {number} learnt families" if number != 1 else f"family {report.averaged[0]}"
+        families = families if report.learnt else "mean of all families" if number != 1 else families
         sentences.append(f"The dense base scores {unit.text(dense.score)} ({families}){blind}.")
+    if dense is not None and not report.learnt:
+        sentences.append(
+            "In no family is the dense base clearly better than with blank images, so these scores do not show what "
+            "pruning costs: give more rows, questions that need the image, or a base that answers them."
+        )
+        return sentences
     rest = [name for name in report.families if name not in report.learnt]
     if rest:
         sentences.append(f"Not learnt by the base, so not in any score: {', '.join(rest)}.")
@@ -73,7 +78,7 @@ def _on_training_free(report: Report, budget: float) -> list[str]:
 def _on_smaller_images(report: Report, smaller: Row) -> list[str]:
     """Which pruners are not better than smaller images of the same budget."""
     if smaller.score is None:
-        return []
+        return [f"Smaller images are {smaller.note}"] if smaller.note else []
     unit = report.metric.unit
     text = (
         f"Smaller images of {tokens(smaller.retained_tokens)} tokens score {unit.text(smaller.score)} without a pruner"
@@ -162,7 +167,7 @@ def _family_shift(report: Report, group: list[Row]) -> str | None:
     """The families that training moved most and least, which the mean hides."""
     pairs = [(row, twin) for row in group if (twin := report.twin(row, "training_free")) is not None]
     deltas = []
-    for name in report.learnt:
+    for name in report.averaged:
         known = [(r.families.get(name), t.families.get(name)) for r, t in pairs]
         both = [a - b for a, b in known if a is not None and b is not None]
         deltas += [(sum(both) / len(both), name)] if both else []

@@ -68,8 +68,13 @@ class Report:
 
     @property
     def learnt(self) -> list[str]:
-        """Families that scores average: those of the first row."""
+        """Families that the dense base has learnt: those of the first row."""
         return list(self.rows[0].learnt) if self.rows else list(self.meta.get("learnt") or [])
+
+    @property
+    def averaged(self) -> list[str]:
+        """Families that scores average: the learnt ones; all of them if there is none."""
+        return self.learnt or self.families
 
     @property
     def families(self) -> list[str]:
@@ -78,8 +83,8 @@ class Report:
 
     @property
     def blind_score(self) -> float | None:
-        """The blank baseline over the learnt families."""
-        known = [v for name in self.learnt if (v := (self.meta.get("blind") or {}).get(name)) is not None]
+        """The blank baseline over the families that scores average."""
+        known = [v for name in self.averaged if (v := (self.meta.get("blind") or {}).get(name)) is not None]
         return sum(known) / len(known) if known else None
 
     def to_json(self) -> str:

@@ -15,6 +15,12 @@ trained with the pruner in the loop."""
 
 UNIFORMITY = ("uniformity", "uniformity_ci95", "uniformity_thirds", "uniformity_thirds_ci95")
 
+BESIDE = (
+    "flips", "flips_ci95", "lost", "gained", "changed", "calibration_error", "calibration_ci95", "overconfidence",
+    "hard", "hard_ci95",
+)  # fmt: skip
+"""Numbers beside the score."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,6 +50,12 @@ class Row:
         seconds: seconds of training.
         num_images: images of the evaluation.
         note: remark for the report.
+        flips, flips_ci95: share of questions that are right here and wrong in the dense base or the reverse, and the
+            half width of its interval.
+        lost, gained, changed: shares of questions that became wrong, became right, and have another answer.
+        calibration_error, calibration_ci95: expected calibration error of the answers.
+        overconfidence: mean confidence of the answers minus their accuracy.
+        hard, hard_ci95: the metric on the hard subset, see `HardSubset`.
     """
 
     RECORDED: ClassVar[tuple[str, ...]] = ("vision_tokens", "retained_tokens", "layer_average", "note", *UNIFORMITY)
@@ -72,11 +84,21 @@ class Row:
     seconds: float | None = None
     num_images: int | None = None
     note: str = ""
+    flips: float | None = None
+    flips_ci95: float | None = None
+    lost: float | None = None
+    gained: float | None = None
+    changed: float | None = None
+    calibration_error: float | None = None
+    calibration_ci95: float | None = None
+    overconfidence: float | None = None
+    hard: float | None = None
+    hard_ci95: float | None = None
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
             raise ValueError(f"A row has no arm '{self.arm}'; choose one of {', '.join(ARMS)}.")
-        for name in ("score", "ci95", "control_score", *UNIFORMITY):
+        for name in ("score", "ci95", "control_score", *UNIFORMITY, *BESIDE):
             object.__setattr__(self, name, _known(getattr(self, name)))
         for name in ("gain", "control_gain"):
             value = getattr(self, name)

@@ -5,41 +5,85 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
-from tpcompress.evaluation.compare.cells import RowCell, cells_of
+from tpcompress.evaluation.compare.beside import beside_score
+from tpcompress.evaluation.compare.cells import DegradedCell, RowCell, cells_of
 from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
-from tpcompress.evaluation.compare.write import print_report, write_report
+from tpcompress.evaluation.compare.table import tasks_table
+from tpcompress.evaluation.compare.write import print_report, report_markdown, write_report
 from tpcompress.evaluation.engine.bench import Bench
 from tpcompress.evaluation.engine.cell import Cell
 from tpcompress.evaluation.engine.plans import control_plan
 from tpcompress.evaluation.figures.position_bias import bias_figure
 from tpcompress.evaluation.figures.retained import retained_figure, retained_masks
 from tpcompress.evaluation.position_bias import RetentionMap
+from tpcompress.evaluation.scoring.agreement import HardSubset
 from tpcompress.evaluation.scoring.scores import Scores
+from tpcompress.evaluation.tables import markdown, rich_table
+from tpcompress.files import write_atomic
 
 SAMPLES = 4
 """Sample images of the figure of retained tokens."""
 
 
-def run_comparison(config: str | Comparison, out: str | Path | None, console: Console) -> Report:
+def run_comparison(
+    config: str | Comparison, out: str | Path | None, console: Console, **changes: Any
+) -> Report | dict[str, Report]:
     """Make every row that the output directory lacks, print the table and write report and figures.
 
     Args:
         config: a comparison, or its file.
         out: output directory; default: the comparison's.
         console: console for progress and table.
+        changes: keys of the comparison that replace those of the file, such as `data` and `base`.
+
+    Returns:
+        the report; of several `tasks`, the reports by task.
 
     Raises:
-        FileNotFoundError, ValueError: a mistake in the file, or an output directory of other settings.
+        FileNotFoundError, ValueError: a mistake in the file, an export as base, or an output directory of other
+            settings; or a cell could not be made, after the table of the others is printed.
         KeyboardInterrupt: interrupted; what is finished is kept.
     """
-    run = ComparisonRun.open(config, out, console)
-    run.work()
+    comparison = Comparison.from_file(config) if isinstance(config, str) else config
+    comparison = replace(comparison, **changes)
+    if not comparison.tasks:
+        return _finished(ComparisonRun.open(comparison, out, console))
+    folder, reports, first = Path(out or comparison.out), dict[str, Report](), None
+    for name, one in comparison.by_task().items():
+        console.print(f"[bold]{name}[/bold]", highlight=False)
+        run = ComparisonRun.open(one, folder / name, console)
+        run.bench.runs = folder / "train"
+        if first is not None:
+            run.bench.share(first)
+        first = first or run.bench
+        reports[name] = _finished(run)
+    table = tasks_table(reports)
+    console.print(rich_table(table))
+    whole = [
+        *markdown(table, level=1),
+        *(line for n, r in reports.items() for line in (f"# {n}", "", report_markdown(r))),
+    ]
+    write_atomic(folder / "report.md", "\n".join(whole))
+    console.print(f"[bold]{folder}[/bold]: report.md, {', '.join(f'{name}/' for name in reports)}", soft_wrap=True)
+    return reports
+
+
+def _finished(run: ComparisonRun) -> Report:
+    """Make all rows; where one cannot be made, the table of the others is still printed."""
+    try:
+        run.work()
+    except ValueError:
+        run.update()
+        if run.report.rows:
+            run.finish()
+        raise
     return run.finish()
 
 
@@ -65,8 +109,10 @@ class ComparisonRun:
         cells, task = cells_of(comparison), comparison.make_task()
         folder = Path(out or comparison.out)
         bench = Bench(comparison.base, task, folder, console, comparison.metric or "", comparison.batch_size)
-        settings = {name: value for name, value in task.config().items() if name != "type"}
-        meta = {"base": comparison.base, "task": task.description, "metric": bench.metric, **settings}
+        settings = {name: value for name, value in task.config().items() if name not in ("type", "generate")}
+        generation = task.generation(bench.metric)
+        how = "teacher-forced" if generation is None else f"generated, {generation}"
+        meta = {"base": comparison.base, "task": task.description, "metric": bench.metric, "answers": how, **settings}
         return cls(bench, cells, Report(meta=meta))
 
     def work(self) -> None:
@@ -80,16 +126,27 @@ class ComparisonRun:
         learnt, blanked = self.bench.learnt(dense, blind), self.bench.scores(blind)
         if learnt is None or blanked is None:
             return
-        self.report.meta |= {"learnt": learnt, "blind": blanked.families}
+        averaged = learnt or list(blanked.names)  # without a learnt family there is a table all the same, marked
+        self.report.meta |= {"learnt": learnt, "blind": blanked.families, "skipped rows": blanked.skipped}
         self.report.rows = []
+        hard = self._hard(averaged)
+        if hard is not None and hard.size:
+            degraded = hard.degraded
+            self.report.meta["hard"] = {"questions": hard.size, "score": degraded.score, "ci95": degraded.ci95}
         for cell in self.cells:
-            if cell is blind or (record := self.bench.record(cell)) is None:
+            if cell is blind or isinstance(cell, DegradedCell) or (record := self.bench.record(cell)) is None:
                 continue
-            scores = self._answers(cell, learnt)
             known = {name: record[name] for name in Row.RECORDED if name in record}
+            if self.bench.scores(cell) is None:  # smaller images of a family that has none
+                self.report.add(Row(**cell.labels, **known, learnt=learnt))
+                continue
+            scores = self._answers(cell, averaged)
             if cell.runs:
                 known["seconds"] = record["train_seconds"]
-            row = Row.of(scores, **cell.labels, **known)
+            beside = beside_score(
+                scores, None if cell is dense else self._answers(dense, averaged), hard, cell.labels["arm"]
+            )
+            row = Row.of(scores, **cell.labels, **known, **beside, learnt=learnt)
             self.report.add(self._paired(row, cell, scores) if row.arm == "training_aware" else row)
         write_report(self.report, self.bench.folder)
 
@@ -125,6 +182,14 @@ class ComparisonRun:
         return self.bench.run_folder(cell.runs[0])
 
     # ------------------------------------------------------------------ inside
+
+    def _hard(self, averaged: Sequence[str]) -> HardSubset | None:
+        """The hard subset, once the base was tested on both kinds of degraded images."""
+        halves = [cell for cell in self.cells if isinstance(cell, DegradedCell)]
+        if not halves or any(self.bench.record(cell) is None for cell in halves):
+            return None
+        first, second = (self._answers(cell, averaged) for cell in halves)
+        return HardSubset(first, second)
 
     def _answers(self, cell: Cell, learnt: Sequence[str]) -> Scores:
         """Answers of a finished cell, averaged over the learnt families; kept, as their bootstrap is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.scoring.metrics import Unit
@@ -16,6 +18,10 @@ NAMES = {
     "training_aware": "training-aware",
 }
 """Name of each arm in the table."""
+WAYS = {
+    "dense": "", "downsample": "", "dense_ft": ", control", "training_free": "", "training_aware": ", trained",
+}  # fmt: skip
+"""What is added to the name of a row where the arm has no heading."""
 
 
 def layout(report: Report, families: bool = True, only_families: bool = False) -> Table:
@@ -44,6 +50,75 @@ def layout(report: Report, families: bool = True, only_families: bool = False) -
         sections += [section] if section else []
     title = f"{report.metric.title} in {report.metric.unit.title}"
     return Table(title, header, sections, "" if only_families else _caption(report, families))
+
+
+def tasks_table(reports: Mapping[str, Report]) -> Table:
+    """The scores of all tasks beside each other, one row per model.
+
+    Args:
+        reports: report of each task, by its name.
+    """
+    rows = list({row.key: row for report in reports.values() for row in report.rows}.values())
+    cells = []
+    for row in sorted(rows, key=lambda row: list(NAMES).index(row.arm)):
+        name = NAMES[row.arm] if row.pruner is None else f"{NAMES[row.arm]} {label(next(iter(reports.values())), row)}"
+        budget = "" if row.keep_tokens is None else f", {row.keep_tokens:g}"
+        line, kept = [name + budget], []
+        for report in reports.values():
+            found, dense = report.find(*row.key), next(iter(report.arm("dense")), None)
+            score, unit = None if found is None else found.score, report.metric.unit
+            interval = "" if found is None or found.ci95 is None else f" ±{unit.number(found.ci95)}"
+            line.append(unit.number(score) + interval)
+            if score is not None and dense is not None and dense.score is not None and min(score, dense.score) > 0:
+                kept.append(score / dense.score)
+        line.append(f"{100 * sum(kept) / len(kept):.1f}" if len(kept) == len(reports) else UNKNOWN)
+        cells.append(line)
+    header = [f"{name}{'' if report.learnt else '*'} ({report.metric.name})" for name, report in reports.items()]
+    note = "±: 95 % interval over images. % of dense: mean over the tasks of score / score of the dense base."
+    if not all(report.learnt for report in reports.values()):
+        note += " *: no family is learnt by the dense base."
+    return Table("All tasks", ["model", *header, "% of dense"], [cells], note)
+
+
+def beside_table(report: Report) -> Table | None:
+    """Flips, calibration and the hard subset; None if no row has any of them."""
+    rows = [row for row in report.rows if row.calibration_error is not None]
+    if not rows:
+        return None
+    hard = report.meta.get("hard") or {}
+    header = ["model", "flips", "lost", "gained", "changed", "ECE", "conf-acc"] + (["hard"] if hard else [])
+    cells, unit = [], report.metric.unit
+    for row in rows:
+        name = label(report, row).removeprefix("· ") + WAYS[row.arm]
+        line = [name if row.keep_tokens is None else f"{name}, {row.keep_tokens:g}"]
+        line += [_share(row.flips, row.flips_ci95), _share(row.lost), _share(row.gained), _share(row.changed)]
+        line += [_share(row.calibration_error, row.calibration_ci95), _share(row.overconfidence, sign=True)]
+        cells.append([*line, *([_interval(unit, row.hard, row.hard_ci95)] if hard else [])])
+    if hard:
+        blurred = _interval(unit, hard.get("score"), hard.get("ci95"))
+        cells.append(["dense, images without detail", *[UNKNOWN] * 6, blurred])
+    note = (
+        "In percent of the questions. flips: right in one of this model and the dense base and wrong in the other "
+        "(lost: became wrong; gained: became right). changed: another answer. ECE: mean distance of confidence and "
+        "accuracy over 15 bins. conf-acc: mean confidence minus accuracy."
+    )
+    if hard:
+        note += (
+            f" hard: {report.metric.title.lower()} on the {hard['questions']} questions that the dense base gets wrong "
+            "on images without detail; each half is chosen by one way to remove it, and that base is scored under the "
+            "other."
+        )
+    return Table("Beside the score", header, [cells], note)
+
+
+def _interval(unit: Unit, value: float | None, ci95: float | None) -> str:
+    return unit.number(value) + ("" if ci95 is None else f" ±{unit.number(ci95)}")
+
+
+def _share(value: float | None, ci95: float | None = None, sign: bool = False) -> str:
+    if value is None:
+        return UNKNOWN
+    return f"{100 * value:{'+' if sign else ''}.1f}" + ("" if ci95 is None else f" ±{100 * ci95:.1f}")
 
 
 def position_table(report: Report) -> Table | None:
@@ -127,7 +202,8 @@ def _caption(report: Report, families: bool) -> str:
     if report.arm("downsample"):
         sentences.append("smaller image: the dense base on images of fewer pixels.")
     if report.meta.get("blind"):
-        sentences.append("blind: the dense base on blanked images.")
+        sentences.append("blind: the dense base on blank images.")
     if families and set(report.families) - set(report.learnt):
-        sentences.append("*: not learnt by the dense base, not in the score.")
+        why = "not in the score" if report.learnt else "scores are means over all of them, which says little on pruning"
+        sentences.append(f"*: not learnt by the dense base (not clearly better than blind); {why}.")
     return " ".join(sentences)

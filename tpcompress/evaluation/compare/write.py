@@ -11,7 +11,7 @@ from rich.measure import Measurement
 
 from tpcompress.evaluation.compare.findings import findings
 from tpcompress.evaluation.compare.report import Report
-from tpcompress.evaluation.compare.table import layout, position_table
+from tpcompress.evaluation.compare.table import beside_table, layout, position_table
 from tpcompress.evaluation.tables import markdown, rich_table, to_csv
 from tpcompress.files import write_atomic
 
@@ -24,6 +24,9 @@ def print_report(report: Report, console: Console) -> None:
     else:
         console.print(rich_table(layout(report, families=False)))
         console.print(rich_table(layout(report, families=True, only_families=True), gap=0))
+    beside = beside_table(report)
+    if beside is not None:
+        console.print(rich_table(beside))
     for sentence in findings(report):
         console.print(f"· {sentence}", markup=False, highlight=False)
 
@@ -50,8 +53,8 @@ def report_markdown(report: Report) -> str:
     """Table, findings, positions of retained tokens, settings and notes."""
     lines = markdown(layout(report), level=1)
     lines += ["## Findings", "", *(f"- {sentence}" for sentence in findings(report)), ""]
-    positions = position_table(report)
-    lines += markdown(positions) if positions is not None else []
+    for table in (beside_table(report), position_table(report)):
+        lines += markdown(table) if table is not None else []
     settings = {key: value for key, value in report.meta.items() if not isinstance(value, dict | list)}
     lines += ["## How", "", *(f"- {key}: {value}" for key, value in settings.items())]
     notes = {row.note: row for row in report.rows if row.note}

@@ -13,13 +13,15 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from tpcompress.data.blank import blank_images
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, check_names
+from tpcompress.evaluation.engine.claimed import claim_folder
 from tpcompress.evaluation.engine.counts import mean_vision_tokens
-from tpcompress.evaluation.engine.fingerprint import base_digest, digest_of
+from tpcompress.evaluation.engine.fingerprint import base_digest, digest_of, refuse_export
 from tpcompress.evaluation.engine.locks import claim
-from tpcompress.evaluation.engine.progress import seconds_left
+from tpcompress.evaluation.engine.progress import report_line
 from tpcompress.evaluation.engine.runs import Kept, Trained, check_run, is_done, load_run, train
-from tpcompress.evaluation.scoring.batches import Prepared
+from tpcompress.evaluation.scoring.batches import Change, Prepared
 from tpcompress.evaluation.scoring.evaluate import Watch, why_not_packed_by
 from tpcompress.evaluation.scoring.metrics import find_metric, name_of
 from tpcompress.evaluation.scoring.scores import Scores, learnt_families
@@ -31,8 +33,6 @@ from tpcompress.training.nan_guard import NonFiniteLoss
 
 PAUSE = 5.0
 """Seconds between two looks at the cells that other processes hold."""
-OLD = ("report.json", "study.json", "settings.json", "cells", "scores")
-"""Files of a results folder of earlier versions, which wrote no `bench.json`."""
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Bench:
         dtype: dtype of the base's weights.
         device: device of the base; None leaves it where it is loaded.
         many_runs: many short training runs: their images are encoded once, they show no progress and write no logs.
+        runs: folder of training runs; default: `train` in the folder.
         tests: the rows of the task, collated: packed or one question per sequence, blank or not.
         kept: encoded training images.
         loaded: the trained model that was needed last.
@@ -64,6 +65,7 @@ class Bench:
     dtype: str = "float32"
     device: str | None = None
     many_runs: bool = False
+    runs: Path | None = None
     tests: dict[tuple[bool, bool], Prepared] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
     loaded: Trained | None = None
@@ -73,6 +75,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.metric = name_of(find_metric(self.metric or self.task.metric))
+        refuse_export(self.base)
 
     # ------------------------------------------------------------------ what all cells share
 
@@ -127,13 +130,21 @@ class Bench:
         """
         key = (packed and self.packs, blank)
         if key not in self.tests:
-            self.tests[key] = self.task.prepare(self.processor, self.batch_size, *key, metric=self.metric)
+            self.tests[key] = self.collated(self.processor, blank_images if blank else None, key[0])
         return self.tests[key]
+
+    def collated(self, processor: Any, change: Change | None = None, packed: bool = True) -> Prepared:
+        """The rows of the task for one test, with another processor or changed rows."""
+        return self.task.prepare(processor, self.batch_size, packed and self.packs, change, self.metric)
 
     def test(self, model: nn.Module, blank: bool = False, watch: Watch | None = None) -> Scores:
         """Answers of a model, pruned as attached; one question per sequence where the plan reads the prompt."""
         data = self.prepared(not (is_attached(model) and plan_of(model).reads_prompt), blank)
-        return self.task.score(model, self.processor, data, blank=blank, watch=watch, metric=self.metric)
+        return self.task.score(model, self.processor, data, watch=watch, metric=self.metric)
+
+    def share(self, other: Bench) -> None:
+        """Take over model and processor of a bench on the same base."""
+        self.__dict__ |= {"model": other.model, "processor": other.processor}
 
     def trained(self, run: Run) -> Trained:
         """The model of a finished run."""
@@ -153,7 +164,8 @@ class Bench:
 
     def scores(self, cell: Cell) -> Scores | None:
         """The answers of a cell; None as in `record`."""
-        return None if self.record(cell) is None else Scores.load(self._path(cell).with_suffix(".npz"))
+        path = self._path(cell).with_suffix(".npz")
+        return None if self.record(cell) is None or not path.is_file() else Scores.load(path)
 
     def learnt(self, dense: Cell, blind: Cell) -> list[str] | None:
         """Families in which the image matters to the base; None until base and blank baseline are there."""
@@ -162,7 +174,7 @@ class Bench:
 
     def run_folder(self, run: Run) -> Path:
         """Folder of a training run."""
-        return self.folder / "train" / run.name
+        return (self.runs or self.folder / "train") / run.name
 
     # ------------------------------------------------------------------ work
 
@@ -174,18 +186,7 @@ class Bench:
                 of another recipe.
         """
         check_names(cells)
-        path = self.folder / "bench.json"
-        if not path.is_file() and any((self.folder / name).exists() for name in OLD):
-            raise ValueError(f"{self.folder} holds results of an earlier version of tpcompress; choose another --out.")
-        then = json.loads(path.read_text()) if path.is_file() else {}
-        now = json.loads(json.dumps(self.common)) if any(cell.on_model for cell in cells) else then
-        if then and then != now:
-            changed = ", ".join(name for name in now if now[name] != then.get(name))
-            raise ValueError(
-                f"{self.folder} holds results of another setting ({changed}); choose another --out or remove "
-                f"the folder."
-            )
-        write_atomic(path, json.dumps(now, indent=1))
+        claim_folder(self.folder, self.common if any(cell.on_model for cell in cells) else None)
         for run in {run.name: run for cell in cells for run in cell.runs}.values():
             check_run(self.run_folder(run), self._run_key(run))
 
@@ -277,7 +278,8 @@ class Bench:
     def _write(self, cell: Cell, made: Made, seconds: dict[str, Any]) -> None:
         """The answers of every image first, then the record, which says that the cell is done."""
         path = self._path(cell)
-        path.unlink(missing_ok=True)  # of an older key: it must not stand beside newer answers
+        for old in (path, path.with_suffix(".npz")):  # of an older key: it must not stand beside newer answers
+            old.unlink(missing_ok=True)
         if made.scores is not None:
             with atomic_path(path.with_suffix(".npz")) as part:
                 made.scores.save(part)
@@ -288,15 +290,9 @@ class Bench:
     def _report(self, cell: Cell, made: Made, cells: Sequence[Cell]) -> None:
         """A line on the console."""
         records = {c.name: self.record(c) for c in cells}
-        done = {name: record for name, record in records.items() if record is not None}
-        waiting = [run for c in cells if c.name not in done for run in c.runs if not is_done(self.run_folder(run))]
-        minutes = seconds_left(cells, done, {run.name for run in waiting}) / 60
-        said = made.record.get("summary", "")
-        if made.scores is not None:
-            unit = find_metric(self.metric).unit
-            said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)} over all families"
-        text = f"{len(done)}/{len(cells)} {cell.name}: {said}; about {minutes:.0f} min of one process left"
-        self.console.print(text, highlight=False, soft_wrap=True)
+        waiting = {run.name for c in cells for run in c.runs if not is_done(self.run_folder(run))}
+        line = report_line(cell.name, made, find_metric(self.metric).unit, cells, records, waiting)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"

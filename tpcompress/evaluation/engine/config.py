@@ -25,7 +25,10 @@ class Config:
         base: base model: folder, hub id or bundled name.
         out: output directory.
         task: what models are tested on: a name, or `{type: name, ...arguments}`.
-        metric: metric of the scores; default: that of the task.
+        data: chat data to test on, short for `task: {type: chat, data: ...}`.
+        image_folder: folder that its relative image paths start from.
+        metric: metric of the scores, by name or dotted path; default: that of the task.
+        generate: settings with which answers are generated, see `Task`.
         num_images: held-out images of the built-in benchmark.
         seed: seed of these images.
         batch_size: sequences per evaluation batch.
@@ -34,7 +37,10 @@ class Config:
     base: str = "tiny_llava"
     out: str = "runs/bench"
     task: Any = "benchmark"
+    data: str | None = None
+    image_folder: str | None = None
     metric: str | None = None
+    generate: Any = None
     num_images: int = 320
     seed: int = 0
     batch_size: int = 64
@@ -45,9 +51,25 @@ class Config:
         Raises:
             ValueError: unknown task, or a value that it refuses.
         """
+        if self.data is not None and self.task != "benchmark":
+            raise ValueError("both data and task are given; write the data inside the task.")
+        shared = {"metric": self.metric, "generate": self.generate}
+        if self.data is not None:
+            return create_task({"type": "chat", "data": self.data, "image_folder": self.image_folder} | shared)
         if self.task == "benchmark":
-            return create_task({"type": "benchmark", "num_images": self.num_images, "seed": self.seed})
-        return create_task(self.task)
+            return create_task({"type": "benchmark", "num_images": self.num_images, "seed": self.seed} | shared)
+        given = {"type": self.task} if isinstance(self.task, str) else self.task
+        if not isinstance(given, Mapping):
+            return create_task(self.task)
+        return create_task(shared | {k: v for k, v in given.items() if v is not None})
+
+    def check_tasks(self) -> None:
+        """Make the task, without reading its data.
+
+        Raises:
+            ValueError: a wrong task or metric.
+        """
+        find_metric(self.metric or self.make_task().metric)
 
     @classmethod
     def parts(cls) -> dict[str, tuple[type, str | None]]:
@@ -79,7 +101,7 @@ class Config:
             _check_types(cls, values)
             arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
             config = cls(**arguments)
-            find_metric(config.metric or config.make_task().metric)
+            config.check_tasks()
         return config
 
 

@@ -5,7 +5,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tpcompress.evaluation.engine.cell import Cell
+from tpcompress.evaluation.engine.cell import Cell, Made
+from tpcompress.evaluation.scoring.metrics import Unit
+
+
+def report_line(
+    name: str,
+    made: Made,
+    unit: Unit,
+    cells: Sequence[Cell],
+    records: Mapping[str, Mapping[str, Any] | None],
+    runs: Collection[str],
+) -> str:
+    """What is said of a finished cell.
+
+    Args:
+        name: of the cell.
+        made: its result.
+        unit: of the metric.
+        cells: all cells.
+        records: records of the finished cells, None of the others.
+        runs: names of the training runs that are not finished.
+    """
+    done = {cell: record for cell, record in records.items() if record is not None}
+    left = {run.name for cell in cells if cell.name not in done for run in cell.runs if run.name in runs}
+    said = made.record.get("summary", "")
+    if made.scores is not None:
+        said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)} over all families"
+    minutes = seconds_left(cells, done, left) / 60
+    return f"{len(done)}/{len(cells)} {name}: {said}; about {minutes:.0f} min of one process left"
 
 
 def seconds_left(cells: Sequence[Cell], done: Mapping[str, Mapping[str, Any]], runs: Collection[str]) -> float:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import Batch, ChatCollator, PromptCollator
 from tpcompress.data.rows import BadRow
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+"""A row before it is collated to the row that is collated."""
 
 
 class Rows(Protocol):
@@ -42,7 +44,6 @@ class Prepared:
         num_images: rows of the data set.
         packed: all questions about an image share its sequence.
         skipped: number of broken rows.
-        blank: images are blank.
         asked: the questions of each batch, for generation; empty for teacher forcing.
     """
 
@@ -51,7 +52,6 @@ class Prepared:
     num_images: int
     packed: bool
     skipped: int
-    blank: bool = False
     asked: list[list[Asked]] = field(default_factory=list)
 
 
@@ -72,7 +72,9 @@ class Skipped:
         return self.count
 
 
-def prepare(processor: Any, dataset: Rows, *, batch_size: int = 64, pack: bool = True, blank: bool = False) -> Prepared:
+def prepare(
+    processor: Any, dataset: Rows, *, batch_size: int = 64, pack: bool = True, change: Change | None = None
+) -> Prepared:
     """Collate a data set once, for teacher forcing.
 
     Args:
@@ -80,38 +82,43 @@ def prepare(processor: Any, dataset: Rows, *, batch_size: int = 64, pack: bool =
         dataset: rows.
         batch_size: sequences per batch.
         pack: one sequence per image instead of one per question; not for plans that read the prompt.
-        blank: replace the images by blank ones.
+        change: applied to every row before it is collated, such as `blank_images`.
 
     Raises:
         ValueError: no row is usable.
     """
     skipped = Skipped()
-    batches = [batch for batch, _ in batched(ChatCollator(processor, pack=pack), dataset, batch_size, skipped, blank)]
-    return Prepared(batches, families_of(dataset), len(dataset), pack, skipped.check(len(dataset)), blank)
+    batches = [batch for batch, _ in batched(ChatCollator(processor, pack=pack), dataset, batch_size, skipped, change)]
+    return Prepared(batches, families_of(dataset), len(dataset), pack, skipped.check(len(dataset)))
 
 
-def prepare_prompts(processor: Any, dataset: Rows, *, batch_size: int = 16, blank: bool = False) -> Prepared:
+def prepare_prompts(processor: Any, dataset: Rows, *, batch_size: int = 16, change: Change | None = None) -> Prepared:
     """Collate the questions of a data set once, for generation.
 
     Args:
-        processor, dataset, blank: as in `prepare`.
+        processor, dataset, change: as in `prepare`.
         batch_size: questions per batch.
 
     Raises:
         ValueError: no row is usable.
     """
     skipped = Skipped()
-    found = list(batched(PromptCollator(processor), dataset, batch_size, skipped, blank))
+    found = list(batched(PromptCollator(processor), dataset, batch_size, skipped, change))
     batches, asked = [batch for batch, _ in found], [questions for _, questions in found]
-    return Prepared(batches, families_of(dataset), len(dataset), False, skipped.check(len(dataset)), blank, asked)
+    return Prepared(batches, families_of(dataset), len(dataset), False, skipped.check(len(dataset)), asked)
 
 
 def batched(
-    collator: ChatCollator | PromptCollator, dataset: Rows, batch_size: int, skipped: Skipped, blank: bool = False
+    collator: ChatCollator | PromptCollator,
+    dataset: Rows,
+    batch_size: int,
+    skipped: Skipped,
+    change: Change | None = None,
 ) -> Iterator[tuple[Batch, list[Asked]]]:
     """Batches of at most `batch_size` sequences, in the order of the rows, and the questions of each.
 
-    Packed sequences hold several questions, which are not given.
+    Packed sequences hold several questions, which are not given. `change` is applied to every row before it is
+    collated, which leaves its questions as they are.
     """
     waiting: list[tuple[Any, Asked | None]] = []
 
@@ -124,7 +131,7 @@ def batched(
     for index in range(len(dataset)):
         row = dict(dataset[index])
         try:
-            sequences = collator.encode(blank_images(row) if blank else row, index)
+            sequences = collator.encode(row if change is None else change(row), index)
         except BadRow as bad:
             skipped.count, skipped.last = skipped.count + 1, str(bad)
             continue

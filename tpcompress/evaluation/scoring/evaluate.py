@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import Batch, BatchMeta, ChatCollator
 from tpcompress.evaluation.scoring.batches import (
     Prepared,
@@ -58,7 +59,7 @@ def evaluate(
         batch_size: sequences per forward call: images if packed, questions if not.
         pack: all questions about an image in one sequence. Default: where it saves time and gives the same answers:
             several questions per image, sdpa attention, no pruner that reads the prompt.
-        blank: replace images by blank ones: the blank baseline. Prepared rows are blank or not already.
+        blank: replace images by blank ones: the blank baseline; not for prepared rows, which are blank already or not.
         learnt: families that the score averages; default: all.
         progress: rich progress display to report to.
         watch: callback for the record of the stages of an attached plan, batch by batch.
@@ -76,7 +77,7 @@ def evaluate(
         fits = has_several_questions(dataset) and why_not_packed(model, processor) is None
         packed = fits if pack is None else pack
         collator, rows = ChatCollator(processor, pack=packed), dataset
-        source = lambda: batched(collator, rows, batch_size, skipped, blank)  # noqa: E731
+        source = lambda: batched(collator, rows, batch_size, skipped, blank_images if blank else None)  # noqa: E731
     reason = why_not_packed(model, processor) if packed else None
     if reason is not None:
         raise ValueError(f"Questions cannot share a sequence here: {reason}; evaluate with pack=False.")

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import ChatCollator, PromptCollator
 from tpcompress.data.rows import BadRow
 from tpcompress.evaluation.scoring.batches import Asked, Prepared, Rows, Skipped, batched, families_of, source_of
@@ -105,7 +106,7 @@ def evaluate_by_generation(
         skipped = Skipped(dataset.skipped)
     else:
         families, num_images, skipped, rows = families_of(dataset), len(dataset), Skipped(), dataset
-        source = lambda: batched(collator, rows, settings.batch_size, skipped, blank)  # noqa: E731
+        source = lambda: batched(collator, rows, settings.batch_size, skipped, blank_images if blank else None)  # noqa: E731
     sums = AnswerSums(families, num_images, metric, generated=True)
     writer = _Writer(model, processor, collator.pad_id, settings, watch)
     task = None if progress is None else progress.add_task("generating", total=num_images)

@@ -15,7 +15,7 @@ from torch import nn
 
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.evaluation.create import argument_names
-from tpcompress.evaluation.scoring.batches import Prepared, Rows, prepare, prepare_prompts
+from tpcompress.evaluation.scoring.batches import Change, Prepared, Rows, prepare, prepare_prompts
 from tpcompress.evaluation.scoring.evaluate import Watch, evaluate
 from tpcompress.evaluation.scoring.generate import Generation, evaluate_by_generation
 from tpcompress.evaluation.scoring.metrics import find_metric
@@ -103,7 +103,7 @@ class Task:
         processor: Any,
         batch_size: int = 64,
         pack: bool = True,
-        blank: bool = False,
+        change: Change | None = None,
         metric: str | None = None,
     ) -> Prepared:
         """Collate all rows once, for testing many models.
@@ -113,7 +113,7 @@ class Task:
             batch_size: sequences per batch; generation has a batch size of its own.
             pack: all questions about an image in one sequence; False gives each question its own, which plans that
                 read the prompt need, and families that cannot pack. Generation never packs.
-            blank: replace the images by blank ones: the blank baseline.
+            change: applied to every row before it is collated, such as `tpcompress.data.blank.blank_images`.
             metric: metric that will be counted; default: that of the task.
 
         Raises:
@@ -121,8 +121,8 @@ class Task:
         """
         settings = self.generation(metric)
         if settings is not None:
-            return prepare_prompts(processor, self.rows, batch_size=settings.batch_size, blank=blank)
-        return prepare(processor, self.rows, batch_size=batch_size, pack=pack, blank=blank)
+            return prepare_prompts(processor, self.rows, batch_size=settings.batch_size, change=change)
+        return prepare(processor, self.rows, batch_size=batch_size, pack=pack, change=change)
 
     def score(
         self,
@@ -141,7 +141,7 @@ class Task:
             model: dense, attached or exported.
             processor: processor of the model.
             prepared: output of `prepare`; None collates the rows while scoring.
-            blank: replace the images by blank ones; prepared rows are blank or not already.
+            blank: replace the images by blank ones; not for prepared rows, which are blank already or not.
             watch: callback for the record of every batch.
             metric: metric of the score; default: that of the task.
             progress: rich progress display to report to.
