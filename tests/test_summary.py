@@ -85,7 +85,7 @@ def test_what_configs_fix_is_what_the_encoder_does(name: str, variant: tuple[Any
     ids = family.tiny.ids(config, "image")
     tokens = sum(i == getattr(config, family.image_token) for i in ids)
     assert family.tokens_per_image(config) in (None, tokens)
-    assert (family.tokens_per_image(config) is None) == ("wide" in family.tiny.kinds)
+    assert (family.tokens_per_image(config) is None) == (not family.one_size)
     merged, pixels = family.patches_per_token(config), family.tiny.pixels(config, [["image"]], torch.Generator())
     if merged is None or name in CROPPED or name.startswith(("gemma4", "lfm2")):  # padded to a fixed size
         return

@@ -22,6 +22,8 @@ from transformers.utils import is_bitsandbytes_available
 from tpcompress.auto_register import PREFIX
 from tpcompress.bundled import base_path
 from tpcompress.errors import first_line, missing_extra
+from tpcompress.families import family_of
+from tpcompress.families.packages import missing_line
 from tpcompress.hub import looks_like_path, why_absent
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -58,10 +60,15 @@ def load_processor(base: str) -> Any:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no loadable processor.
+        ValueError: no loadable processor, or a package that it needs is not installed; with the command to install it.
     """
     path = model_path(base)
-    return _load(lambda: AutoProcessor.from_pretrained(path), "processor", base)
+    try:
+        return _load(lambda: AutoProcessor.from_pretrained(path), "processor", base)
+    except ValueError as error:
+        if line := _missing_packages(path):
+            raise ValueError(f"The processor of '{base}' cannot be loaded: {line}") from error
+        raise
 
 
 def load_config(base: str) -> PretrainedConfig:
@@ -102,6 +109,15 @@ def max_positions(base: str) -> int | None:
         ValueError: no loadable config.
     """
     return getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
+
+
+def _missing_packages(path: str) -> str | None:
+    """Which packages the processor of a known family lacks, in one line."""
+    try:
+        family = family_of(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError):  # no config, or no family of ours: the first error stands
+        return None
+    return missing_line(family)
 
 
 def _quantization(fields: dict[str, Any]) -> BitsAndBytesConfig:

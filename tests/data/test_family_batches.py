@@ -17,6 +17,7 @@ from support import MAIN_FAMILIES, family_folder, main_families_first
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tpcompress.data import ChatCollator, PromptCollator
+from tpcompress.data.video import VideoSampling, open_video
 from tpcompress.families import list_families
 
 Batch = dict[str, Any]
@@ -26,16 +27,10 @@ every_family = pytest.mark.parametrize(
 )
 main_families = pytest.mark.parametrize("name", main_families_first())
 
-NEEDS_IMAGES = ("got_ocr2", "paligemma")
-"""Families whose processor takes no conversation without an image."""
-
-ONE_IMAGE = ("got_ocr2",)
-"""Families whose processor takes one image per conversation."""
-
 NO_TEMPLATE = ("paligemma",)
 
-ONE_QUESTION = ("paligemma",)
-"""Families without turns: one question and one answer."""
+FLAT = ("got_ocr2",)
+"""Families whose `apply_chat_template` refuses images: the processor takes no nested lists."""
 
 
 @cache
@@ -72,10 +67,8 @@ TURNS = row("<image>\nwhat?", "a red door", "where?", "on the right", images=(ph
 
 def rows_of(name: str) -> list[Batch]:
     """Every kind of row that the processor of a family takes."""
-    kinds = [ONE, UNMARKED]
-    kinds += [] if name in ONE_IMAGE else [TWO]
-    kinds += [] if name in NEEDS_IMAGES else [WORDS]
-    return kinds + ([] if name in ONE_QUESTION else [TURNS])
+    others = {"images": TWO, "text": WORDS, "turns": TURNS}
+    return [ONE, UNMARKED, *(others[kind] for kind in others if kind in list_families()[name].takes)]
 
 
 def chat_of(one: Batch, end: str) -> list[dict[str, Any]]:
@@ -108,7 +101,7 @@ def reference(name: str, rows: list[Batch], prompt: bool, end: str = "", **more:
         return processor(text=texts, images=[one["images"] for one in rows], return_tensors="pt", **answers, **more)
     chats = [chat_of(one, end) for one in rows]
     chats = [chat[:-1] for chat in chats] if prompt else chats
-    if name in ONE_IMAGE:  # apply_chat_template of GOT-OCR 2 refuses images
+    if name in FLAT:
         texts = processor.apply_chat_template(chats, add_generation_prompt=prompt)
         return processor(text=texts, images=[one["images"][0] for one in rows], return_tensors="pt", **more)
     return processor.apply_chat_template(
@@ -175,9 +168,8 @@ WITH_VIDEO = [
 
 @pytest.mark.parametrize("name", WITH_VIDEO)
 def test_videos_are_the_processors(name: str) -> None:
-    video = pytest.importorskip("tpcompress.data.video")
     clips = [[photo(40, 30, seed) for seed in range(first, first + 4)] for first in (5, 9)]
-    opened = [video.open_video(clip, video.VideoSampling()) for clip in clips]
+    opened = [open_video(clip, VideoSampling()) for clip in clips]
     rows = [
         row("<video>\nwhat moves?", "a door", videos=(clips[0],)),
         row("what else?", "nothing", videos=(clips[1],)),

@@ -23,6 +23,7 @@ from tpcompress.families.catalogue import (
     field_docs,
     find,
     in_full,
+    markdown_table,
     refusals,
 )
 from tpcompress.families.refused import REFUSED
@@ -68,11 +69,17 @@ def test_one_family_in_full(name: str, wide: Console) -> None:
 
 def test_facts_follow_from_the_description() -> None:
     known = list_families()
-    assert facts(known["gemma4"])["stages"] == "some layers"
     assert facts(known["qwen3_vl"]) == {
-        "positions": "M-RoPE", "images": "any size", "video": "yes", "bidirectional": "-", "stages": "all layers",
-        "tower": "yes",
+        "fit": "yes", "batch": "yes", "images": "any size", "video": "yes", "tower": "yes", "install": "torchvision",
     }  # fmt: skip
+    assert facts(known["paligemma"])["fit"] == "one question"
+    assert facts(known["got_ocr2"])["fit"] == "one image"
+    assert facts(known["glm4v"])["batch"] == "one kind"
+    assert facts(known["smolvlm"])["video"] == "as images"
+    assert facts(known["llava"])["video"] == facts(known["llava"])["install"] == "-"
+    assert in_full(known["gemma4"])["stages"].startswith("before the language model, and before layers from which")
+    assert in_full(known["qwen3_vl"])["positions"].endswith("(M-RoPE)")
+    assert in_full(known["got_ocr2"])["training rows"] == "with one image each, and none without an image"
     assert "in sliding_attention layers" in in_full(known["gemma4"])["attention"]
     assert in_full(known["llava"])["images"] == "one size"
 
@@ -115,3 +122,12 @@ def test_every_field_is_documented_with_its_default() -> None:
 def test_every_refused_type_is_listed_once() -> None:
     listed = [name for names in refusals().values() for name in names]
     assert sorted(listed) == sorted(REFUSED)
+
+
+def test_the_markdown_table_is_that_of_the_facts() -> None:
+    head, line, *rows = markdown_table().splitlines()
+    assert head == f"| family | {' | '.join(COLUMNS)} |"
+    assert line.count("---") == len(COLUMNS) + 1
+    assert len(rows) == len(list_families())
+    for row, (name, family) in zip(rows, list_families().items(), strict=True):
+        assert [cell.strip() for cell in row.strip("|").split("|")] == [f"`{name}`", *facts(family).values()]

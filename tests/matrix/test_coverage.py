@@ -34,7 +34,7 @@ REQUIRED = {
 }
 """What every class is tested with. Where tokens cannot be hidden, mode `mask` is for learned gates alone."""
 
-NOT_STRUCTURE = {"name", "layouts", "tower", "tokens_per_image", "patches_per_token"}
+NOT_STRUCTURE = {"name", "layouts", "tower", "tokens_per_image", "patches_per_token", "one_size"}
 """Fields of `Family` that insertion reads and that every family's own tests cover."""
 
 PLUGIN = """

@@ -167,6 +167,8 @@ def family_table(console: Console) -> None:
     known = list_families()
     columns = ("family", "model types", *of_families.COLUMNS)
     table = Table(*columns, title="Families", box=box.SIMPLE, pad_edge=False, padding=0)
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for key, family in known.items():
         table.add_row(key, "\n".join(family.model_types), *of_families.facts(family).values())
     console.print(table)

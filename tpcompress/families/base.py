@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tpcompress.errors import did_you_mean
 from tpcompress.families.counts import fixed_tokens, square_of_patches
 from tpcompress.families.layout import Layout
+from tpcompress.families.packages import of_processor
 from tpcompress.families.refused import check_not_refused
 from tpcompress.open_set import modules_in
 
@@ -169,6 +170,10 @@ class Family:
             resampler makes a fixed count.
         refuse: (config) -> reason why a variant is not supported, or None.
         limits: known limitations, one sentence each.
+        one_size: the processor resizes every image to one size.
+        packages: packages that the processor needs besides those of `packages.of_processor`.
+        takes: what the processor takes besides one question about one image: rows without an image (`text`), several
+            `images`, several `turns`.
     """
 
     name: str
@@ -195,6 +200,14 @@ class Family:
     patches_per_token: Callable[[Any], int | None] = square_of_patches
     refuse: Callable[[Any], str | None] = supported
     limits: tuple[str, ...] = ()
+    one_size: bool = False
+    packages: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ("text", "images", "turns")
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Packages outside the core that the processor needs."""
+        return tuple(dict.fromkeys((*of_processor(self.model_types), *self.packages)))
 
     def layouts(self, modality: str) -> Layouts | None:
         """The layout function of images or videos; None if the modality is not supported."""
@@ -202,7 +215,7 @@ class Family:
 
     def tokens_per_image(self, config: Any) -> int | None:
         """Vision tokens of an image if the family resizes all images to one size, else None."""
-        return None if "wide" in self.tiny.kinds else fixed_tokens(config)
+        return fixed_tokens(config) if self.one_size else None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from dataclasses import MISSING, dataclass
 
 from tpcompress.errors import did_you_mean
 from tpcompress.families.base import Family, list_families, own_keys
+from tpcompress.families.packages import takes_videos
 from tpcompress.families.refused import REFUSED, check_not_refused
 
-COLUMNS = ("positions", "images", "video", "bidirectional", "stages", "tower")
-"""The keys of `facts`."""
+COLUMNS = ("fit", "batch", "images", "video", "tower", "install")
+"""The keys of `facts`: which rows it trains on (`yes` for any chat), what one batch may mix (`one kind` for images or
+videos), sizes of images, video, whether pruners can read the vision tower, and packages that the processor needs."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,28 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 def facts(family: Family) -> dict[str, str]:
     """Capabilities of a family in a word or two: a row of the table of all families."""
+    lacks = [words for kind, words in LACKS.items() if kind not in family.takes]
+    one_placeholder = family.video_layouts is not None and family.video_token == family.image_token
+    video = "yes" if family.video_layouts is not None else "as images" if takes_videos(family.model_types) else "-"
     return {
-        "positions": "M-RoPE" if family.positions == "mrope" else "1d",
-        "images": "any size" if "wide" in family.tiny.kinds else "one size",
-        "video": "yes" if family.video_layouts is not None else "-",
-        "bidirectional": "yes" if family.blocks is not None else "-",
-        "stages": "all layers" if family.keys_of is own_keys else "some layers",
+        "fit": f"one {' and '.join(lacks)}" if lacks else "yes",
+        "batch": "one kind" if one_placeholder else "yes",
+        "images": "one size" if family.one_size else "any size",
+        "video": video,
         "tower": "yes" if family.tower is not None else "-",
+        "install": ", ".join(family.requires) or "-",
     }
+
+
+LACKS = {"turns": "question", "images": "image"}
+"""What a row has one of, by what is not in `Family.takes`."""
+
+
+def markdown_table() -> str:
+    """The table of all families in Markdown, a line per family."""
+    rows = [["family", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    rows += [[f"`{name}`", *facts(family).values()] for name, family in list_families().items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def in_full(family: Family) -> dict[str, str]:
@@ -130,18 +146,28 @@ def in_full(family: Family) -> dict[str, str]:
     stages = "before the language model and before every decoder layer"
     if family.keys_of is not own_keys:
         stages = "before the language model, and before layers from which on no layer reads keys of an earlier one"
+    rows = "with several images and turns, and without images"
+    if found["fit"] != "yes":
+        rows = f"with {found['fit']} each" + ("" if "text" in family.takes else ", and none without an image")
+    video = {
+        "yes": "frames are grids of one video", "as images": "every frame counts as an image",
+        "-": "not supported; pass frames as images",
+    }[found["video"]]  # fmt: skip
     return {
         "model types": ", ".join(family.model_types),
         "vision tower": family.vision_tower,
         "projector": family.projector,
         "language model": family.language_model,
         "decoder layers": family.layers,
-        "positions": "time, height and width (M-RoPE)" if found["positions"] == "M-RoPE" else "one per token",
-        "images": "several sizes, as a whole or in tiles" if found["images"] == "any size" else "one size",
-        "video": "frames are grids of one video" if family.video_layouts else "not supported; pass frames as images",
+        "positions": "time, height and width (M-RoPE)" if family.positions == "mrope" else "one per token",
+        "images": "one size" if family.one_size else "several sizes, as a whole or in tiles",
+        "video": video,
         "attention": attention,
         "stages": stages,
         "tower": "pruners can read attention, keys and features of its layers" if family.tower else "not readable",
+        "training rows": rows,
+        "batches": "images or videos, not both" if found["batch"] != "yes" else "rows of all kinds together",
+        "to install": ", ".join(family.requires) or "nothing beyond the core",
     }
 
 

@@ -77,5 +77,6 @@ DEEPSEEK_VL = Family(
     vision_tower="model.vision_model",
     projector="model.aligner",
     image_layouts=image_layouts,
+    one_size=True,
     tiny=Tiny(tiny_config, tiny_pixels, run_of_64, variants=((), (True,)), processor=tiny_processor),
 )

@@ -132,6 +132,7 @@ GEMMA3 = Family(
     projector="model.multi_modal_projector",
     tower=AVERAGING,
     image_layouts=image_layouts,
+    one_size=True,
     masks_in_core=True,
     blocks=Blocks(image_blocks),
     refuse=refuse,

@@ -57,6 +57,7 @@ GOT_OCR2 = Family(
     projector="model.multi_modal_projector",
     image_layouts=internvl.image_layouts,
     tiles=Tiles(gap=0),
+    takes=("turns",),
     patches_per_token=patches_per_token,
     tiny=Tiny(
         tiny_config, internvl.tiny_pixels, internvl.tiny_ids, ("image", "wide"), processor=tiny_processor, saved=(256,)

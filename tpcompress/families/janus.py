@@ -64,6 +64,7 @@ JANUS = Family(
     vision_tower="model.vision_model",
     projector="model.aligner",
     image_layouts=image_layouts,
+    one_size=True,
     limits=("Only text generation is pruned, not generation_mode='image'.",),
     tiny=Tiny(tiny_config, fixed_pixels, tiny_run, processor=tiny_processor),
 )

@@ -87,6 +87,7 @@ LLAVA = Family(
     projector="model.multi_modal_projector",
     tower=CLIP_LIKE,
     image_layouts=image_layouts,
+    one_size=True,
     refuse=refuse,
     tiny=Tiny(
         tiny_config, fixed_pixels, run_of_64, variants=tuple((tower,) for tower in TOWERS), processor=tiny_processor

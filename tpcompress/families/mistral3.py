@@ -93,6 +93,7 @@ MISTRAL3 = Family(
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
     reads_positions=reads_positions,
+    packages=("torchvision",),
     tiny=Tiny(
         tiny_config,
         tiny_pixels,

@@ -74,8 +74,10 @@ PALIGEMMA = Family(
     projector="model.multi_modal_projector",
     tower=CLIP_LIKE,
     image_layouts=image_layouts,
+    one_size=True,
     masks_in_core=True,
     blocks=Blocks(prefix_block, beyond_window=True),
+    takes=("images",),
     tiny=Tiny(
         tiny_config,
         fixed_pixels,

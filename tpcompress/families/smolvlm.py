@@ -41,5 +41,6 @@ SMOLVLM = replace(
     IDEFICS3,
     name="smolvlm",
     model_types=("smolvlm",),
+    packages=("num2words",),
     tiny=Tiny(tiny_config, tiny_pixels, tiny_run, tuple(TILES), processor=tiny_processor),
 )

@@ -82,6 +82,7 @@ VIDEO_LLAVA = Family(
     vision_tower="model.image_tower",
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
+    one_size=True,
     video_layouts=video_layouts,
     tiles=Tiles(gap=0),
     tiny=Tiny(tiny_config, tiny_pixels, tiny_ids, kinds=("image", "video"), processor=tiny_processor),

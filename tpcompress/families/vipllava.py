@@ -51,5 +51,6 @@ VIPLLAVA = Family(
     projector="model.multi_modal_projector",
     tower=CLIP_LIKE,
     image_layouts=image_layouts,
+    one_size=True,
     tiny=Tiny(tiny_config, fixed_pixels, run_of_64, processor=tiny_processor),
 )
