@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "hub": {"huggingface_hub"},
     "recipe_files": {"errors", "bundled"},
     "inference": {"torch"},
-    "models": {"torch", "transformers", "safetensors", "errors", "bundled", "hub", "auto_register"},
+    "models": {"torch", "transformers", "safetensors", "errors", "bundled", "hub", "auto_register", "families"},
     "pruners": {"torch"},
     "families": {"torch", "transformers"},
     "insertion": {"torch", "transformers", "pruners", "families"},

@@ -15,6 +15,7 @@ from tpcompress.families.counts import fixed_tokens, square_of_patches
 from tpcompress.families.layout import Layout
 from tpcompress.families.packages import of_processor
 from tpcompress.families.refused import check_not_refused
+from tpcompress.families.tiny import Tiny
 from tpcompress.open_set import modules_in
 
 Layouts = Callable[[Any, Mapping[str, Any], Sequence[int]], list[Layout]]
@@ -76,39 +77,6 @@ def own_keys(config: Any, layer: int) -> int:
 def rotary_only(config: Any) -> bool:
     """Layers read positions only through the rotary embedding."""
     return False
-
-
-def no_arguments(config: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """There are no further model inputs."""
-    return {}
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """Test fixture of a family: a random model of a few thousand parameters, and inputs for it.
-
-    The contract tests of all families build it. It is part of the family's file, so that adding a family is one file.
-
-    Attributes:
-        config: (arguments of a variant) -> config with six decoder layers (or as few as the family allows), vocabulary
-            128 and width 64; text tokens have ids 3 to 89.
-        pixels: (config, kinds of media per sample, generator) -> image and video inputs by name, as from the processor.
-        ids: (config, kind) -> ids of one image or video in the prompt, including separators.
-        kinds: kinds of media: always `image`; `wide`, an image of another size, and `video` if supported.
-        arguments: (config, input ids (B, S)) -> further inputs that the processor derives from the ids.
-        variants: arguments of `config` for each variant that all tests cover.
-        processor: (config) -> the processor of a variant: the real class with tiny sizes.
-        saved: arguments of `config` for a model that is saved with its processor; the first variant without it.
-    """
-
-    config: Callable[..., PretrainedConfig]
-    pixels: Callable[[Any, Sequence[Sequence[str]], Any], dict[str, Any]]
-    ids: Callable[[Any, str], list[int]]
-    kinds: tuple[str, ...] = ("image",)
-    arguments: Callable[[Any, Tensor], dict[str, Tensor]] = no_arguments
-    variants: tuple[tuple[Any, ...], ...] = ((),)
-    processor: Callable[[Any], Any] | None = None
-    saved: tuple[Any, ...] | None = None
 
 
 def one_image(config: Any) -> int:

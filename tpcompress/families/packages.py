@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from tpcompress.errors import EXTRAS
 
-if TYPE_CHECKING:
-    from tpcompress.families.base import Family
+
+class Requiring(Protocol):
+    """What is needed of a `Family` here."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Packages outside the core that its processor needs."""
 
 
 def takes_videos(model_types: Sequence[str]) -> bool:
@@ -28,12 +37,12 @@ def of_processor(model_types: Sequence[str]) -> tuple[str, ...]:
     return ("torchvision",) if needed else ()
 
 
-def missing_packages(family: Family) -> list[str]:
+def missing_packages(family: Requiring) -> list[str]:
     """The packages of `family.requires` that are not installed."""
     return [name for name in family.requires if find_spec(name) is None]
 
 
-def missing_line(family: Family) -> str | None:
+def missing_line(family: Requiring) -> str | None:
     """One line that names the missing packages of a family and how to install them; None if none is missing."""
     missing = missing_packages(family)
     if not missing:
