@@ -21,8 +21,9 @@ from tpcompress.data import load_chat
 from tpcompress.files import atomic_path, write_atomic
 
 PARTS = ("train", "choose", "table")
-SHARE, MOST = 0.2, 512
-"""Rows held out for choosing and for the table together: a share of all rows, and at most this many for each."""
+SHARE, FEW = 0.1, 8
+MOST = {"table": 512, "choose": 128}
+"""Rows of each held-out part: a share of all rows, but at least `FEW` (or a quarter of all), and at most these."""
 
 FEWEST = 8
 """Rows with different images that a split needs."""
@@ -107,16 +108,22 @@ def _groups(rows: Any) -> list[list[int]]:
 
 
 def _parts(groups: list[list[int]], num_rows: int, seed: int) -> dict[str, list[int]]:
-    """Whole groups in random order: the table first, then the rows to choose on, the rest for training."""
-    order = np.random.default_rng(seed).permutation(len(groups))
-    held_out = max(1, min(round(SHARE * num_rows / 2), MOST))
-    parts: dict[str, list[int]] = {"table": [], "choose": [], "train": []}
-    for group in order:
-        part = next((name for name in ("table", "choose") if len(parts[name]) < held_out), "train")
-        parts[part] += groups[group]
-    if not parts["train"]:
-        raise ValueError("Most rows share one image, so no rows are left to train on; give data with more images.")
-    return {part: sorted(parts[part]) for part in PARTS}
+    """Whole groups in random order: into the held-out part with fewer rows while there is room, else to train on."""
+    share = max(1, min(max(round(SHARE * num_rows), FEW), num_rows // 4))
+    parts: dict[str, list[int]] = {part: [] for part in PARTS}
+    trained = []
+    for index in np.random.default_rng(seed).permutation(len(groups)):
+        group = groups[index]
+        room = [part for part in MOST if len(parts[part]) + len(group) <= min(share, MOST[part])]
+        if room:
+            parts[min(room, key=lambda part: len(parts[part]))] += group
+        else:
+            trained.append(group)
+    trained.sort(key=len, reverse=True)
+    for part in MOST:  # where every image has more rows than a part may have
+        parts[part] = parts[part] or trained.pop()
+    parts["train"] = [row for group in trained for row in group]
+    return {part: sorted(rows) for part, rows in parts.items()}
 
 
 def _records(row: Mapping[str, Any], index: int, folder: Path) -> Iterator[dict[str, Any]]:
