@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 
 import pytest
+from huggingface_hub import constants
 
 from tpcompress import hub
+from tpcompress.data import load_chat
 from tpcompress.models import load_base, load_processor
 
 
@@ -38,6 +40,19 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in (hub.why_absent("nobody/gone") or "")
     assert len(asked) == 1
+
+
+def test_an_unreachable_hub_leaves_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    flags = lambda: (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)  # noqa: E731
+    for answers in (True, False):
+        monkeypatch.setattr(hub, "reachable", lambda endpoint, answers=answers: answers)
+        with hub.offline_if_unreachable():
+            assert flags() == (not answers, not answers)
+        assert flags() == (False, False)
+    with pytest.raises(FileNotFoundError, match="nobody/gone"):
+        load_chat("nobody/gone")
 
 
 def test_a_hub_behind_a_proxy_or_with_a_cached_file_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,6 +33,23 @@ def why_absent(name: str, file: str = "config.json", repo_type: str = "model") -
     if not reachable(constants.ENDPOINT):
         return f"it is no folder and not in the cache of the hub, and {constants.ENDPOINT} cannot be reached"
     return None
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Use the caches of the hub clients alone if the hub cannot be reached, without their retries."""
+    from huggingface_hub import constants
+
+    clients = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
+    before = [client.HF_HUB_OFFLINE for client in clients]
+    if not any(before) and not reachable(constants.ENDPOINT):
+        for client in clients:
+            client.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for client, value in zip(clients, before, strict=True):
+            client.HF_HUB_OFFLINE = value
 
 
 def looks_like_path(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tpcompress.bundled import base_path
 from tpcompress.errors import first_line, missing_extra
 from tpcompress.families import family_of
 from tpcompress.families.packages import missing_line
-from tpcompress.hub import looks_like_path, why_absent
+from tpcompress.hub import looks_like_path, offline_if_unreachable, why_absent
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 HINT = "give a folder, a hub id that can be reached, or tiny_llava."
@@ -149,7 +150,8 @@ def model_path(base: str) -> str:
 
 def _load(load: Callable[[], Any], what: str, base: str) -> Any:
     try:
-        return load()
+        with nullcontext() if Path(base_path(base)).expanduser().is_dir() else offline_if_unreachable():
+            return load()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         # The hub client, file formats and missing kernels raise unrelated types, most with several lines.
         if isinstance(error, ImportError) and (hint := missing_extra(error)):

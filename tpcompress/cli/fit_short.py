@@ -38,13 +38,14 @@ def fit_model(
     Returns:
         Arguments of `fit` that run the recipe.
     """
-    from tpcompress.compress.recipe import RunChoices, make_recipe, write_recipe
+    from tpcompress.compress.recipe import RunChoices, family_of_base, make_recipe, write_recipe
     from tpcompress.data import load_chat
     from tpcompress.evaluation.engine.cell import slug
 
     wanted = None if plan in ("none", "null") else plan
     out = out or f"runs/{slug(f'{Path(model).name}-{wanted}'.lower() if wanted else f'{Path(model).name}-dense')}"
     choices = RunChoices(model, data, wanted, out, lora, steps, image_folder, batch_size, val, val_fraction)
+    family_of_base(model)  # a wrong model is reported before the data are read
     rows, _ = load_chat(data, image_folder, check_images=False)
     path = Path(out) / "fit.yaml"
     write_recipe(make_recipe(choices, len(rows)), path, f"tpcompress fit --config {path}")

@@ -1,18 +1,26 @@
 """Tables of `datasets`, with failures in one line and with images and videos undecoded."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from tpcompress.hub import offline_if_unreachable
+
+FORMATS = ("arrow", "csv", "json", "parquet", "text", "webdataset")
+"""Names that `load_dataset` takes for the format of local files."""
+
 AnyTable = TypeVar("AnyTable", datasets.Dataset, datasets.IterableDataset)
 
 
 def load_table(source: str | Path, **arguments: Any) -> Any:
     """Call `datasets.load_dataset`, with failures reduced to one line."""
+    local = arguments["path"] in FORMATS or Path(arguments["path"]).exists()
     try:
-        return datasets.load_dataset(**arguments)
+        with nullcontext() if local else offline_if_unreachable():
+            return datasets.load_dataset(**arguments)
     except Exception as error:  # the hub client, Arrow and the file system raise unrelated types
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(lines[:2]) if lines[0].startswith("Config name is missing") else lines[0]
