@@ -74,7 +74,7 @@ def test_from_a_data_file_to_a_verified_export(
     assert "training " not in again
     assert calls["verify"] == 1
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == stamps
-    assert again[again.index("5/5") :] == printed[printed.index("5/5") :]
+    assert again[again.index("5/5 compare") :] == printed[printed.index("5/5 compare") :]
 
     assert main([*given[:3], "--keep", "1/9", *given[5:]]) == 2
     assert "other arguments (keep: 1/4, now 1/9); choose another --out." in capsys.readouterr().err

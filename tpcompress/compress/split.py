@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tpcompress.data import load_chat
+from tpcompress.data.split import groups_of
 from tpcompress.files import atomic_path, write_atomic
 
 PARTS = ("train", "choose", "table")
@@ -73,7 +73,7 @@ def split_data(
         known = json.loads(record.read_text())
         return Split(folder, known["rows"], known["left_out"])
     rows, report = load_chat(source, image_folder, split)
-    groups = _groups(rows)
+    groups = groups_of(rows)
     if len(groups) < FEWEST:
         raise ValueError(f"{source} has usable rows with {len(groups)} different images; compress needs {FEWEST}.")
     parts = _parts(groups, len(rows), seed)
@@ -85,26 +85,6 @@ def split_data(
     left_out = str(report) if len(report) else ""
     write_atomic(record, json.dumps({"source": source, "seed": seed, "rows": counts, "left_out": left_out}, indent=1))
     return Split(folder, counts, left_out)
-
-
-def _groups(rows: Any) -> list[list[int]]:
-    """Indices of rows that share an image, in the order of the data; a row without an image is a group of its own."""
-    parent, first = list(range(len(rows))), dict[Any, int]()
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            index = parent[index]
-        return index
-
-    for index in range(len(rows)):
-        row = rows[index]
-        for medium in [*row["images"], *(row.get("videos") or [])]:
-            same = root(first.setdefault(_identity(medium), index))
-            parent[max(root(index), same)] = min(root(index), same)
-    groups: dict[int, list[int]] = {}
-    for index in range(len(rows)):
-        groups.setdefault(root(index), []).append(index)
-    return list(groups.values())
 
 
 def _parts(groups: list[list[int]], num_rows: int, seed: int) -> dict[str, list[int]]:
@@ -136,30 +116,16 @@ def _records(row: Mapping[str, Any], index: int, folder: Path) -> Iterator[dict[
         yield {"id": identity, **shared, "messages": messages, "family": family}
 
 
-def _identity(medium: Any) -> Any:
-    """What two rows with the same image or video share."""
-    if isinstance(medium, str | Path):
-        return str(medium)
-    if isinstance(medium, Mapping):
-        return medium.get("path") if medium.get("bytes") is None else hashlib.sha256(medium["bytes"]).hexdigest()
-    if isinstance(medium, list):
-        return tuple(map(_identity, medium))
-    return hashlib.sha256(f"{medium.mode} {medium.size}".encode() + medium.tobytes()).hexdigest()
-
-
 def _saved(image: Any, folder: Path) -> str:
     """Path of an image; one that is inside the data is written first."""
     if isinstance(image, str | Path):
         return str(Path(image).resolve())
     if isinstance(image, Mapping) and image.get("bytes") is None:
         return str(Path(str(image["path"])).resolve())
-    content = image["bytes"] if isinstance(image, Mapping) else None
-    path = (folder / f"{_identity(image)[:24]}.{'img' if content else 'png'}").resolve()
+    content = image["bytes"] if isinstance(image, Mapping) else image.tobytes()
+    ending = "img" if isinstance(image, Mapping) else "png"
+    path = (folder / f"{hashlib.sha256(content).hexdigest()[:24]}.{ending}").resolve()
     if not path.is_file():
         with atomic_path(path) as part:
-            part.write_bytes(content) if content else _pixels(image).save(part)
+            part.write_bytes(content) if isinstance(image, Mapping) else image.save(part)
     return str(path)
-
-
-def _pixels(image: Image.Image) -> Image.Image:
-    return image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16") else image.convert("RGB")
