@@ -36,9 +36,8 @@ GENERATED = {"<!-- generated: family fields -->": reference.family_fields}
 """Markers in written pages, and what takes their place."""
 
 ORDER = (
-    "prune.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md", "results.md",
-    "troubleshooting.md",
-    "limits.md",
+    "prune.md", "compress.md", "train.md", "data.md", "own_loop.md", "distributed.md", "export.md", "compare.md",
+    "results.md", "troubleshooting.md", "limits.md",
 )  # fmt: skip
 """Guides in the order of the navigation; those in `adding/` follow the order of the kinds."""
 

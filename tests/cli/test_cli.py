@@ -19,8 +19,8 @@ from tpcompress.pruners.registry import KINDS, list_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "fit", "validate", "export", "verify", "compare", "study", "estimators", "cache-teacher", "quickstart", "inspect",
-    "find-layer", "pruners", "families",
+    "compress", "fit", "validate", "export", "verify", "compare", "study", "estimators", "cache-teacher", "quickstart",
+    "inspect", "find-layer", "pruners", "families",
 )  # fmt: skip
 
 
@@ -188,7 +188,8 @@ def test_wrong_options_on_the_shell(work, fails):
     path = work.recipe()
     assert fails("fit", "--config", path, "--model.bse", "x").endswith("Did you mean base?")
     assert fails("fit", "--config", path, "--nonsense", "x").startswith("No key nonsense; known: seed_everything")
-    assert fails("fit", "somewhere").startswith("No key somewhere;")
+    assert fails("fit", "somewhere").startswith("the following arguments are required: data; see tpcompress fit")
+    assert fails("validate", "somewhere").startswith("No key somewhere;")
     assert fails("fit", "--config", "gone.yaml").startswith("No configuration file at gone.yaml; bundled recipes: ")
     assert fails("fit") == "A run needs data; give a recipe: --config recipes/tiny_llava/pool_full.yaml."
     assert fails("fit", "--config", path, "--ckpt_path", "gone.ckpt").startswith("No checkpoint at gone.ckpt;")

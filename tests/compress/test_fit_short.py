@@ -100,7 +100,7 @@ def test_a_family_starts_from_its_recipe(family: str) -> None:
         (["./gone", "DATA"], "No folder ./gone; give a folder"),
         (["tiny_llava", "DATA", "--plan", "divprun:9"], "No pruner 'divprun'. Known: "),
         (["tiny_llava", "DATA", "--plan", "divprune:1/0"], "'1/0' is not a budget; write tokens (64)"),
-        (["tiny_llava", "DATA", "--steps", "0"], "lora must be at least 0 and steps at least 1, got 64 and 0."),
+        (["tiny_llava", "DATA", "--steps", "0"], "steps must be at least 1, got 0."),
         (["tiny_llava", "./gone.json"], "No file or folder"),
     ],
 )

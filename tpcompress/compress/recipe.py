@@ -49,7 +49,7 @@ class RunChoices:
 
     model: str
     data: str
-    plan: str | None
+    plan: str | PruningPlan | None
     out: str
     lora: int = 64
     steps: int | None = None
@@ -82,8 +82,7 @@ def make_recipe(choices: RunChoices, num_rows: int, gpu: bool | None = None) -> 
     Raises:
         FileNotFoundError, ValueError: no such model, one of no known family, or a plan that cannot be read.
     """
-    if choices.lora < 0 or (choices.steps is not None and choices.steps < 1):
-        raise ValueError(f"lora must be at least 0 and steps at least 1, got {choices.lora} and {choices.steps}.")
+    check_amounts(choices.lora, choices.steps, choices.batch_size)
     values = merge_recipes(read_recipe(PRESETS.get(family_of_base(choices.model), SHARED)), {})
     gpu = torch.accelerator.is_available() if gpu is None else gpu
     plan = None if choices.plan is None else PruningPlan.of(choices.plan)
@@ -104,6 +103,17 @@ def make_recipe(choices: RunChoices, num_rows: int, gpu: bool | None = None) -> 
     data |= {"val": choices.val, "val_fraction": choices.val_fraction, "num_workers": 4 if gpu else 0}
     over = {"trainer": trainer, "model": model, "checkpoints": {"every": min(500, max(1, steps // 2))}}
     return merge_recipes(values, over | {"data": {"init_args": data}})
+
+
+def check_amounts(lora: int, steps: int | None, batch_size: int | None) -> None:
+    """Refuse a negative rank of LoRA, and steps or a batch size below 1.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for name, value, least in (("lora", lora, 0), ("steps", steps, 1), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def write_recipe(values: dict[str, Any], path: Path, command: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from tpcompress.compress.recipe import RunChoices, family_of_base, make_recipe
 from tpcompress.compress.settings import CompressSettings, keep_settings
@@ -29,6 +30,7 @@ from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.recipe.export import export_run
 
 RECIPE, CONTROL, COMPARE = "recipe.yaml", "control.yaml", "compare.yaml"
+STEPS = ("split", "rank", "train", "export", "compare")
 REFERENCES = ("random", "uniform", "pool", "merged")
 """Rules in the table beside the chosen one, where they run on the model."""
 
@@ -66,7 +68,11 @@ def run_compress(settings: CompressSettings, folder: Path, console: Console) -> 
     """
     family = family_of_base(settings.model)
     keep_settings(settings, folder)
-    step = _Steps(console)
+
+    def step(name: str, text: str) -> None:
+        place = f"{STEPS.index(name) + 1}/{len(STEPS)}"
+        console.print(f"[bold]{place} {name}[/bold]: {escape(text)}", highlight=False, soft_wrap=True)
+
     step("split", f"{settings.data} ({family})")
     split = split_data(settings.data, folder / "data", settings.image_folder, settings.split, settings.seed)
     console.print(f"  {split}", highlight=False, soft_wrap=True)
@@ -85,7 +91,8 @@ def run_compress(settings: CompressSettings, folder: Path, console: Console) -> 
     step("compare", f"{folder / 'compare'}")
     run.bench.console = Console(quiet=True)  # the whole report is in the folder; one table is printed below
     report = run.finish()
-    console.print(rich_table(layout(report, families=False)))
+    # Scores average the families in which the image matters; where there is none, the families themselves are shown.
+    console.print(rich_table(layout(report, families=trained.score is None)))
     console.print(sentence(report, choice, settings.keep, verified), highlight=False, soft_wrap=True)
     for line in next_commands(folder, export):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -115,19 +122,6 @@ def write_files(settings: CompressSettings, folder: Path, split: Split, choice: 
     }  # fmt: skip
     comparison = {key: value for key, value in comparison.items() if value is not None}
     _write(folder / COMPARE, comparison, f"tpcompress compare --config {folder}/{COMPARE}")
-
-
-class _Steps:
-    """Numbers and prints the steps."""
-
-    TITLES = ("split", "rank", "train", "export", "compare")
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def __call__(self, name: str, text: str) -> None:
-        number = self.TITLES.index(name) + 1
-        self.console.print(f"[bold]{number}/{len(self.TITLES)} {name}[/bold]: {text}", highlight=False, soft_wrap=True)
 
 
 def _choose(settings: CompressSettings, folder: Path, split: Split, console: Console) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpcompress.compress.recipe import check_amounts
 from tpcompress.files import write_atomic
 from tpcompress.insertion.plan_source import read_keep
 
@@ -32,7 +33,7 @@ class CompressSettings:
         seed: seed of the split and of the runs.
 
     Raises:
-        ValueError: `keep` is not a budget.
+        ValueError: `keep` is not a budget, or a number is too small.
     """
 
     model: str
@@ -50,6 +51,7 @@ class CompressSettings:
 
     def __post_init__(self) -> None:
         read_keep(self.keep)
+        check_amounts(self.lora, self.steps, self.batch_size)
 
     @property
     def budget(self) -> float:

@@ -27,6 +27,12 @@ def sentence(report: Report, choice: Mapping[str, Any], keep: str, verified: boo
     bare = next((row for row in report.arm("dense_ft") if row.pruner is None), None)
     pruned = next((row for row in report.arm("dense_ft") if row.pruner is not None), None)
     free = report.twin(trained, "training_free")
+    if trained.score is None:
+        return (
+            f"{choice['rule']} was trained in the loop at {keep}, but the scores say nothing about pruning: on these "
+            f"rows the dense model answers no better with the images than with blank ones. Give a model that has "
+            f"learnt such questions, or more rows."
+        )
     others = [
         ("the dense model", dense),
         ("the dense model after the same steps", bare),
@@ -51,7 +57,7 @@ def next_commands(folder: Path, export: Path) -> list[str]:
         f"  serve      python -i -c {shlex.quote(load)}",
         f"  look       tpcompress inspect {quoted} --image IMAGE --prompt QUESTION",
         f"  evaluate   tpcompress compare {own}/compare.yaml --out {own}/compare",
-        f"  train on   tpcompress fit --config {own}/recipe.yaml --trainer.default_root_dir DIR",
+        f"  repeat     tpcompress fit --config {own}/recipe.yaml",
         f"  push       hf upload USER/NAME {quoted}   (command of huggingface_hub)",
     ]
 
