@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import batch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -103,10 +104,17 @@ def test_families_of_any_size_ask_for_the_count() -> None:
     family = list_families()["qwen2_vl"]
     config = family.tiny.config()
     model = tp.attach(AutoModelForImageTextToText.from_config(config), "divprune:64")
-    with pytest.raises(ValueError, match="give vision_tokens, e.g. tp.summary"):
+    with pytest.raises(ValueError, match="give a row, tp.summary"):
         tp.summary(model)
     found = tp.summary(model, vision_tokens=256)
     assert (found.patches, found.reduction) == (1024, 16)
+    inputs = batch([(5, 1, 7)], family="qwen2_vl", config=config)
+    found = tp.summary(tp.attach(tp.detach(model), "divprune:16"), inputs=inputs)
+    assert (found.vision_tokens, found.counts, found.text_tokens) == (64, (16,), int(inputs["input_ids"].numel()) - 64)
+    with pytest.raises(ValueError, match="Both vision_tokens and inputs are given"):
+        tp.summary(model, vision_tokens=9, inputs=inputs)
+    with pytest.raises(ValueError, match="inputs have no image"):
+        tp.summary(model, inputs=batch([(5, 0, 7)], family="qwen2_vl", config=config))
 
 
 def test_costs_without_a_formula_are_not_stated() -> None:

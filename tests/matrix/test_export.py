@@ -10,13 +10,14 @@ import pytest
 import torch
 from exact import tolerance
 from export.helpers import make_processor
-from structure import each_family
+from structure import each_family, some
 from subjects import Subject
-from support import generate, logit_gap, stir
+from support import family_folder, generate, logit_gap, stir
 
 import tpcompress as tp
-from tpcompress.export import load, verify
+from tpcompress.export import load, probe, verify
 from tpcompress.insertion.plan import Stage
+from tpcompress.models import load_base, load_processor
 
 GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}
 STAGES = [Stage(GATE, 0, keep_ratio=0.3), Stage("divprune", 3, keep_ratio=0.1)]
@@ -76,3 +77,46 @@ def test_no_way_in_without_the_plan(subject: Subject, processor: Any, tmp_path: 
     (out / "manifest.json").unlink()
     with pytest.raises(ValueError, match="needs a plan under `token_pruning`"):
         load(out)
+
+
+@some("smolvlm", "internvl-qwen2")
+def test_a_plan_of_version_1_holds_per_tile_where_text_separates_tiles(
+    subject: Subject, processor: Any, tmp_path: Path
+) -> None:
+    """Exports of SmolVLM before version 2 were trained with a budget for each tile."""
+    if subject.case[0] not in ("smolvlm", "internvl"):
+        pytest.skip("one family of each kind")
+    model, inputs = subject.model, subject.batch((5, ["wide"], 9))
+    tp.attach(model, subject.plan([Stage("uniform", 0, keep_tokens=5)], scope="tile"))
+    out = tp.export(model, processor, tmp_path / "out", probe_inputs=inputs)
+    config = json.loads((out / "config.json").read_text())
+    assert config["token_pruning"]["version"] == 2
+    config["token_pruning"] |= {"version": 1, "scope": "image"}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "manifest.json").unlink()
+    scope = "tile" if subject.case[0] == "smolvlm" else "image"
+    for options in ({}, {"keep_tokens": 4}):
+        loaded = load(out, **options)
+        assert tp.plan_of(loaded).scope == loaded.config.token_pruning["scope"] == scope
+
+
+def test_the_built_in_probe_grows_until_it_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small image has no more tokens than the budget; real ones have. Tiny processors stop at 64 tokens."""
+    monkeypatch.setattr(probe, "SIDES", (16, 64))
+    folder = family_folder("qwen2_5_vl")
+    model, processor = load_base(str(folder)), load_processor(str(folder))
+    sides = [probe.default_inputs(processor, side) for side in probe.SIDES]
+    tokens = [int((each["input_ids"] == model.config.image_token_id).sum()) for each in sides]
+    assert tokens[0] < tokens[-1]
+    out = tp.export(tp.attach(model, "uniform", keep_tokens=tokens[0]), processor, tmp_path / "out")
+    assert json.loads((out / "manifest.json").read_text())["vision_tokens"] > tokens[0]
+    report = verify(out)
+    assert report.ok
+    assert f"({tokens[0]} of " in str(report)
+    card = (out / "README.md").read_text()
+    assert "vision tokens per image after its last stage" in card
+    assert "Counts are those of the probe, whose image has" in card
+    with pytest.raises(ValueError, match="is an export of tpcompress, which always prunes; a base is a dense model"):
+        load_base(str(out))
+    with pytest.raises(ValueError, match="This model is an export, which carries its plan \\(uniform with"):
+        tp.attach(load(out), "uniform", keep_tokens=4)

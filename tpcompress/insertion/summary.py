@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from tpcompress.insertion.attach import attachment_of
 from tpcompress.insertion.cost import count_lengths, decoder_flops, has_formula, kv_bytes
+from tpcompress.insertion.effect import effect_of
 from tpcompress.insertion.plan import PruningPlan
 
 
@@ -93,28 +95,43 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(model: nn.Module, vision_tokens: int | None = None, text_tokens: int = 64) -> Summary:
+def summary(
+    model: nn.Module,
+    vision_tokens: int | None = None,
+    text_tokens: int | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+) -> Summary:
     """Summarize the plan on a model: stages, counts, layer average, FLOPs and KV-cache bytes against dense.
 
-    Nothing is run: counts are nominal, FLOPs and bytes follow the formulas of `tpcompress.insertion.cost`.
+    The language model is not run: counts are nominal, FLOPs and bytes follow the formulas of
+    `tpcompress.insertion.cost`.
 
     Args:
         model: with a plan attached.
-        vision_tokens: tokens per image that the projector produces; default: that of the config, for families that
-            resize all images to one size.
-        text_tokens: text tokens of the prompt.
+        vision_tokens: tokens per image that the projector produces (per tile or prompt under such a scope); default:
+            that of the config, for families that resize all images to one size.
+        text_tokens: text tokens of the prompt; default: 64, or those of `inputs`.
+        inputs: what the processor returns for a real row, whose first image and text are counted.
 
     Raises:
-        ValueError: no plan attached, or image sizes vary and `vision_tokens` is not given.
+        ValueError: no plan attached, neither `vision_tokens` nor `inputs` where image sizes vary, both of them, or
+            `inputs` without an image.
     """
     attached = attachment_of(model)
     parts, plan = attached.parts, attached.plan
     config: Any = parts.model.config
+    if inputs is not None:
+        if vision_tokens is not None:
+            raise ValueError("Both vision_tokens and inputs are given; give one of them.")
+        vision_tokens, counted = _counted(model, inputs)
+        text_tokens = counted if text_tokens is None else text_tokens
+    text_tokens = 64 if text_tokens is None else text_tokens
     tokens = vision_tokens if vision_tokens is not None else parts.family.tokens_per_image(config)
     if tokens is None:
         raise ValueError(
-            f"{type(parts.model).__name__} makes another number of vision tokens of every image size; "
-            f"give vision_tokens, e.g. tp.summary(model, vision_tokens=576)."
+            f"{type(parts.model).__name__} makes another number of vision tokens of every image size; give a row, "
+            f"tp.summary(model, inputs=processor(images=..., text=..., return_tensors='pt')), or vision_tokens=576."
         )
     if isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"vision_tokens must be at least 1, got {tokens!r}.")
@@ -128,6 +145,15 @@ def summary(model: nn.Module, vision_tokens: int | None = None, text_tokens: int
         type(parts.model).__name__, plan, tokens, None if merged is None else tokens * merged, text_tokens,
         tuple(plan.counts(tokens)), num_layers, plan.layer_average(tokens, num_layers), flops, cache,
     )  # fmt: skip
+
+
+def _counted(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Vision tokens of the first budget row of processed inputs, and text tokens of its sample."""
+    effect = effect_of(model, inputs)
+    if not effect.totals:
+        raise ValueError("inputs have no image; give what the processor returns for a prompt with one.")
+    owner = effect.owners[0]
+    return effect.totals[0], effect.lengths[owner] - effect.vision_tokens()[owner]
 
 
 def si(value: int) -> str:

@@ -246,8 +246,8 @@ class PruningModule(L.LightningModule):
         self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
         if student.trace is not None and student.trace.stages and not phase.full(self.global_step):
             last = student.trace.stages[-1]
-            self.log("vision_tokens", sum(last.vision_out) / len(last.total), batch_size=size)
-            self.log("vision_tokens_per_sequence", sum(last.vision_out) / len(set(last.owner)), batch_size=size)
+            self.log("vision_tokens", last.per_image, batch_size=size)
+            self.log("vision_tokens_per_sequence", last.per_sequence, batch_size=size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before the step if a gradient is not finite. Until the scheduler step, no checkpoint is written."""
