@@ -3,6 +3,7 @@
 from tpcompress.data.chat import load_chat
 from tpcompress.data.collate import BatchMeta, ChatCollator, PromptCollator
 from tpcompress.data.packing import packed_mask
+from tpcompress.data.prompts import blank_images, prompt_inputs
 from tpcompress.data.rows import IMAGE_MARKER, BadRow, BadRows, GoodRows
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "ChatCollator",
     "GoodRows",
     "PromptCollator",
+    "blank_images",
     "load_chat",
     "packed_mask",
+    "prompt_inputs",
 ]

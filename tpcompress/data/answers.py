@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from tpcompress.data.rows import BadRow
@@ -45,7 +46,7 @@ def aligned(text: str, fixed: list[str], answers: list[str]) -> list[Span] | Non
     return list(found[0].regs[1:])
 
 
-def tools_of(row: dict[str, Any]) -> Any:
+def tools_of(row: Mapping[str, Any]) -> Any:
     """The tool schemas of a row; None without.
 
     Raises:

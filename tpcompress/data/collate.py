@@ -14,6 +14,7 @@ from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, set_co
 from tpcompress.data.packing import cut, packed, packed_mask, why_not_packed
 from tpcompress.data.rows import BadRow
 from tpcompress.data.template import LearnFrom
+from tpcompress.data.video import VideoSampling
 
 Batch = dict[str, Any]
 
@@ -73,7 +74,7 @@ class ChatCollator:
         pack: one sequence per row instead of one per conversation.
         pack_sequences: several rows per sequence.
         learn_from: labels on `all` answers of a conversation, or on the `last` one only.
-        video: how videos are sampled (`VideoSampling`); None for its defaults.
+        video: how videos are sampled; None for the defaults of `VideoSampling`.
         max_positions: longest sequence that the model takes; without `max_length`, longer rows are bad.
 
     Raises:
@@ -88,7 +89,7 @@ class ChatCollator:
         *,
         pack_sequences: bool = False,
         learn_from: LearnFrom = "all",
-        video: Any = None,
+        video: VideoSampling | None = None,
         max_positions: int | None = None,
     ) -> None:
         if max_length is not None and max_length < 2:
@@ -144,10 +145,10 @@ class PromptCollator:
 
     Args:
         processor: processor with a fast tokenizer and a chat template (or a `suffix`, as PaliGemma's).
-        video: how videos are sampled (`VideoSampling`); None for its defaults.
+        video: how videos are sampled; None for the defaults of `VideoSampling`.
     """
 
-    def __init__(self, processor: ProcessorMixin, *, video: Any = None) -> None:
+    def __init__(self, processor: ProcessorMixin, *, video: VideoSampling | None = None) -> None:
         self.encoder = ChatEncoder(processor, video=video)
         self.pad_id = self.encoder.pad_id
 

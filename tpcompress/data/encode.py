@@ -17,6 +17,7 @@ from tpcompress.data.processing import Media, Processed, RowProcessor, open_medi
 from tpcompress.data.rows import BadRow
 from tpcompress.data.suffix import text_format
 from tpcompress.data.template import MARKERS, LearnFrom, Rendered
+from tpcompress.data.video import VideoSampling
 
 IGNORED = -100  # label that the losses of transformers ignore
 _LAYOUTS: WeakKeyDictionary[Any, tuple[Any, Layout]] = WeakKeyDictionary()
@@ -58,7 +59,7 @@ class ChatEncoder:
     Args:
         processor: processor with a fast tokenizer and a chat template (or a `suffix`, as PaliGemma's).
         learn_from: `all` answers of a conversation, or the `last` one only.
-        video: how videos are sampled (`VideoSampling`); None for its defaults.
+        video: how videos are sampled; None for the defaults of `VideoSampling`.
 
     Attributes:
         appended_end: token that is appended to answers, where the template does not end them.
@@ -69,7 +70,7 @@ class ChatEncoder:
             makes inputs that cannot be joined to batches.
     """
 
-    def __init__(self, processor: Any, learn_from: LearnFrom = "all", video: Any = None) -> None:
+    def __init__(self, processor: Any, learn_from: LearnFrom = "all", video: VideoSampling | None = None) -> None:
         self.name = type(processor).__name__
         if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
             raise ValueError(f"{self.name} has no fast tokenizer; load one, as labels require its character offsets.")
@@ -99,7 +100,7 @@ class ChatEncoder:
             BadRow: the row cannot be encoded.
         """
         sequences = []
-        media, tools = self.open(row), tools_of(dict(row))
+        media, tools = self.open(row), tools_of(row)
         try:
             for messages, family in zip(row["conversations"], row["families"], strict=True):
                 shown = messages[:-1] if prompt and messages[-1]["role"] == "assistant" else messages
@@ -125,7 +126,7 @@ class ChatEncoder:
         """
         if row.get("videos") and "video" in self.layout.refused:
             raise BadRow(f"no video support: {self.layout.refused['video']}")
-        return open_media(dict(row), self.video)
+        return open_media(row, self.video)
 
     def vision_tokens(self, row: Mapping[str, Any]) -> int:
         """Number of placeholders of the media of a row.

@@ -1,16 +1,21 @@
 """Call a processor on the conversations of one row, so that the images of the row are processed once."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tpcompress.data.rows import BadRow, open_image
+from tpcompress.data.video import VideoSampling, open_video
 
 KINDS = ("image", "video")
+BLANK = "blank"  # key of rows whose media are replaced by grey ones, see `prompts.blank_images`
+GREY = 128  # no processor maps it to exact zeros, which SmolVLM takes for padding and leaves out
 
 
 @dataclass
@@ -113,23 +118,28 @@ def call(processor: Any, texts: list[str], media: Sequence[Media], **more: Any) 
     return {name: torch.as_tensor(value) for name, value in out.items()}
 
 
-def open_media(row: dict[str, Any], video: Any = None) -> Media:
+def open_media(row: Mapping[str, Any], video: VideoSampling | None = None) -> Media:
     """Open the images and videos of a row.
 
     Args:
         row: a row.
-        video: `VideoSampling`; None for its defaults.
+        video: how videos are sampled; None for the defaults of `VideoSampling`.
 
     Raises:
         BadRow: one of them is missing or corrupt.
     """
     images = [open_image(image) for image in row.get("images") or []]
-    if not row.get("videos"):
-        return Media(images)
-    from tpcompress.data.video import VideoSampling, open_video  # PyAV is imported for videos only
+    opened = [open_video(one, video or VideoSampling()) for one in row.get("videos") or []]
+    media = Media(images, [frames for frames, _ in opened], [metadata for _, metadata in opened])
+    if row.get(BLANK):
+        media.images = [blank_image(image.size) for image in images]
+        media.videos = [np.full_like(frames, GREY) for frames in media.videos]
+    return media
 
-    opened = [open_video(one, video or VideoSampling()) for one in row["videos"]]
-    return Media(images, [frames for frames, _ in opened], [metadata for _, metadata in opened])
+
+def blank_image(size: tuple[int, int]) -> Image.Image:
+    """A grey image of (width, height)."""
+    return Image.new("RGB", size, (GREY, GREY, GREY))
 
 
 class _Wrapped:

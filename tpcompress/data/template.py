@@ -170,7 +170,10 @@ class ChatTemplate:
         self, text: str, messages: list[dict[str, Any]], turns: list[int], tools: Any, prompt: bool
     ) -> list[Span]:
         """The answers, found by rendering the conversation with a word in place of each."""
-        words = [f"{_WORD}{'q' * number}k" for number in range(len(turns))]
+        word = _WORD
+        while word in text:
+            word += "q"
+        words = [f"{word}{'x' * number}k" for number in range(len(turns))]
         changed = list(messages)
         for turn, word in zip(turns, words, strict=True):
             changed[turn] = self._replaced(messages[turn], word)

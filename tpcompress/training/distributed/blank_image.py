@@ -9,19 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
-from PIL import Image
 from torch import Tensor
 
 from tpcompress.data import IMAGE_MARKER, ChatCollator
 from tpcompress.data.encode import IGNORED
 from tpcompress.data.packing import packed_mask
+from tpcompress.data.processing import blank_image
 from tpcompress.insertion.encoded import has_pixels
 
 SIZE = 64
 """Height and width of the blank image in pixels, before the processor resizes it."""
-
-COLOR = (200, 200, 200)
-"""Neither black nor mid-gray: some models take an image whose normalised pixels are all 0 for padding."""
 
 
 def with_blank_image_if_needed(trainer: Trainer, batch: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -75,7 +72,7 @@ def with_blank_image(batch: dict[str, Any], collator: ChatCollator) -> tuple[dic
 
 def _one_image(collator: ChatCollator) -> Mapping[str, Any]:
     messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n."}, {"role": "assistant", "content": "."}]
-    row = {"images": [Image.new("RGB", (SIZE, SIZE), COLOR)], "conversations": [messages], "families": ["none"]}
+    row = {"images": [blank_image((SIZE, SIZE))], "conversations": [messages], "families": ["none"]}
     batch = collator([row])
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 

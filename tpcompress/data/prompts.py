@@ -1,0 +1,57 @@
+"""Model inputs of one prompt, and rows with blank images."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tpcompress.data.collate import Batch, PromptCollator
+from tpcompress.data.processing import BLANK
+from tpcompress.data.rows import BadRow
+from tpcompress.data.video import VideoSampling
+
+
+def prompt_inputs(
+    processor: Any,
+    prompt: str,
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    *,
+    video: VideoSampling | None = None,
+) -> Batch:
+    """Inputs of a model for one question about images and videos, as the collators make them.
+
+    Args:
+        processor: processor with a chat template.
+        prompt: question; `<image>` and `<video>` mark the positions of the media, which otherwise come first.
+        images: images, as in rows.
+        videos: videos, as in rows.
+        video: how videos are sampled; None for the defaults of `VideoSampling`.
+
+    Returns:
+        the inputs, without `meta`.
+
+    Raises:
+        ValueError: the question is empty, an image or video cannot be read, or the processor takes no such prompt.
+    """
+    text = prompt.replace("<image>", "").replace("<video>", "")
+    if not text.strip():
+        raise ValueError(f"The prompt {prompt!r} is empty; give a question such as 'What is this?'.")
+    row = {
+        "images": list(images), "videos": list(videos), "families": ["prompt"],
+        "conversations": [[{"role": "user", "content": prompt}]],
+    }  # fmt: skip
+    try:
+        batch = PromptCollator(processor, video=video)([row])
+    except BadRow as bad:
+        raise ValueError(f"The prompt {prompt!r} cannot be encoded: {bad}.") from None
+    return {name: value for name, value in batch.items() if name != "meta"}
+
+
+def blank_images(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with grey images, and frames of videos, of the same sizes in place of its own.
+
+    They are replaced before the processor, which therefore splits and pads them as it does the row's own.
+
+    Args:
+        row: a row, for a collator.
+    """
+    return {**row, BLANK: True}
