@@ -21,10 +21,7 @@ from tpcompress.data.video import VideoSampling, open_video
 from tpcompress.families import list_families
 
 Batch = dict[str, Any]
-flat = pytest.mark.xfail(reason="the processor takes no nested images", strict=True)
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=flat) if name == "got_ocr2" else name for name in list_families()]
-)
+every_family = pytest.mark.parametrize("name", list_families())
 main_families = pytest.mark.parametrize("name", main_families_first())
 
 NO_TEMPLATE = ("paligemma",)

@@ -83,7 +83,7 @@ class ChatEncoder:
         self.appended_end = self.format.appended_end
         self.pad_id = pad_token_id(processor)
         self.layout = self._layout()
-        self._process = RowProcessor(processor)
+        self._process = RowProcessor(processor, self.layout.nested)
 
     def row(self, row: Mapping[str, Any], index: int = 0, prompt: bool = False) -> list[EncodedSequence]:
         """Encode one row.

@@ -47,6 +47,7 @@ class Layout:
         dtypes: dtypes of these keys.
         media: how other keys are joined.
         structured: keys per token that tell the model more than text does: multimodal positions, attention blocks.
+        nested: whether the processor takes images nested by row.
         refused: why the processor takes no conversation of a kind (`image`, `text`, `images`, `video`).
     """
 
@@ -54,6 +55,7 @@ class Layout:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     media: dict[str, Joint] = field(default_factory=dict)
     structured: tuple[str, ...] = ()
+    nested: bool = True
     refused: dict[str, str] = field(default_factory=dict)
 
     def join(self, values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -91,6 +93,9 @@ def learn_layout(processor: Any, name: str, converse: Callable[[dict[str, int]],
     first, *others = (Image.fromarray(_noise(height, width)) for width, height in _SIZES)
     kinds = {"image": Media([first]), "text": Media(), "images": Media(others)}
     _learn(layout, processor, name, converse, kinds)
+    if "image" in layout.refused:  # GOT-OCR 2 takes one image per conversation, in a flat list
+        layout = Layout(nested=False)
+        _learn(layout, processor, name, converse, kinds)
     if "image" in layout.refused:
         raise ValueError(f"{name} takes no conversation with an image: {layout.refused['image']}.")
     if getattr(processor, "video_processor", None) is None:
@@ -114,7 +119,7 @@ def _learn(
         try:
             rendered = converse(media.counts)
             texts[kind], more[kind] = rendered.text, rendered.more
-            apart[kind] = call(processor, [texts[kind]], [media], **_listed([more[kind]]))
+            apart[kind] = call(processor, [texts[kind]], [media], layout.nested, **_listed([more[kind]]))
         except Exception as error:  # whatever a processor or template raises on a conversation that it does not take
             layout.refused.setdefault(kind, (str(error) or type(error).__name__).splitlines()[0][:200])
     usable = [kind for kind in kinds if kind in apart]
@@ -122,7 +127,7 @@ def _learn(
         try:
             together = call(
                 processor, [texts[kind] for kind in kinds_tried], [kinds[kind] for kind in kinds_tried],
-                padding=True, padding_side="right", **_listed([more[kind] for kind in kinds_tried]),
+                layout.nested, padding=True, padding_side="right", **_listed([more[kind] for kind in kinds_tried]),
             )  # fmt: skip
         except Exception:  # some processors take no list with a row without images, or no list at all
             continue

@@ -61,10 +61,12 @@ class RowProcessor:
 
     Args:
         processor: any processor with a fast tokenizer.
+        nested: whether it takes images nested by row.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, nested: bool = True) -> None:
         self.processor = copy.copy(processor)
+        self.nested = nested
         self._tokenizer = self.processor.tokenizer = _Recorder(processor.tokenizer)
         self._once: list[_Once] = []
         for kind in KINDS:
@@ -80,7 +82,7 @@ class RowProcessor:
             BadRow: the processor refuses it.
         """
         try:
-            values = call(self.processor, [text], [media], **more)
+            values = call(self.processor, [text], [media], self.nested, **more)
         except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             # Processors raise these for images too narrow for their patches, wrong counts and the like.
             line = (str(error) or type(error).__name__).splitlines()[0]
@@ -93,13 +95,16 @@ class RowProcessor:
             once.clear()
 
 
-def call(processor: Any, texts: list[str], media: Sequence[Media], **more: Any) -> dict[str, Tensor]:
+def call(
+    processor: Any, texts: list[str], media: Sequence[Media], nested: bool = True, **more: Any
+) -> dict[str, Tensor]:
     """Call a processor as its `apply_chat_template` does: media nested by row, special tokens as in the text.
 
     Args:
         processor: the processor.
         texts: rendered conversations.
         media: media of each conversation.
+        nested: pass images nested by row, as for most processors; one flat list otherwise.
         more: further arguments, such as `padding`.
 
     Returns:
@@ -109,7 +114,8 @@ def call(processor: Any, texts: list[str], media: Sequence[Media], **more: Any) 
     if bos is not None and texts[0].startswith(bos):
         more["add_special_tokens"] = False
     if any(one.images for one in media):
-        more["images"] = [one.images for one in media]
+        images = [one.images for one in media]
+        more["images"] = images if nested else [image for one in images for image in one]
     if any(one.videos for one in media):
         more["videos"] = [one.videos for one in media]
         more["video_metadata"] = [metadata for one in media for metadata in one.metadata]
