@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, set_content_ids
-from tpcompress.data.packing import cut, packed, packed_mask, why_not_packed
+from tpcompress.data.packing import cut, filled, laid_out, packed, packed_mask, why_not_packed
 from tpcompress.data.rows import BadRow
 from tpcompress.data.template import LearnFrom
 from tpcompress.data.video import VideoSampling
@@ -26,7 +26,8 @@ class BatchMeta:
     Attributes:
         families: question families of the conversations of a sequence (one unless packed).
         answers: reference answers of these conversations: the content of the last assistant turn.
-        rows: indices into the data set (into the batch if rows were collated directly; -1 in a stream).
+        rows: indices into the data set (into the batch if rows were collated directly; -1 in a stream); of the first
+            row where a sequence holds several.
         segments: int (B, S): 0 on the shared prefix of a packed sequence, k on its k-th conversation, -1 on padding.
         num_conversations: conversations in the batch.
         ids: hashes of the content of the sequences (see `encode.set_content_ids`), independent of order and run, so
@@ -65,7 +66,7 @@ class ChatCollator:
     accept 4-d masks.
 
     With `pack_sequences`, the conversations of a batch, each with its images, are laid one after the other into as few
-    sequences of at most `max_length` tokens as they fit in, under the same mask.
+    sequences of at most `max_length` tokens as they fit in (first fit), under the same mask.
 
     Args:
         processor: processor with a fast tokenizer and a chat template (or a `suffix`, as PaliGemma's).
@@ -105,6 +106,7 @@ class ChatCollator:
         self.max_length = max_length
         self.max_positions = max_positions
         self.pack = pack
+        self.pack_sequences = pack_sequences
         self.packs = pack or pack_sequences
         self.pad_id = self.encoder.pad_id
 
@@ -134,7 +136,13 @@ class ChatCollator:
         """Batch of encoded rows, each with the bad rows it stands in for."""
         sequences = [sequence for sample, _ in samples for sequence in sample]
         bad_rows = [bad for _, passed_over in samples for bad in passed_over]
-        return _batch(sequences, bad_rows, self.encoder, packed=self.packs)
+        images = [sequence.images for sequence in sequences]
+        if self.pack_sequences:
+            assert self.max_length is not None
+            groups = filled(sequences, self.max_length)
+            images = [sequence.images for group in groups for sequence in group]
+            sequences = [laid_out(group) for group in groups]
+        return _batch(sequences, images, bad_rows, self.encoder, packed=self.packs)
 
 
 class PromptCollator:
@@ -168,12 +176,13 @@ class PromptCollator:
         """Batch of encoded rows, each with the bad rows it stands in for."""
         sequences = [sequence for sample, _ in samples for sequence in sample]
         bad_rows = [bad for _, passed_over in samples for bad in passed_over]
-        return _batch(sequences, bad_rows, self.encoder, prompts=True)
+        images = [sequence.images for sequence in sequences]
+        return _batch(sequences, images, bad_rows, self.encoder, prompts=True)
 
 
 def _batch(
-    sequences: list[EncodedSequence], bad_rows: list[tuple[str, BadRow]], encoder: ChatEncoder, packed: bool = False,
-    prompts: bool = False,
+    sequences: list[EncodedSequence], images: list[dict[str, Tensor]], bad_rows: list[tuple[str, BadRow]],
+    encoder: ChatEncoder, packed: bool = False, prompts: bool = False,
 ) -> Batch:  # fmt: skip
     """Pad and join sequences."""
     layout = encoder.layout
@@ -186,7 +195,7 @@ def _batch(
         batch["position_ids"] = _padded([s.positions for s in sequences], 0)
     for name, fill in layout.tokens.items():
         batch[name] = _padded([s.tokens[name] for s in sequences], fill, prompts).to(layout.dtypes[name])
-    batch |= layout.join([sequence.images for sequence in sequences])
+    batch |= layout.join(images)
     return batch | {"meta": _meta(sequences, segments, bad_rows)}
 
 

@@ -4,6 +4,8 @@ Shapes: B sequences in the batch, S tokens in the longest sequence.
 """
 
 from collections.abc import Collection
+from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from tpcompress.data.rows import BadRow
 
 
 def why_not_packed(encoder: ChatEncoder) -> str | None:
-    """Why sequences of a processor with a mask and positions of their own would not equal separate ones; None if not.
+    """Why packed conversations would not equal separate ones, as far as the processor tells; None if they do.
 
     A model builds multimodal positions and bidirectional blocks itself from inputs per token, for one conversation.
     """
@@ -21,6 +23,61 @@ def why_not_packed(encoder: ChatEncoder) -> str | None:
     if not lost:
         return None
     return f"{encoder.name} returns {', '.join(lost)}, by which the model makes its own positions or attention"
+
+
+def why_config_not_packed(config: Any) -> str | None:
+    """Why packed conversations would not equal separate ones, as far as the config of a model tells; None if they do.
+
+    A mask of one's own replaces sliding windows and chunks, and layers with a state read across conversations.
+
+    Args:
+        config: config of the model (`PretrainedConfig`).
+    """
+    text = config.get_text_config()
+    kinds = sorted({*(getattr(text, "layer_types", None) or [])} - {"full_attention"})
+    if kinds:
+        return f"the language model has layers of type {', '.join(kinds)}"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True):
+        return f"the language model has a sliding window of {window} tokens"
+    return None
+
+
+def filled(sequences: list[EncodedSequence], max_length: int) -> list[list[EncodedSequence]]:
+    """Group sequences so that those of a group fit into `max_length` tokens together (first fit).
+
+    Args:
+        sequences: sequences of at most `max_length` tokens.
+        max_length: tokens of a group.
+    """
+    groups: list[list[EncodedSequence]] = []
+    room: list[int] = []
+    for sequence in sequences:
+        length = len(sequence.input_ids)
+        fits = next((number for number, left in enumerate(room) if left >= length), None)
+        if fits is None:
+            groups.append([])
+            room.append(max_length)
+            fits = len(groups) - 1
+        groups[fits].append(sequence)
+        room[fits] -= length
+    return groups
+
+
+def laid_out(group: list[EncodedSequence]) -> EncodedSequence:
+    """One sequence of several, one segment after the other; its images are those of the group, in their order.
+
+    Its content id depends on the group, so that it is not found in a cache of other batches.
+    """
+    joined = EncodedSequence([], [], [], [], [], [], row=group[0].row, tokens={name: [] for name in group[0].tokens})
+    for number, sequence in enumerate(group, start=1):
+        start = len(joined.labels)
+        _append(joined, sequence, 0, number)
+        joined.labels[start] = IGNORED  # its predecessor belongs to another conversation
+        joined.dropped += sequence.dropped
+    ids = "".join(sequence.content_id for sequence in group)
+    joined.content_id = blake2b(ids.encode(), digest_size=8).hexdigest() if len(group) > 1 else ids
+    return joined
 
 
 def packed(conversations: list[EncodedSequence], media_ids: Collection[int], max_length: int | None) -> EncodedSequence:
