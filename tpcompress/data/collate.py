@@ -6,6 +6,7 @@ Shapes: B sequences in the batch, S tokens in the longest sequence.
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -201,8 +202,10 @@ def _batch(
 
 def _padded(lists: list[list[Any]], value: Any, left: bool = False) -> Tensor:
     width = max(len(items) for items in lists)
-    fills = [[value] * (width - len(items)) for items in lists]
-    return torch.tensor([fill + items if left else items + fill for items, fill in zip(lists, fills, strict=True)])
+    padded = np.full((len(lists), width), value)
+    for row, items in zip(padded, lists, strict=True):
+        row[width - len(items) if left else 0 : width if left else len(items)] = items
+    return torch.from_numpy(padded)
 
 
 def _meta(sequences: list[EncodedSequence], segments: Tensor, bad_rows: list[tuple[str, BadRow]]) -> BatchMeta:

@@ -4,12 +4,12 @@ import copy
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from xxhash import xxh3_64
 
 from tpcompress.data.answers import tools_of
 from tpcompress.data.joining import TEXT_KEYS, Layout, learn_layout
@@ -224,12 +224,12 @@ def set_content_ids(sequences: list[EncodedSequence]) -> list[EncodedSequence]:
     The hash covers all inputs, labels and segments. It does not depend on the order, split or streaming of the data,
     and changes if the processor, the template, `max_length` or an image changes the sequence.
     """
-    image_digest = blake2b(digest_size=8)
+    images = xxh3_64()  # blake2b takes as long as some processors
     for name, value in sorted(sequences[0].images.items()) if sequences else ():
-        image_digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        image_digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        images.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        images.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for sequence in sequences:
-        digest = image_digest.copy()
+        digest = images.copy()
         further = [sequence.tokens[name] for name in sorted(sequence.tokens)]
         for numbers in (sequence.input_ids, sequence.labels, sequence.segments, *further):
             digest.update(array("q", [len(numbers), *numbers]).tobytes())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tpcompress.data.processing import Media, call
 from tpcompress.data.template import Rendered
+from tpcompress.errors import first_line
 
 TEXT_KEYS = ("input_ids", "attention_mask", "labels")
 _SIZES = ((64, 48), (96, 64), (48, 80))  # width, height of the images of the probe
@@ -121,7 +122,7 @@ def _learn(
             texts[kind], more[kind] = rendered.text, rendered.more
             apart[kind] = call(processor, [texts[kind]], [media], layout.nested, **_listed([more[kind]]))
         except Exception as error:  # whatever a processor or template raises on a conversation that it does not take
-            layout.refused.setdefault(kind, (str(error) or type(error).__name__).splitlines()[0][:200])
+            layout.refused.setdefault(kind, first_line(error)[:200])
     usable = [kind for kind in kinds if kind in apart]
     for kinds_tried in (usable, [kind for kind in usable if kind != "text"]):
         try:

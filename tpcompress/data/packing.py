@@ -4,11 +4,11 @@ Shapes: B sequences in the batch, S tokens in the longest sequence.
 """
 
 from collections.abc import Collection
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
 from tpcompress.data.encode import IGNORED, ChatEncoder, EncodedSequence, common_prefix
 from tpcompress.data.rows import BadRow
@@ -76,7 +76,7 @@ def laid_out(group: list[EncodedSequence]) -> EncodedSequence:
         joined.labels[start] = IGNORED  # its predecessor belongs to another conversation
         joined.dropped += sequence.dropped
     ids = "".join(sequence.content_id for sequence in group)
-    joined.content_id = blake2b(ids.encode(), digest_size=8).hexdigest() if len(group) > 1 else ids
+    joined.content_id = xxh3_64(ids.encode()).hexdigest() if len(group) > 1 else ids
     return joined
 
 

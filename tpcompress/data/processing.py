@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.data.video import VideoSampling, open_video
+from tpcompress.errors import first_line
 
 KINDS = ("image", "video")
 BLANK = "blank"  # key of rows whose media are replaced by grey ones, see `prompts.blank_images`
@@ -85,8 +86,7 @@ class RowProcessor:
             values = call(self.processor, [text], [media], self.nested, **more)
         except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             # Processors raise these for images too narrow for their patches, wrong counts and the like.
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            raise BadRow(f"the processor refuses it: {line[:200]}") from error
+            raise BadRow(f"the processor refuses it: {first_line(error)[:200]}") from error
         return Processed(values, self._tokenizer.text, self._tokenizer.offsets)
 
     def forget(self) -> None:

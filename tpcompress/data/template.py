@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tpcompress.data.answers import Span, aligned, content_text, parsed, replaced_text
 from tpcompress.data.rows import IMAGE_MARKER, BadRow
+from tpcompress.errors import first_line
 
 VIDEO_MARKER = "<video>"
 MARKERS = {"image": IMAGE_MARKER, "video": VIDEO_MARKER}
@@ -62,7 +63,9 @@ class ChatTemplate:
         self._parts: dict[str, bool] = {}
         self.header = self._header()
         self.end = self._end()
-        self.appended_end = "" if self.end else self._eos()
+        if not self.end and processor.tokenizer.eos_token is None:
+            raise ValueError("The chat template ends no answer and the tokenizer has no eos_token; set one of them.")
+        self.appended_end = "" if self.end else processor.tokenizer.eos_token
 
     def conversation(
         self, messages: Sequence[dict[str, str]], counts: dict[str, int], tools: Any = None, prompt: bool = False
@@ -123,7 +126,7 @@ class ChatTemplate:
             copies = [dict(message) for message in messages]
             return self.processor.apply_chat_template(copies, add_generation_prompt=prompt, tokenize=False, **more)
         except Exception as error:  # templates raise jinja's errors and any of Python's
-            raise BadRow(f"the chat template refuses it: {_line(error)}") from None
+            raise BadRow(f"the chat template refuses it: {first_line(error)[:200]}") from None
 
     def with_answers(
         self, messages: list[dict[str, Any]], tools: Any = None, prompt: bool = False
@@ -137,8 +140,11 @@ class ChatTemplate:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return text, []
-        spans = self._marked_spans(text, messages, tools, prompt) if self._marked else []
-        found = spans or self._word_spans(text, messages, turns, tools, prompt)
+        found = (
+            (self._marked and self._marked_spans(text, messages, tools, prompt))
+            or self._header_spans(text, messages, turns, prompt)
+            or self._word_spans(text, messages, turns, tools, prompt)
+        )
         ended, shift, pieces, cursor = [], 0, [], 0
         for start, stop in found:
             stop, appended = self._ended(text, start, stop)
@@ -165,6 +171,25 @@ class ChatTemplate:
         spans = [(start, stop) for start, stop in found[0] if stop > start]
         num_answers = sum(message["role"] == "assistant" for message in messages)
         return spans if rendered[0] == text and len(spans) >= num_answers else []
+
+    def _header_spans(self, text: str, messages: list[dict[str, Any]], turns: list[int], prompt: bool) -> list[Span]:
+        """The answers that stand between a header and the end token as they are; empty if one does not.
+
+        This saves the second rendering of most conversations.
+        """
+        pieces = text.split(self.header) if self.header and self.end else []
+        if len(pieces) != len(turns) + 1 + prompt or any(messages[turn].get("tool_calls") for turn in turns):
+            return []
+        spans, start = [], len(pieces[0])
+        for turn, piece in zip(turns, pieces[1:], strict=False):
+            start += len(self.header)
+            content = content_text(messages[turn]["content"])
+            form = next((form for form in (content, content.strip()) if piece.startswith(form + self.end)), None)
+            if form is None:
+                return []
+            spans.append((start, start + len(form)))
+            start += len(piece)
+        return spans
 
     def _word_spans(
         self, text: str, messages: list[dict[str, Any]], turns: list[int], tools: Any, prompt: bool
@@ -268,16 +293,6 @@ class ChatTemplate:
             ) from None
         if text.count(_WORD) != 2:
             raise ValueError(
-                f"The chat template of {self.name} does not render answers, so that nothing can be learned; "
-                "set that of its model family."
+                f"The chat template of {self.name} does not render answers, so that nothing can be learned; set another."
             )
         return text.rpartition(_WORD)[2].rstrip()
-
-    def _eos(self) -> str:
-        if self.processor.tokenizer.eos_token is None:
-            raise ValueError("The chat template ends no answer and the tokenizer has no eos_token; set one of them.")
-        return self.processor.tokenizer.eos_token
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
