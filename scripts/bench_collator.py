@@ -38,15 +38,15 @@ def main() -> int:
         parser.error(f"unknown families {', '.join(unknown)}; choose from {', '.join(list_families())}")
     torch.set_num_threads(1)
     rows = make_rows(arguments.rows, arguments.width, arguments.height)
-    table = Table("family", "collator rows/s", "processor rows/s", "time relative to the processor")
+    table = Table("family", "collator rows/s", "processor rows/s", "time / processor", "time / processor row by row")
     if arguments.workers:
         table.add_column(f"waiting of {arguments.step:g} s steps, {arguments.workers} workers")
     for row in measure(arguments.families, rows, arguments.rounds):
-        if row.ratio is None:
+        if row.ratios is None:
             table.add_row(row.family, escape(row.error))
             continue
         rates = [f"{1 / min(times):.1f}" for times in (row.collator, row.bare)]
-        cells = [row.family, *rates, f"{row.ratio:.2f}"]
+        cells = [row.family, *rates, *(f"{ratio:.2f}" for ratio in row.ratios)]
         if arguments.workers:
             settings = (arguments.workers, arguments.step, arguments.rows, arguments.steps)
             cells.append(f"{100 * waiting(row.family, rows, *settings):.1f} %")

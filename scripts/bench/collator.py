@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,14 @@ from torch.utils.data import DataLoader
 from tpcompress.data import ChatCollator, GoodRows
 from tpcompress.families import list_families
 
+HUB_SIZES = {
+    "gemma3": {"size": {"height": 896, "width": 896}},
+    "llava": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
+    "mistral3": {"size": {"longest_edge": 1540}},
+    "paligemma": {"size": {"height": 448, "width": 448}},
+}
+"""Sizes of published models where they are not the default of the image processor."""
+
 
 @dataclass
 class Row:
@@ -27,21 +36,27 @@ class Row:
 
     Attributes:
         family: name of the family.
-        collator, bare: processor time per row in seconds, one entry per round.
+        collator, bare, single: processor time per row in seconds, one entry per round, of the collator and of the bare
+            processor with a batch per call and with a row per call.
         error: why it was not measured.
     """
 
     family: str
     collator: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
+    single: list[float] = field(default_factory=list)
     error: str = ""
 
     @property
-    def ratio(self) -> float | None:
-        """Median over the rounds of the collator's time relative to the bare processor's."""
+    def ratios(self) -> tuple[float, float] | None:
+        """Medians of the collator's time relative to the bare processor's with a batch and with a row per call."""
         if not self.collator:
             return None
-        return statistics.median(own / bare for own, bare in zip(self.collator, self.bare, strict=True))
+        found = [
+            statistics.median(own / other for own, other in zip(self.collator, others, strict=True))
+            for others in (self.bare, self.single)
+        ]
+        return found[0], found[1]
 
 
 def processor_of(family: str, full_size: bool = True) -> Any:
@@ -60,7 +75,7 @@ def processor_of(family: str, full_size: bool = True) -> Any:
         config.save_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
     if full_size:
-        processor.image_processor = type(processor.image_processor)()
+        processor.image_processor = type(processor.image_processor)(**HUB_SIZES.get(family, {}))
     return processor
 
 
@@ -103,7 +118,12 @@ def measure(families: list[str], rows: list[dict[str, Any]], rounds: int, full_s
         try:
             processor = processor_of(family, full_size)
             collator = ChatCollator(processor)
-            calls = {"collator": lambda own=collator: own(rows), "bare": bare(processor, rows)}
+            singles = [bare(processor, [one]) for one in rows]
+            calls: dict[str, Callable[[], Any]] = {
+                "collator": partial(collator, rows),
+                "bare": bare(processor, rows),
+                "single": partial(_each, singles),
+            }
             for number in range(rounds + 1):
                 for name, call in calls.items():
                     start = time.process_time()
@@ -113,6 +133,10 @@ def measure(families: list[str], rows: list[dict[str, Any]], rounds: int, full_s
         except (ValueError, ImportError) as error:  # no template, or a package that is not installed
             row = Row(family, error=str(error).splitlines()[0])
         yield row
+
+
+def _each(calls: list[Callable[[], Any]]) -> list[Any]:
+    return [call() for call in calls]
 
 
 def waiting(family: str, rows: list[dict[str, Any]], workers: int, step: float, batch_size: int, steps: int) -> float:

@@ -273,7 +273,7 @@ def test_processors_that_cannot_serve_are_refused(spoiled):
     with pytest.raises(ValueError, match="ends no answer and the tokenizer has no eos_token"):
         ChatCollator(spoiled)
     spoiled.chat_template = template.replace("messages", "messages[:1]")
-    with pytest.raises(ValueError, match="does not render answers, so that nothing can be learned"):
+    with pytest.raises(ValueError, match="does not render answers, so nothing can be learned"):
         ChatCollator(spoiled)
     spoiled.chat_template = None
     with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):

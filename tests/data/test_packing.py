@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import MAIN_FAMILIES, family_folder, main_families_first
+from support import MAIN_FAMILIES, family_folder
 from test_family_batches import ONE, TURNS, TWO, WORDS, processor_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -16,6 +16,11 @@ REFUSED = {
     "aya_vision", "cohere2_vision", "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v", "got_ocr2", "lfm2_vl",
     "paddleocr_vl", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl",
 }  # fmt: skip
+PACKED = [
+    pytest.param(name, marks=() if name in MAIN_FAMILIES else pytest.mark.slow)
+    for name in list_families()
+    if name not in REFUSED
+]
 
 
 def reason(name: str) -> str | None:
@@ -30,7 +35,7 @@ def test_families_that_cannot_be_packed(name):
 
 
 @pytest.mark.parametrize("plan", [None, "divprune"])
-@pytest.mark.parametrize("name", [n for n in main_families_first() if n not in REFUSED])
+@pytest.mark.parametrize("name", PACKED)
 def test_rows_in_one_sequence_equal_rows_apart(name, plan):
     collator = ChatCollator(processor_of(name))
     lengths = [len(collator.encode(one)[0].input_ids) for one in ROWS]

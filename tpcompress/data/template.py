@@ -293,6 +293,6 @@ class ChatTemplate:
             ) from None
         if text.count(_WORD) != 2:
             raise ValueError(
-                f"The chat template of {self.name} does not render answers, so that nothing can be learned; set another."
+                f"The chat template of {self.name} does not render answers, so nothing can be learned; set another."
             )
         return text.rpartition(_WORD)[2].rstrip()
