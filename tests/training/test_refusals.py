@@ -89,3 +89,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_spreads(work, what):
         work.fit("sound", trainer={"max_steps": 5, "callbacks": [callback(Interrupt, batch=1)]})
     sound = work.saved("sound")["state_dict"]
     assert all(torch.equal(value, sound[name]) for name, value in saved["state_dict"].items())
+
+
+def test_a_sequence_beyond_the_positions_of_the_model_is_a_bad_row(work, monkeypatch):
+    monkeypatch.setattr("tpcompress.training.module.max_positions", lambda base: 100)
+    with pytest.raises(ValueError, match=r"too long: \d+ tokens for the 100 positions of the model"):
+        work.fit(data={"on_bad_row": "raise"})

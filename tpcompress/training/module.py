@@ -128,7 +128,8 @@ class PruningModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse packed data that the plan or the attention does not support, before the base is loaded."""
-        if getattr(self.trainer.datamodule, "pack", False):  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "pack", False) or getattr(data, "pack_sequences", False):
             check_packing(self.plan, self.attention)
 
     def configure_model(self) -> None:

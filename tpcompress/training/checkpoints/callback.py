@@ -177,7 +177,7 @@ def _describe(trainer: L.Trainer) -> str:
     parts = [f"loss {float(values['loss/total']):.3f}"] if "loss/total" in values else []
     if "vision_tokens" in values:
         each, all_ = (f"{float(values[name]):.0f}" for name in ("vision_tokens", "vision_tokens_per_sequence"))
-        parts.append(f"{all_} vision tokens" + ("" if each == all_ else f" per sequence, {each} per image or tile"))
+        parts.append(f"{all_} vision tokens" + ("" if each == all_ else f" per sequence, {each} per image"))
     return " · ".join(parts)
 
 

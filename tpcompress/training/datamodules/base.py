@@ -99,6 +99,7 @@ class RowsData(LightningDataModule):
         if processor is None:
             raise ValueError(f"{type(module).__name__} has no processor; set self.processor before the data is set up.")
         self.collator = self.make_collator(processor)
+        self.collator.max_positions = getattr(module, "max_positions", None)
         if not self._loaded:
             self.train_rows, self.val_rows = self.load_rows()
             self._loaded = True

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from tpcompress.data import ChatCollator, GoodRows
+from tpcompress.data import GoodRows
 from tpcompress.files import atomic_path, write_atomic
 from tpcompress.inference import inference
 from tpcompress.models import load_base, load_processor
@@ -69,7 +69,7 @@ def cache_teacher(
         ValueError: the folder contains another cache, or `top` is not below the vocabulary size.
     """
     model = load_base(base, dtype, attention).to(device)
-    collator = ChatCollator(load_processor(base), data.max_length, data.pack)
+    collator = data.make_collator(load_processor(base))
     rows = GoodRows(data.load_rows()[0], collator.encode, data.on_bad_row)
     part = Subset(rows, range(rank, len(rows), world_size))
     batches = DataLoader(part, data.batch_size, collate_fn=collator.pad, num_workers=data.num_workers)
