@@ -18,8 +18,11 @@ from tpcompress.export.adapters import check_ties
 from tpcompress.families import Parts
 from tpcompress.training.trainable import TRAINABLE
 
-REPEATABLE = ("pissa", "olora")
-"""Initialisations that change the base's weights by the same amount whenever the base is loaded."""
+NARROWING = (
+    "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
+"""Fields of tuners that select modules of a whole model."""
 
 
 def add_lora(
@@ -45,7 +48,7 @@ def add_lora(
     mergeable = sorted(str(t.value) for t, c in PEFT_TYPE_TO_TUNER_MAPPING.items() if issubclass(c, BaseTuner))
     if kind not in mergeable:
         raise ValueError(f"lora: no tuner '{kind}' whose weights can be merged; choose from {', '.join(mergeable)}.")
-    config: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    kind_of_config: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     whole = [getattr(parts.family, name).rpartition(".")[2] for name in TRAINABLE if name in train]
     if whole:
         fields["modules_to_save"] = sorted({*(fields.get("modules_to_save") or []), *whole})
@@ -54,13 +57,14 @@ def add_lora(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT reads the old name
             warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")  # refused below, with the way out
-            wrapped = get_peft_model(model, config(**fields))  # type: ignore[arg-type]
+            config = kind_of_config(**fields)
+            wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
     except (TypeError, ValueError, AttributeError) as error:
-        reason = str(error).removeprefix(f"{config.__name__}.__init__() ")
-        raise ValueError(f"lora: {reason}; it takes the fields of peft.{config.__name__}.") from error
+        reason = str(error).removeprefix(f"{kind_of_config.__name__}.__init__() ")
+        raise ValueError(f"lora: {reason}; it takes the fields of peft.{kind_of_config.__name__}.") from error
     check_ties(wrapped)
     _check_merges(wrapped, kind)
-    _check_base(before, wrapped, fields, needs_base)
+    _check_base(before, wrapped, config, needs_base)
     return wrapped
 
 
@@ -75,7 +79,9 @@ def adapter_tensors(model: nn.Module, base: Sequence[Tensor]) -> set[str]:
     return {name for name, value in [*model.named_parameters(), *model.named_buffers()] if id(value) not in known}
 
 
-def _check_base(before: list[tuple[nn.Parameter, Tensor | None]], model: nn.Module, fields: Any, needs: bool) -> None:
+def _check_base(
+    before: list[tuple[nn.Parameter, Tensor | None]], model: nn.Module, config: PeftConfig, needs_base: bool
+) -> None:
     """Check that the base's weights are what they were, or can be made again.
 
     Raises:
@@ -83,18 +89,37 @@ def _check_base(before: list[tuple[nn.Parameter, Tensor | None]], model: nn.Modu
     """
     now = {id(parameter) for parameter in model.parameters()}
     changed = any(id(p) not in now or not _equal(_sample(p), sample) for p, sample in before)
-    start = fields.get("init_lora_weights", True)
-    if changed and start not in REPEATABLE:
+    start = f"init_lora_weights {getattr(config, 'init_lora_weights', True)}"
+    if changed and not _repeats(model, config):
         raise ValueError(
-            f"lora: init_lora_weights {start} changes the weights of the base in a way that its checkpoint cannot "
-            f"repeat, so the trained model would be lost; use {' or '.join(REPEATABLE)}, or leave it out."
+            f"lora: {start} changes the weights of the base at random, which a checkpoint of adapters cannot repeat, "
+            f"so that the trained model would be lost; use pissa or olora, or leave it out."
         )
-    if needs and (changed or any(parameter.requires_grad for parameter, _ in before)):
-        what = f"init_lora_weights {start} changes" if changed else f"bias {fields.get('bias')} trains"
+    if needs_base and (changed or any(parameter.requires_grad for parameter, _ in before)):
+        what = f"{start} changes" if changed else f"bias {getattr(config, 'bias', '')} trains"
         raise ValueError(
             f"Teacher AdapterOff is the model without its adapters, but lora.{what} the weights below them, so that "
             f"it is not the base; leave it out, or use teacher FrozenCopy."
         )
+
+
+def _repeats(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether adapters change the base alike from different random states, tried on the smallest adapted layer."""
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layer = min((m.get_base_layer() for m in adapted), key=lambda module: sum(p.numel() for p in module.parameters()))
+    alone: Any = copy.deepcopy(config)
+    alone.target_modules = {"layer"}
+    for name in NARROWING:
+        if hasattr(alone, name):
+            setattr(alone, name, None)
+    found = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped: Any = get_peft_model(nn.ModuleDict({"layer": copy.deepcopy(layer)}), copy.deepcopy(alone))  # type: ignore[arg-type]
+        inner = wrapped.base_model.model["layer"].get_base_layer()
+        found.append([parameter.detach() for parameter in inner.parameters()])
+    return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def _sample(parameter: nn.Parameter, count: int = 64) -> Tensor | None:
