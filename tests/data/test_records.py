@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import random
 import re
+from collections import Counter
 
 import datasets
 import pytest
 from data.record_shapes import BAD, FILES, GOOD, LEVELS, MARKED, ONE, ask, parts, streamed
 
+from tpcompress.data.arrow_rows import completed
 from tpcompress.data.bad_rows import BadRow
 from tpcompress.data.chat import load_chat
 from tpcompress.data.images import open_image
@@ -153,3 +158,44 @@ def test_a_video_column_is_kept(tmp_path):
     assert rows[4]["conversations"][0][0]["content"] == "<video>\nwhich ?"
     stream, _ = streamed(path, len(records))
     assert list(stream.values()) == list(rows)
+
+
+# ------------------------------------------------------------------ anything else
+
+JUNK = [
+    None, "", 0, -1, 3.5, float("nan"), True, [], {}, [None], [[]], [{}], {"a": 1}, b"x", "x" * 300, "\ud83d",
+    "<image>", "<video>", "https://a/b.png", "data:,x", "{", "[1]", "null", {"path": 7}, {"url": {}}, {"type": "image"},
+    {"role": []}, [["a", "b"]], {"from": ["a"], "value": [1]}, 10**30, object(),
+]  # fmt: skip
+KEYS = ("images", "image", "videos", "messages", "system", "tools", "families", "id", "history", "texts", "audio", "x")
+
+
+def places(value, path=()):
+    """The paths of all entries in nested dicts and lists."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield (*path, key)
+        yield from places(entry, (*path, key))
+
+
+def test_damaged_records_are_rows_or_bad_rows():
+    rng, records = random.Random(0), [record for record, *_ in {**GOOD, **BAD}.values()]
+    outcomes = Counter()
+    for _ in range(3000):
+        record = copy.deepcopy(rng.choice(records))
+        for _ in range(rng.choice((1, 2))):
+            if rng.random() < 0.3:
+                record[rng.choice(KEYS)] = copy.deepcopy(rng.choice(JUNK))
+                continue
+            *path, last = rng.choice(list(places(record)))
+            parent = functools.reduce(lambda value, key: value[key], path, record)
+            parent[last] = copy.deepcopy(rng.choice(JUNK))
+        try:
+            completed(read_record(record, "x"), "/images")
+            outcomes["row"] += 1
+        except BadRow as bad:
+            outcomes[bad.reason] += 1
+            assert "\n" not in str(bad)  # noqa: PT017
+            assert len(str(bad)) <= 260  # noqa: PT017
+    assert outcomes["row"] > 100
+    assert len(outcomes) > 20

@@ -127,7 +127,10 @@ def json_of(value: Any, name: str) -> str:
         except ValueError as error:
             raise BadRow(f"broken {name}: {error}") from None
     entries = [_without_nulls(entry) for entry in listed(value)]
-    return json.dumps(entries, ensure_ascii=False) if entries else ""
+    try:
+        return json.dumps(entries, ensure_ascii=False) if entries else ""
+    except (TypeError, ValueError) as error:  # bytes, dates
+        raise BadRow(f"broken {name}: {error}") from None
 
 
 def _message(role: Any, value: Any, turn: dict, slots: Slots) -> Message:
