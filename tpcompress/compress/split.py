@@ -108,8 +108,14 @@ def _parts(groups: list[list[int]], num_rows: int, seed: int) -> dict[str, list[
 
 def _records(row: Mapping[str, Any], index: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A row as lines of a file, one per conversation."""
-    shared = {"images": [_saved(image, folder) for image in row["images"]]}
-    shared |= {name: row[name] for name in ("videos", "tools") if row.get(name)}
+    shared: dict[str, Any] = {"images": [_saved(image, folder) for image in row["images"]]}
+    if row.get("videos"):
+        shared["videos"] = [
+            [_saved(frame, folder) for frame in video] if isinstance(video, list) else _saved(video, folder)
+            for video in row["videos"]
+        ]
+    if row.get("tools"):
+        shared["tools"] = row["tools"]
     name, number = row.get("id") or str(index), len(row["conversations"])
     for place, (messages, family) in enumerate(zip(row["conversations"], row["families"], strict=True)):
         identity = name if number == 1 else f"{name}-{place}"
@@ -117,7 +123,7 @@ def _records(row: Mapping[str, Any], index: int, folder: Path) -> Iterator[dict[
 
 
 def _saved(image: Any, folder: Path) -> str:
-    """Path of an image; one that is inside the data is written first."""
+    """Path of an image or a video; one that is inside the data is written first."""
     if isinstance(image, str | Path):
         return str(Path(image).resolve())
     if isinstance(image, Mapping) and image.get("bytes") is None:
