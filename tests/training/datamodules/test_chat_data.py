@@ -85,6 +85,20 @@ def test_cut_answers_are_told(processor, tmp_path, caplog):
     ]
 
 
+def test_rows_beyond_the_positions_of_the_model_are_left_out(processor, tmp_path):
+    rows = [
+        {"id": answer, "conversations": [{"from": "human", "value": "which"}, {"from": "gpt", "value": answer}]}
+        for answer in ("n1", "n1 n2 n3 n4 n5 n6", "n2")
+    ]
+    path = write(tmp_path, rows)
+    for max_length, counts in ((None, {"too long": 1}), (5, {})):
+        data, module = ChatData(path, batch_size=3, max_length=max_length), Toy(processor)
+        module.max_positions = 6
+        trainer_for(tmp_path, max_epochs=1).fit(module, data)
+        assert data.bad_rows.counts == counts
+        assert data.num_cut == len(counts) ^ 1
+
+
 @pytest.mark.parametrize("kind", ["whole", "stream", "benchmark"])
 def test_validation_needs_data(kind, processor, tmp_path):
     path = str(write_chat(tmp_path))
@@ -110,8 +124,9 @@ def test_settings_reach_the_reader_and_the_collator(processor, tmp_path, monkeyp
     path, asked = str(write_chat(tmp_path)), {}
     monkeypatch.setattr("tpcompress.training.datamodules.chat.ChatCollator", lambda *a, **k: asked.update(k))
     settings = {"pack_sequences": True, "learn_from": "last", "max_length": 50}
-    ChatData(path, num_frames=3, fps=1.5, **settings).make_collator(processor)
-    assert asked == {"pack_sequences": True, "learn_from": "last", "video": VideoSampling(3, 1.5)}
+    ChatData(path, num_frames=3, fps=1.5, **settings).make_collator(processor, 99)
+    known = {"pack_sequences": True, "learn_from": "last", "video": VideoSampling(3, 1.5), "max_positions": 99}
+    assert asked == known
     with pytest.raises(ValueError, match="has no config 'x'"):
         ChatData(path, config_name="x").load_rows()
     with pytest.raises(ValueError, match="^num_frames must be at least 1 frame, got 0"):

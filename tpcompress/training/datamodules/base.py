@@ -98,8 +98,7 @@ class RowsData(LightningDataModule):
         processor = getattr(module, "processor", None)
         if processor is None:
             raise ValueError(f"{type(module).__name__} has no processor; set self.processor before the data is set up.")
-        self.collator = self.make_collator(processor)
-        self.collator.max_positions = getattr(module, "max_positions", None)
+        self.collator = self.make_collator(processor, getattr(module, "max_positions", None))
         if not self._loaded:
             self.train_rows, self.val_rows = self.load_rows()
             self._loaded = True
@@ -109,9 +108,14 @@ class RowsData(LightningDataModule):
         if stage == TrainerFn.VALIDATING and self.val_rows is None:
             raise ValueError(f"There are no validation data; set {self.validation_keys} of {type(self).__name__}.")
 
-    def make_collator(self, processor: Any) -> ChatCollator:
-        """The collator of training and validation."""
-        return ChatCollator(processor, self.max_length, self.pack)
+    def make_collator(self, processor: Any, max_positions: int | None = None) -> ChatCollator:
+        """The collator of training and validation.
+
+        Args:
+            processor: processor of the model.
+            max_positions: longest sequence that the model takes; None for no limit.
+        """
+        return ChatCollator(processor, self.max_length, self.pack, max_positions=max_positions)
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled by (seed, epoch); each rank gets its share."""

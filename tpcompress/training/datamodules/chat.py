@@ -126,8 +126,8 @@ class ChatData(RowsData):
         own, held = held_out(train, self.val_fraction, seed=self.seed)
         return train.select(own), train.select(held)
 
-    def make_collator(self, processor: Any) -> ChatCollator:
-        """The collator of training and validation."""
+    def make_collator(self, processor: Any, max_positions: int | None = None) -> ChatCollator:
+        """The collator of training and validation, see `RowsData`."""
         return ChatCollator(
             processor,
             self.max_length,
@@ -135,6 +135,7 @@ class ChatData(RowsData):
             pack_sequences=self.pack_sequences,
             learn_from=self.learn_from,
             video=self.video,
+            max_positions=max_positions,
         )
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
