@@ -69,7 +69,7 @@ def groups_of(rows: Any) -> list[list[int]]:
     for index in range(len(rows)):
         row = rows[index]
         for medium in (*row["images"], *(row.get("videos") or ())):
-            for digest in digests_of(medium):
+            for digest in _digests(medium):
                 parent[root(index)] = root(first_with.setdefault(digest, index))
     groups: dict[int, list[int]] = {}
     for index in range(len(rows)):
@@ -77,11 +77,11 @@ def groups_of(rows: Any) -> list[list[int]]:
     return list(groups.values())
 
 
-def digests_of(medium: Any) -> Iterator[bytes]:
+def _digests(medium: Any) -> Iterator[bytes]:
     """Hashes of an image or video of a row, by content or path: one, or one per frame."""
     if isinstance(medium, list | tuple):
         for frame in medium:
-            yield from digests_of(frame)
+            yield from _digests(frame)
         return
     if isinstance(medium, Image.Image):
         content = f"{medium.mode} {medium.size}".encode() + medium.tobytes()
