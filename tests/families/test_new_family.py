@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FAMILY = '''
 """{name}: a model type that tpcompress does not know; images of any size, one rectangle each."""
 
-from transformers import AutoModelForImageTextToText, Mistral3Config, Mistral3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, Mistral3Config, Mistral3ForConditionalGeneration
 
 from tpcompress.families import mistral3
 from tpcompress.families.base import Family, Tiny
@@ -33,6 +33,7 @@ class Model(Mistral3ForConditionalGeneration):
     config_class = Config
 
 
+AutoConfig.register("{name}", Config)
 AutoModelForImageTextToText.register(Config, Model)
 
 
@@ -53,7 +54,9 @@ FAMILY = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     image_layouts=image_layouts,
-    tiny=Tiny(tiny_config, mistral3.tiny_pixels, mistral3.tiny_run, ("image", "wide")),
+    tiny=Tiny(
+        tiny_config, mistral3.tiny_pixels, mistral3.tiny_run, ("image", "wide"), processor=mistral3.tiny_processor
+    ),
 )
 '''
 
@@ -68,7 +71,8 @@ list_families.cache_clear()
 TOYS = {"toyright": "rows, cols", "toyaskew": "cols, rows", "toyshort": "rows, cols - 1"}
 """A true layout, one that takes columns for rows, and one that misses a column."""
 
-CHOSEN = "(toyright and (reference or identical or alone or parts or layouts or tables)) or (toy and (corner or agree))"
+CHOSEN = "(toyright and (reference or identical or alone or parts or layouts or tables or batch)) or "
+CHOSEN += "(toy and (corner or agree))"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "toy_plugin", "-p", "no:cacheprovider", "-m", "", "-k", CHOSEN,
         f"--junitxml={folder / 'report.xml'}", "tests/matrix/test_forward.py", "tests/families/test_families.py",
+        "tests/data/test_family_batches.py",
     ]  # fmt: skip
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
