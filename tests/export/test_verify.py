@@ -300,7 +300,7 @@ def test_only_a_trained_model_is_called_so(exported: Path, folder: Path, facts: 
     report = verify(folder)
     assert report.ok
     assert f"behaves as {model}: its stages retain the same vision tokens" in str(report)
-    assert ("trained" in str(report)) == (facts is not None)
+    assert ("the trained model" in str(report)) == (facts is not None)
 
 
 def test_an_export_that_prunes_nothing_is_refused(base: Any, processor: Any, tmp_path: Path) -> None:
