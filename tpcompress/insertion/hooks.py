@@ -152,7 +152,7 @@ class Hooks:
     def _language_model_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A prefill leaves its cuts on the cache; one that cut nothing removes those of an earlier request."""
         cache, call = getattr(output, "past_key_values", None), self.attachment.call
-        if call is not None and call.is_prefill and not self.checked:
+        if call is not None and call.is_prefill and not self.checked and not call.settings.traces:
             self.checked = True
             self._warn_unpruned(call)
         if call is not None and call.is_prefill and cache is not None:
@@ -160,7 +160,10 @@ class Hooks:
             remember(cache, call.end(counted_layer(cache), rope_deltas))
 
     def _warn_unpruned(self, call: Call) -> None:
-        """Say once if the first call with images retains all of their tokens under the plan's own budgets."""
+        """Say once if the first call with images retains all of their tokens under the plan's own budgets.
+
+        Not in a `record` block, which shows the counts.
+        """
         rows, plan = call.rows, self.attachment.plan
         own = call.settings.budgets == tuple(stage.budget for stage in plan.stages) and call.settings.mode == "drop"
         asked = any(stage.budget.keep_ratio != 1.0 for stage in plan.stages)
