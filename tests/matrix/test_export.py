@@ -10,7 +10,7 @@ import pytest
 import torch
 from exact import tolerance
 from export.helpers import make_processor
-from structure import each_family, some
+from structure import each_family
 from subjects import Subject
 from support import family_folder, generate, logit_gap, stir
 
@@ -77,27 +77,6 @@ def test_no_way_in_without_the_plan(subject: Subject, processor: Any, tmp_path: 
     (out / "manifest.json").unlink()
     with pytest.raises(ValueError, match="needs a plan under `token_pruning`"):
         load(out)
-
-
-@some("smolvlm", "internvl-qwen2")
-def test_a_plan_of_version_1_holds_per_tile_where_text_separates_tiles(
-    subject: Subject, processor: Any, tmp_path: Path
-) -> None:
-    """Exports of SmolVLM before version 2 were trained with a budget for each tile."""
-    if subject.case[0] not in ("smolvlm", "internvl"):
-        pytest.skip("one family of each kind")
-    model, inputs = subject.model, subject.batch((5, ["wide"], 9))
-    tp.attach(model, subject.plan([Stage("uniform", 0, keep_tokens=5)], scope="tile"))
-    out = tp.export(model, processor, tmp_path / "out", probe_inputs=inputs)
-    config = json.loads((out / "config.json").read_text())
-    assert config["token_pruning"]["version"] == 2
-    config["token_pruning"] |= {"version": 1, "scope": "image"}
-    (out / "config.json").write_text(json.dumps(config))
-    (out / "manifest.json").unlink()
-    scope = "tile" if subject.case[0] == "smolvlm" else "image"
-    for options in ({}, {"keep_tokens": 4}):
-        loaded = load(out, **options)
-        assert tp.plan_of(loaded).scope == loaded.config.token_pruning["scope"] == scope
 
 
 def test_the_built_in_probe_grows_until_it_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

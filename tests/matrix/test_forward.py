@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from exact import check, tolerance
-from structure import each_family, plans, some
+from structure import each_family, plans
 from subjects import Subject
-from support import alone, case_id, generate, logit_gap, tiny_model
+from support import alone, generate, tiny_model
 from ways import ways
 
 from tpcompress.insertion.attach import attach, detach, mode, record
@@ -64,41 +64,6 @@ def test_other_batches_equal_the_reference(subject: Subject, name: str, position
 def test_one_budget_for_a_prompt(subject: Subject) -> None:
     plan = subject.plan(PLANS["three"], scope="prompt")
     check(subject.model, subject.base, plan, subject.batch(*ragged(subject)), modes=())
-
-
-SPLIT = {"smolvlm": [48, 64], "idefics3": [48, 64], "lfm2_vl-lfm2": [48, 69], "aya_vision": [36, 108]}
-SPLIT |= {"ovis2": [36, 108], "cohere2_vision": [36, 108], "internvl-qwen2": [36, 108]}
-"""Vision tokens of an `image` and of a `wide` one, which has several tiles."""
-
-
-@some("smolvlm", "lfm2_vl-lfm2", "aya_vision")
-def test_a_budget_counts_over_the_tiles_of_an_image(subject: Subject) -> None:
-    """Whatever stands between tiles: text, markers or nothing; and between two images without text, the same."""
-    if case_id(subject.case) not in SPLIT:
-        pytest.skip("its images have no tiles, or it is another variant of these")
-    inputs, totals = subject.batch((5, 2, 7), (3, subject.kinds, 8)), SPLIT[case_id(subject.case)]
-    plan = subject.plan([Stage("uniform", 0, keep_tokens=20), Stage("divprune", 3, keep_ratio=0.25)])
-    attach(subject.model, plan)
-    with record(subject.model) as trace:
-        out = generate(subject.model, inputs, new=3)
-    whole = generate(subject.model, inputs, new=3, use_cache=False)
-    assert logit_gap(out, whole) < tolerance(subject.model)
-    assert trace.stages[0].total == [totals[0]] * 3 + [totals[1]]
-    assert trace.stages[0].vision_out == [20] * 4
-    assert trace.stages[1].vision_out == [min(20, round(total / 4)) for total in trace.stages[0].total]
-    assert [len(layouts) for layouts in trace.stages[0].layouts] == [1] * 4
-    detach(subject.model)
-    tiles = subject.plan([Stage("uniform", 0, keep_tokens=5)], scope="tile")
-    attach(subject.model, tiles)
-    with record(subject.model) as trace:
-        logits(subject.model, inputs)
-    assert [len(row.grids) for layouts in trace.stages[0].layouts for row in layouts] == [1] * len(
-        trace.stages[0].total
-    )
-    assert len(trace.stages[0].total) > 4
-    assert set(trace.stages[0].vision_out) == {5}
-    detach(subject.model)
-    check(subject.model, subject.base, tiles, inputs, modes=())
 
 
 @ways("drop forward", plan="input")

@@ -24,8 +24,7 @@ from tpcompress.insertion.plan import PruningPlan
 
 SIZES = [(40, 64), (60, 30), (50, 50)]
 PLAN = PruningPlan.of("divprune:0.5@0,uniform:0.25@2")
-QUICK = ("qwen2_5_vl", "smolvlm")
-LISTED = ("gemma3", "gemma4", "gemma4_unified", "idefics2", "idefics3", "smolvlm")
+LISTED = ("gemma3", "gemma4", "gemma4_unified", "idefics2", "idefics3", "lfm2_vl", "smolvlm")
 """Families whose processors take one list of images per row, also of a row without any."""
 VIDEO = (
     "ernie4_5_vl_moe", "gemma4", "glm4v", "internvl", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen2_vl",
@@ -33,8 +32,8 @@ VIDEO = (
 )  # fmt: skip
 
 
-def families(names: Sequence[str]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+def families(names: Sequence[str], quick: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name == quick else pytest.mark.slow) for name in names]
 
 
 @cache
@@ -113,7 +112,7 @@ def check(family: str, inputs: dict[str, Tensor], plan: PruningPlan = PLAN) -> A
     return counted
 
 
-@pytest.mark.parametrize("family", families([name for name, _ in first_variants()]))
+@pytest.mark.parametrize("family", families([name for name, _ in first_variants()], "qwen2_5_vl"))
 def test_images(family: str) -> None:
     counted = check(family, with_images(family, (2, 0), (1, 5), (1, 2)))
     assert len(counted.images) == 4
@@ -122,14 +121,14 @@ def test_images(family: str) -> None:
     assert len(one.images) == 1
 
 
-@pytest.mark.parametrize("family", families([name for name, _ in first_variants()]))
+@pytest.mark.parametrize("family", families([name for name, _ in first_variants()], "llava_onevision"))
 def test_a_row_of_text_beside_one_with_an_image(family: str) -> None:
     counted = check(family, with_images(family, (1, 0), (0, 4)))
     assert counted.owners == (0,)
     assert counted.sequence(1)[1] == counted.lengths[1]
 
 
-@pytest.mark.parametrize("family", families(VIDEO))
+@pytest.mark.parametrize("family", families(VIDEO, "smolvlm"))
 def test_videos(family: str) -> None:
     inputs = with_videos(family)
     for scope in ("image", "tile", "prompt"):
