@@ -30,6 +30,12 @@ def inference(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
+def default_device() -> str:
+    """The accelerator, or `cpu` without one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
 def inputs_for(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Move inputs to the device of a model, and floating-point tensors also to its dtype.
 

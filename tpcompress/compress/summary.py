@@ -52,9 +52,10 @@ def next_commands(folder: Path, export: Path) -> list[str]:
     """Commands that go on from the files of the folder, with a heading; those of other packages are marked."""
     own, quoted = shlex.quote(str(folder)), shlex.quote(str(export))
     load = f"import tpcompress as tp; model = tp.from_pretrained({str(export)!r})"
+    load = shlex.quote(load) if set('"$`\\') & set(load) else f'"{load}"'
     return [
         "next:",
-        f"  serve      python -i -c {shlex.quote(load)}",
+        f"  serve      python -i -c {load}",
         f"  look       tpcompress inspect {quoted} --image IMAGE --prompt QUESTION",
         f"  evaluate   tpcompress compare {own}/compare.yaml --out {own}/compare",
         f"  repeat     tpcompress fit --config {own}/recipe.yaml",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from tpcompress.bundled import base_path
@@ -29,7 +28,7 @@ from tpcompress.evaluation.rank_report import Ranking, RankRow, write_ranking
 from tpcompress.evaluation.rank_rules import Refusal, Rule, read_budgets, rules_for
 from tpcompress.evaluation.tasks import Task, create_task
 from tpcompress.families import resolve
-from tpcompress.inference import inference, inputs_for
+from tpcompress.inference import default_device, inference, inputs_for
 from tpcompress.insertion.attach import is_attached, record
 from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan, Stage
@@ -144,7 +143,9 @@ class RankRun:
         device: str | None,
     ) -> RankRun:
         """Load the model and choose the rules and their layers; nothing is measured yet."""
-        bench = Bench(model, task, out, console, metric or "", batch_size, dtype=dtype, device=device or _device())
+        bench = Bench(
+            model, task, out, console, metric or "", batch_size, dtype=dtype, device=device or default_device()
+        )
         if is_attached(bench.model):
             raise ValueError(f"{model} is an export, which has a plan; rank its base model.")
         rules, refused = rules_for(resolve(bench.model), names)
@@ -276,8 +277,3 @@ def _per_prompt(trace: Trace) -> list[tuple[int, int]]:
         before, after = sums.get(owner, (0, 0))
         sums[owner] = (before + total, after + kept)
     return list(sums.values())
-
-
-def _device() -> str:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type

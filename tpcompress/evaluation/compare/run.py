@@ -27,6 +27,7 @@ from tpcompress.evaluation.scoring.agreement import HardSubset
 from tpcompress.evaluation.scoring.scores import Scores
 from tpcompress.evaluation.tables import markdown, rich_table
 from tpcompress.files import write_atomic
+from tpcompress.inference import default_device
 
 SAMPLES = 4
 """Sample images of the figure of retained tokens."""
@@ -108,7 +109,8 @@ class ComparisonRun:
         comparison = Comparison.from_file(config) if isinstance(config, str) else config
         cells, task = cells_of(comparison), comparison.make_task()
         folder = Path(out or comparison.out)
-        bench = Bench(comparison.base, task, folder, console, comparison.metric or "", comparison.batch_size)
+        metric, device = comparison.metric or "", default_device()
+        bench = Bench(comparison.base, task, folder, console, metric, comparison.batch_size, device=device)
         settings = {name: value for name, value in task.config().items() if name not in ("type", "generate")}
         generation = task.generation(bench.metric)
         how = "teacher-forced" if generation is None else f"generated, {generation}"

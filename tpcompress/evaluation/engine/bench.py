@@ -47,7 +47,7 @@ class Bench:
         metric: metric of the scores.
         batch_size: sequences per call in tests.
         dtype: dtype of the base's weights.
-        device: device of the base; None leaves it where it is loaded.
+        device: device of base and trained models; None leaves them where they are loaded.
         many_runs: many short training runs: their images are encoded once, they show no progress and write no logs.
         runs: folder of training runs; default: `train` in the folder.
         tests: the rows of the task, collated: packed or one question per sequence, blank or not.
@@ -150,6 +150,8 @@ class Bench:
         """The model of a finished run."""
         if self.loaded is None or self.loaded.name != run.name:
             self.loaded = load_run(run, self.run_folder(run))
+            if self.device is not None:
+                self.loaded.model.to(self.device)
         return self.loaded
 
     # ------------------------------------------------------------------ results
