@@ -6,21 +6,17 @@ processor, called on all conversations of the batch at once.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from support import MAIN_FAMILIES, family_folder, main_families_first
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from chat_rows import ONE, TURNS, TWO, UNMARKED, WORDS, Batch, model_of, photo, processor_of, row, tensors
+from support import MAIN_FAMILIES, main_families_first
 
 from tpcompress.data import ChatCollator, PromptCollator
 from tpcompress.data.video import VideoSampling, open_video
 from tpcompress.families import list_families
 
-Batch = dict[str, Any]
 every_family = pytest.mark.parametrize("name", list_families())
 main_families = pytest.mark.parametrize("name", main_families_first())
 
@@ -28,38 +24,6 @@ NO_TEMPLATE = ("paligemma",)
 
 FLAT = ("got_ocr2",)
 """Families whose `apply_chat_template` refuses images: the processor takes no nested lists."""
-
-
-@cache
-def processor_of(name: str) -> Any:
-    return AutoProcessor.from_pretrained(family_folder(name))
-
-
-@cache
-def model_of(name: str) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(family_folder(name)).eval()
-
-
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    draw = np.random.default_rng(seed)
-    small = draw.integers(0, 255, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def row(*messages: str, images: tuple[Any, ...] = (), videos: tuple[Any, ...] = (), system: str = "") -> Batch:
-    talk = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(messages)]
-    first = [{"role": "system", "content": system}] if system else []
-    return {
-        "id": messages[0], "images": list(images), "videos": list(videos), "families": ["chat"],
-        "conversations": [first + talk],
-    }  # fmt: skip
-
-
-ONE = row("<image>\nwhat is red?", "the ball", images=(photo(40, 30),))
-UNMARKED = row("which colour is it?", "green, and\n\nblue", images=(photo(90, 90, 1),))
-TWO = row("<image>\n<image>\nwhich is larger?", "the left one", images=(photo(64, 20, 2), photo(50, 120, 3)))
-WORDS = row("how many legs has a spider?", "eight")
-TURNS = row("<image>\nwhat?", "a red door", "where?", "on the right", images=(photo(33, 70, 4),), system="be brief.")
 
 
 def rows_of(name: str) -> list[Batch]:
@@ -104,11 +68,6 @@ def reference(name: str, rows: list[Batch], prompt: bool, end: str = "", **more:
     return processor.apply_chat_template(
         chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=prompt, processor_kwargs=more
     )
-
-
-def tensors(batch: Any) -> Batch:
-    """What reaches the model, without labels: PaliGemma's attention depends on whether there are any."""
-    return {key: torch.as_tensor(value) for key, value in batch.items() if key not in ("meta", "labels")}
 
 
 def assert_equal(made: Batch, expected: Batch) -> None:

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from tpcompress.data.blank import BLANK, GREY, blank_image
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.data.video import VideoSampling, open_video
 from tpcompress.errors import first_line
 
 KINDS = ("image", "video")
-BLANK = "blank"  # key of rows whose media are replaced by grey ones, see `prompts.blank_images`
-GREY = 128  # no processor maps it to exact zeros, which SmolVLM takes for padding and leaves out
 
 
 @dataclass
@@ -143,11 +141,6 @@ def open_media(row: Mapping[str, Any], video: VideoSampling | None = None) -> Me
         media.images = [blank_image(image.size) for image in images]
         media.videos = [np.full_like(frames, GREY) for frames in media.videos]
     return media
-
-
-def blank_image(size: tuple[int, int]) -> Image.Image:
-    """A grey image of (width, height)."""
-    return Image.new("RGB", size, (GREY, GREY, GREY))
 
 
 class _Wrapped:

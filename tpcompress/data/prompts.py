@@ -1,10 +1,9 @@
-"""Model inputs of one prompt, and rows with blank images."""
+"""Model inputs of one prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tpcompress.data.collate import Batch, PromptCollator
-from tpcompress.data.processing import BLANK
 from tpcompress.data.rows import BadRow
 from tpcompress.data.video import VideoSampling
 
@@ -44,14 +43,3 @@ def prompt_inputs(
     except BadRow as bad:
         raise ValueError(f"The prompt {prompt!r} cannot be encoded: {bad}.") from None
     return {name: value for name, value in batch.items() if name != "meta"}
-
-
-def blank_images(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with grey images, and frames of videos, of the same sizes in place of its own.
-
-    They are replaced before the processor, which therefore splits and pads them as it does the row's own.
-
-    Args:
-        row: a row, for a collator.
-    """
-    return {**row, BLANK: True}

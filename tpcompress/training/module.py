@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tpcompress.families import Parts, resolve
 from tpcompress.insertion.attach import attach, attachment_of
-from tpcompress.models import load_base, load_processor, max_positions
+from tpcompress.models import load_base, load_config, load_processor, max_positions
 from tpcompress.training.adapters import adapter_tensors, add_lora
 from tpcompress.training.checkpoint_content import KEY, check_settings, check_weights, complete, with_base_weights
 from tpcompress.training.context import StepContext
@@ -129,8 +129,9 @@ class PruningModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse packed data that the plan or the attention does not support, before the base is loaded."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "pack", False) or getattr(data, "pack_sequences", False):
-            check_packing(self.plan, self.attention)
+        several_rows = getattr(data, "pack_sequences", False)
+        if several_rows or getattr(data, "pack", False):
+            check_packing(self.plan, self.attention, load_config(self.base), several_rows)
 
     def configure_model(self) -> None:
         """Load the base, then LoRA, then the plan; called by Lightning on every rank, and idempotent."""

@@ -6,7 +6,9 @@ from collections.abc import Set
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
+from tpcompress.data.packing import why_config_not_packed
 from tpcompress.families import Parts
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.training.losses import Loss
@@ -72,17 +74,34 @@ def check_losses(losses: list[Loss], teacher: Teacher | None, plan: PruningPlan 
         )
 
 
-def check_packing(plan: PruningPlan | None, attention: str | None) -> None:
+def check_packing(
+    plan: PruningPlan | None, attention: str | None, config: PretrainedConfig, several_rows: bool = False
+) -> None:
     """Check that packed sequences work, which contain several questions and need a boolean 4-D mask.
 
+    Args:
+        plan: plan of the run; None without.
+        attention: attention implementation; None for the default of transformers.
+        config: config of the base.
+        several_rows: sequences contain several rows (`pack_sequences`), not only the questions of one.
+
     Raises:
-        ValueError: a pruner reads the prompt, or the attention implementation does not support such a mask.
+        ValueError: a pruner reads the prompt, a budget is for a whole prompt, or the attention or the layers of the
+            language model do not support such a mask.
     """
+    name = "pack_sequences" if several_rows else "pack"
     if plan is not None and plan.reads_prompt:
-        name = next(stage.pruner.name for stage in plan.stages if stage.pruner.prompt_dependent)
-        raise ValueError(f"Pruner '{name}' reads the prompt, but a packed sequence has several; set data pack: false.")
+        pruner = next(stage.pruner.name for stage in plan.stages if stage.pruner.prompt_dependent)
+        raise ValueError(
+            f"Pruner '{pruner}' reads the prompt, but a packed sequence has several; set data {name}: false."
+        )
+    if plan is not None and several_rows and plan.scope == "prompt":
+        raise ValueError(f"The plan's budget is per prompt, but a packed sequence has several; set data {name}: false.")
     if attention not in (None, "sdpa"):
-        raise ValueError(f"Packed sequences need attention sdpa, got {attention}; set it, or data pack: false.")
+        raise ValueError(f"Packed sequences need attention sdpa, got {attention}; set it, or data {name}: false.")
+    reason = why_config_not_packed(config)
+    if reason is not None:
+        raise ValueError(f"{name} is not exact here: {reason}; set data {name}: false.")
 
 
 def mark_trainable(model: nn.Module, parts: Parts, trained: Set[str], adapted: bool, mixed: bool) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import Batch, BatchMeta, ChatCollator
+from tpcompress.data.packing import why_config_not_packed
 from tpcompress.evaluation.scoring.batches import (
     Prepared,
     Rows,
@@ -101,7 +102,7 @@ def why_not_packed(model: nn.Module, processor: Any) -> str | None:
     attention = base_of(model).config.get_text_config()._attn_implementation
     if attention != "sdpa":
         return f"attention '{attention}' does not take their mask, only sdpa does"
-    return why_not_packed_by(processor)
+    return why_config_not_packed(base_of(model).config) or why_not_packed_by(processor)
 
 
 def why_not_packed_by(processor: Any) -> str | None:

@@ -12,9 +12,9 @@ from lightning import Trainer
 from torch import Tensor
 
 from tpcompress.data import IMAGE_MARKER, ChatCollator
+from tpcompress.data.blank import blank_image
 from tpcompress.data.encode import IGNORED
 from tpcompress.data.packing import packed_mask
-from tpcompress.data.processing import blank_image
 from tpcompress.insertion.encoded import has_pixels
 
 SIZE = 64
