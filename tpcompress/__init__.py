@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from tpcompress.insertion.trace import StageTrace, Trace
     from tpcompress.pruners import Pruner, Selection, TokenView
     from tpcompress.pruners.listing import list_pruners
-    from tpcompress.training.own_loop import ScheduleCallback, schedule_step
+    from tpcompress.training.own_loop import ScheduleCallback, TrainerMixin, schedule_step, trainable
 
 __all__ = [
     "Budget", "Pruner", "PruningPlan", "ScheduleCallback", "Selection", "Stage", "StageTrace", "Summary",
-    "TokenView", "Trace", "attach", "budgets", "detach", "disabled", "export", "from_pretrained", "is_attached",
-    "list_families", "list_pruners", "load", "load_processor", "mode", "plan_of", "record", "save_pretrained",
-    "schedule_step", "summary", "verify",
+    "TokenView", "Trace", "TrainerMixin", "attach", "budgets", "detach", "disabled", "export", "from_pretrained",
+    "is_attached", "list_families", "list_pruners", "load", "load_processor", "mode", "plan_of", "record",
+    "save_pretrained", "schedule_step", "summary", "trainable", "verify",
 ]  # fmt: skip
 
 MODULES = {

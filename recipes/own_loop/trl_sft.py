@@ -2,7 +2,6 @@
 
 import sys
 
-from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 import tpcompress as tp
@@ -11,13 +10,8 @@ from tpcompress.models import load_base, load_processor
 from tpcompress.training.schedules import RandomBudget
 
 
-class PrunedSFTTrainer(SFTTrainer):
-    """SFTTrainer with the model's own loss, whose labels follow the pruned sequence.
-
-    TRL's fused loss pairs the pruned hidden states with the labels of the unpruned sequence.
-    """
-
-    compute_loss = Trainer.compute_loss
+class PrunedSFTTrainer(tp.TrainerMixin, SFTTrainer):
+    """SFTTrainer with losses and metrics on the pruned sequence."""
 
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "runs/own_loop"

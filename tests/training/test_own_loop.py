@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import family_folder
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import tpcompress as tp
 from tpcompress.data import ChatCollator
 from tpcompress.data.benchmark import load_benchmark
+from tpcompress.insertion.attach import attachment_of
 from tpcompress.models import load_base, load_processor
 from tpcompress.training.schedules import Constant, LayerRamp, Linear, RandomBudget, Sandwich, progress_at
 
@@ -152,13 +155,17 @@ def test_trl_without_the_models_own_loss_fails_loudly(model: Any, processor: Any
         trainer.train()
 
 
+def ran(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    return runpy.run_path(str(path))
+
+
 @TRL_DEFAULT
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem != "peft_loop"], ids=lambda path: path.stem)
 def test_the_examples_train_export_and_load(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path)])
-    left = runpy.run_path(str(path))
+    left = ran(path, monkeypatch, tmp_path)
     assert left["trainer"].state.global_step == 4
     losses = [entry["loss"] for entry in left["trainer"].state.log_history if "loss" in entry]
     assert len(losses) == 4
@@ -167,6 +174,19 @@ def test_the_examples_train_export_and_load(
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert tp.verify(tmp_path / "export").ok
     assert "144 vision tokens -> 16 retained per image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["tiny_llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_a_bare_loop_trains_gate_and_adapters(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = base if base == "tiny_llava" else family_folder(base)
+    left = ran(ROOT / "recipes/own_loop/peft_loop.py", monkeypatch, tmp_path, name)
+    assert len(left["losses"]) == 8
+    attached = attachment_of(left["model"])
+    assert attached.untrained == []
+    assert attached.warned == set()
+    assert all(w.any() for key, w in left["model"].named_parameters() if "lora_B" in key)
+    assert tp.verify(tmp_path / "export").ok
+    assert "untrained_pruners" not in json.loads((tmp_path / "export" / "manifest.json").read_text())
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -140,10 +140,12 @@ def quickstart(out: str = "runs/quickstart") -> int:
 
 def inspect_model(
     model: str,
-    image: str,
-    prompt: str,
+    image: str | None = None,
+    prompt: str = "Describe what is shown.",
     plan: str | None = None,
     out: str = "inspect.png",
+    video: str | None = None,
+    num_frames: int = 8,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> int:
@@ -153,17 +155,19 @@ def inspect_model(
         tpcompress inspect tiny_llava --image photo.png --prompt "what ?" --plan divprune:36@0
 
     Args:
-        model: folder of a model, hub id, tiny_llava, or exported folder.
-        image: image file.
-        prompt: question; `<image>` marks the place of the image (default: first).
-        plan: plan file, recipe, or PRUNER:KEEP@LAYER (divprune:64@0,dart:0.1@8); default: that of an exported folder.
+        model: folder of a model, hub id, tiny_llava, exported folder, or folder of a run.
+        image: image file, or several with commas between.
+        prompt: question; `<image>` and `<video>` mark the places of images and videos (default: first).
+        plan: plan file, recipe, or PRUNER:KEEP@LAYER (divprune:64@0,dart:0.1@8); default: that of the export or run.
         out: PNG file to write.
+        video: video file, or several with commas between.
+        num_frames: frames of each video, spread evenly.
         dtype: weight dtype: float32, bfloat16, float16 or auto.
         device: device, e.g. cpu or cuda.
     """
     from tpcompress.evaluation.inspect import run_inspection
 
-    run_inspection(model, image, prompt, plan, out, dtype, device, console)
+    run_inspection(model, image, prompt, plan, out, dtype, device, console, video, num_frames)
     console.print(f"Retained tokens: {out}", soft_wrap=True, highlight=False)
     return 0
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tpcompress.bundled import base_path
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.evaluation.layer_search import LayerScore, LayerSearch
-from tpcompress.evaluation.prompt import chat_inputs
+from tpcompress.evaluation.prompt import Media, chat_inputs
 from tpcompress.evaluation.tasks import Task, create_task
 from tpcompress.families import resolve
 from tpcompress.inference import inference, inputs_for
@@ -143,7 +143,7 @@ def calibration_samples(processor: Any, rows: Any, num_samples: int, seed: int =
         turns = row["conversations"][len(samples) % len(row["conversations"])]
         question = next(turn["content"] for turn in turns if turn["role"] == "user")
         try:
-            samples.append(chat_inputs(processor, open_image(row["images"][0]), question))
+            samples.append(chat_inputs(processor, Media([open_image(row["images"][0])]), question))
         except BadRow:
             continue
     if not samples:

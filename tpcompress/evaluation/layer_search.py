@@ -73,7 +73,7 @@ class LayerSearch:
             ValueError: no layer is below the threshold.
         """
         if self.chosen is None:
-            least = f"; the last one has {self.scores[-1].kl:.2g}" if self.scores else ""
+            least = f"; the last one has {shown(self.scores[-1].kl, self.threshold, 2)}" if self.scores else ""
             raise ValueError(
                 f"No layer stays below {self.threshold:g} nats{least}: this model uses vision tokens in its last "
                 f"layers. Keep some tokens (see tpcompress pruners), or increase the threshold."
@@ -88,7 +88,8 @@ class LayerSearch:
         for score in self.scores:
             mark = "chosen" if score.layer == self.chosen else "" if score.kl < self.threshold else "above"
             interval = f"{score.low:.2g} to {score.high:.2g}"
-            table.add_row(str(score.layer), f"{score.kl:.3g}", interval, f"{100 * score.agreement:.0f} %", mark)
+            kl, agreement = shown(score.kl, self.threshold), f"{100 * score.agreement:.0f} %"
+            table.add_row(str(score.layer), kl, interval, agreement, mark)
         console.print(table)
         result = f"No layer stays below {self.threshold:g} nats."
         if self.chosen is not None:
@@ -107,9 +108,19 @@ class LayerSearch:
         """
         path, plan = Path(path), self.plan()
         (score,) = (score for score in self.scores if score.layer == self.chosen)
+        kl = shown(score.kl, self.threshold, 2)
         comment = (
             f"# {model}: all vision tokens are withdrawn before layer {score.layer} of {self.depth}. Mean KL of the "
-            f"next token\n# to the dense model: {score.kl:.2g} nats over {self.num_samples} samples "
+            f"next token\n# to the dense model: {kl} nats over {self.num_samples} samples "
             f"(threshold {self.threshold:g}).\n"
         )
         write_atomic(path, plan.to_json() if path.suffix == ".json" else comment + plan.to_yaml())
+
+
+def shown(kl: float, threshold: float, digits: int = 3) -> str:
+    """A divergence with so many digits that the printed number is on its own side of the threshold."""
+    for number in range(digits, 17):
+        text = f"{kl:.{number}g}"
+        if (float(text) < threshold) == (kl < threshold) and (float(text) != threshold or kl == threshold):
+            return text
+    return repr(kl)

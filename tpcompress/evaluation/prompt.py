@@ -1,13 +1,32 @@
-"""Build the model inputs of one image and one question with the processor's own chat template."""
+"""Build the model inputs of one prompt with images and videos, as generation and training build them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from tpcompress.data.collate import PromptCollator
 from tpcompress.data.rows import IMAGE_MARKER, BadRow, open_image
+from tpcompress.data.video import VideoSampling, open_video
+
+VIDEO_MARKER = "<video>"
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """Images and videos of one prompt, in the order of the prompt.
+
+    Attributes:
+        images: upright RGB images.
+        videos: sampled frames of each video.
+    """
+
+    images: Sequence[Image.Image] = field(default_factory=list)
+    videos: Sequence[Sequence[Image.Image]] = field(default_factory=list)
 
 
 def read_image(path: str) -> Image.Image:
@@ -25,42 +44,51 @@ def read_image(path: str) -> Image.Image:
         raise ValueError(f"{path} is not a readable image; give an intact file such as a PNG or a JPEG.") from None
 
 
-def chat_inputs(processor: Any, image: Image.Image, prompt: str) -> dict[str, Any]:
-    """Build the inputs of a model for one image and one question.
+def read_video(path: str, num_frames: int) -> list[Image.Image]:
+    """Read frames of a video, spread evenly.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not a readable video.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No video {path}; give a file such as an MP4.")
+    try:
+        frames, _ = open_video(path, VideoSampling(num_frames))
+    except BadRow as bad:
+        raise ValueError(f"{path} is not a readable video ({bad}); give an intact file such as an MP4.") from None
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def chat_inputs(processor: Any, media: Media, prompt: str) -> dict[str, Any]:
+    """Build the inputs of a model for one question about images and videos.
 
     Args:
         processor: processor with a chat template.
-        image: one image.
-        prompt: question; `<image>` marks the position of the image, which is otherwise placed first.
+        media: images and videos.
+        prompt: question; `<image>` and `<video>` mark positions. Without a marker of a kind, all of that kind are
+            placed first.
 
     Raises:
-        ValueError: the question is empty, there are several markers, or the chat template is missing or cannot render
-            an image.
+        ValueError: the question is empty, there is not one marker per image or video, or the processor cannot write
+            such a prompt.
     """
-    before, marker, after = prompt.partition(IMAGE_MARKER)
-    if not (before + after).strip():
+    words = prompt.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "")
+    if not words.strip():
         raise ValueError(f"The prompt {prompt!r} is empty; give a question such as 'What is this?'.")
-    if IMAGE_MARKER in after:
-        raise ValueError(f"The prompt has {prompt.count(IMAGE_MARKER)} {IMAGE_MARKER} for one image; give at most one.")
-    text = _render(processor, before, after) if marker else _render(processor, "", prompt)
-    bos = processor.tokenizer.bos_token
-    special = not (bos and text.startswith(bos))
-    return dict(processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special))
-
-
-def _render(processor: Any, before: str, after: str) -> str:
-    """Render the question with the chat template, which takes either a list of parts or a string with image tokens."""
-    name = type(processor).__name__
-    if not (processor.chat_template or processor.tokenizer.chat_template):
-        raise ValueError(f"{name} has no chat template; set processor.chat_template to that of its model family.")
-    texts = [text.strip() for text in (before, after)]
-    first, last = ([{"type": "text", "text": text}] if text else [] for text in texts)
-    for content in ([*first, {"type": "image"}, *last], f"{before}{processor.image_token}\n{after}".strip()):
-        turn = {"role": "user", "content": content}
-        try:
-            text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        except Exception:  # templates for strings raise jinja or Python errors of any type when given a list
-            continue
-        if "'type'" not in text and all(words in text for words in texts):
-            return str(text)
-    raise ValueError(f"The chat template of {name} does not render an image and a text; set that of its model family.")
+    for marker, what, given in ((IMAGE_MARKER, "image", media.images), (VIDEO_MARKER, "video", media.videos)):
+        found = prompt.count(marker)
+        if found not in (0, len(given)):
+            raise ValueError(
+                f"The prompt has {found} {marker} for {len(given)} {what}{'' if len(given) == 1 else 's'}; give none, "
+                f"or one for each."
+            )
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
+    row: dict[str, Any] = {"images": list(media.images), "conversations": [turns], "families": ["prompt"]}
+    if media.videos:
+        row["videos"] = [list(frames) for frames in media.videos]
+    try:
+        batch = PromptCollator(processor, video=VideoSampling(None))([row])
+    except BadRow as bad:
+        raise ValueError(f"{type(processor).__name__} cannot write this prompt: {bad}.") from bad
+    return {name: value for name, value in batch.items() if name != "meta"}

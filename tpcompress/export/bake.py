@@ -111,6 +111,9 @@ def export(
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         manifest = describe(base, plan, probe, trained_budgets)
         manifest |= {"conversion": conversion, "reload": reload, "trained_with": dict(trained_with or {})}
+        if attached.untrained:
+            manifest["untrained_pruners"] = attached.untrained
+            logger.warning("Not trained, with the weights it was built with: %s.", ", ".join(attached.untrained))
         points = [] if measure is None else measure(folder, manifest)
         manifest["budget_curve"] = [point.to_dict() for point in points]
         (folder / CARD).write_text(card(manifest, out.name), encoding="utf-8")

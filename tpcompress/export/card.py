@@ -122,6 +122,9 @@ def _caveats(manifest: dict[str, Any]) -> str:
             "- It was trained on a quantised base; its adapters are merged into the unquantised weights, so that it "
             "differs from the trained model by the quantisation error."
         )
+    if manifest.get("untrained_pruners"):
+        names = ", ".join(manifest["untrained_pruners"])
+        lines.append(f"- The pruner was not trained: {names} has the weights that it was built with.")
     conversion = manifest["conversion"]
     if conversion is not None:
         lines.append(f"- Writing the weights moved the first logits of the probe by {conversion['logit_gap']:.2g}.")

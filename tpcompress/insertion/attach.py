@@ -58,7 +58,8 @@ def attach(
     Args:
         model: a transformers vision-language model, or a PEFT model around one.
         plan: any form that `PruningPlan.of` reads: a pruner with a budget, a short form, a mapping, a path, a plan.
-        mode: `drop` shortens the sequence, `mask` hides dropped tokens at full length, `off` disables pruning.
+        mode: `drop` shortens the sequence, `mask` hides dropped tokens at full length, `off` disables pruning, `learn`
+            is `mask` in training and `drop` in evaluation (see `tpcompress.trainable`).
         keep_tokens: see `PruningPlan.of`.
         keep_ratio: see `PruningPlan.of`.
         layer: see `PruningPlan.of`.
@@ -136,12 +137,12 @@ def plan_of(model: nn.Module) -> PruningPlan:
 
 
 def mode(model: nn.Module, name: str) -> AbstractContextManager[None]:
-    """Run a block in another mode: `drop`, `mask` or `off`.
+    """Run a block in another mode: `drop`, `mask`, `off` or `learn`.
 
     Raises:
         ValueError: unknown mode, or no plan attached.
     """
-    return attachment_of(model).using(mode=name)
+    return attachment_of(model).using(mode=name, mode_chosen=True)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:

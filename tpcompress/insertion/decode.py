@@ -39,6 +39,18 @@ def begin(attachment: Attachment, request: Request, kwargs: dict[str, Any]) -> C
     return call
 
 
+def warn_of_merged(attachment: Attachment, kwargs: Mapping[str, Any]) -> None:
+    """Warn once of a prompt that comes as embeddings alone: image features in it cannot be told from words."""
+    embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+    if embeds is None or kwargs.get("input_ids") is not None or embeds.shape[1] == 1:
+        return
+    if cache is None or int(held_columns(cache)) == 0:
+        attachment.warn_once(
+            "A prompt came as inputs_embeds without input_ids and pixel_values, so it is not pruned: image features "
+            "that were merged into it cannot be found. Pass input_ids and pixel_values to the model."
+        )
+
+
 def enter(attachment: Attachment, call: Call, kwargs: dict[str, Any]) -> None:
     """Update the arguments of the language model."""
     assert call.prefix is not None

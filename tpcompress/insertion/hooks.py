@@ -126,6 +126,8 @@ class Hooks:
             return None
         kwargs = named_arguments(module, args, kwargs)
         begin = prefill.begin if has_pixels(kwargs) else decode.begin
+        if begin is decode.begin:
+            decode.warn_of_merged(attachment, kwargs)
         request.call = begin(attachment, request, kwargs)
         return (), kwargs
 

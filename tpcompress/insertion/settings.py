@@ -10,7 +10,8 @@ from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace, Trace
 from tpcompress.pruners.views import LAYER_BEFORE_VIEWS
 
-MODES = ("drop", "mask", "off")
+MODES = ("drop", "mask", "off", "learn")
+"""`learn` is `mask` in training, where gates of learned pruners act, and `drop` in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class Settings:
     """Settings under which calls run. They hold in one context; see `Attachment.using`.
 
     Attributes:
-        mode: `drop`, `mask` or `off`.
+        mode: one of `MODES`.
         budgets: one per stage.
         placement: the layers of the stages.
         retained: stages of an earlier call by number, whose retained tokens are retained again; None without.
         traces: open records.
+        mode_chosen: the mode was set for a block, and is not that of `attach`.
     """
 
     mode: str
@@ -65,6 +67,7 @@ class Settings:
     placement: Placement
     retained: Mapping[int, StageTrace] | None = None
     traces: tuple[Trace, ...] = ()
+    mode_chosen: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -5,17 +5,20 @@ B samples, N columns, R budget rows, V vision tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tpcompress.insertion.attachment import Attachment
+from tpcompress.insertion.attachment import Attachment, requires_grad
 from tpcompress.insertion.budget import check_budget
 from tpcompress.insertion.call import Call
 from tpcompress.insertion.gates import check_gated, route_gates
 from tpcompress.insertion.nested import add_retained
+from tpcompress.insertion.settings import Settings
 from tpcompress.insertion.shorten.columns import put_tokens, take
 from tpcompress.insertion.shorten.masks import RECURRENT, layer_kind
 from tpcompress.insertion.trace import StageTrace
@@ -57,6 +60,7 @@ def run_stage(
         return hidden_BND, None, False
     hide = settings.mode == "mask"
     view, cell_RV, selection, counts = _select(attachment, pruner, call, hidden_BND, counts)
+    _check_learning(attachment, pruner, settings, selection)
     if settings.retained is not None:
         selection = add_retained(settings.retained, number, rows, selection, counts)
     if selection.vision_BVD is not None:
@@ -117,8 +121,9 @@ def _select(
     stage = StageContext(attachment.parts, pruner, viewed, hidden_BND, padding_BN, last_B)
     view = build_view(stage, soft)
     call.before = call.ahead = None  # they hold the queries and keys of a whole layer
-    # Outside of autocast: the exported model must make the same choice.
-    with torch.autocast(hidden_BND.device.type, enabled=False):
+    # Outside of autocast: the exported model must make the same choice. A frozen pruner selects as in the export.
+    frozen = pruner.learned and pruner.training and not requires_grad(pruner)
+    with torch.autocast(hidden_BND.device.type, enabled=False), _evaluating(pruner, frozen):
         selection = pruner(view, torch.tensor(counts))
     if shown is not rows or not pruner.exact_count:
         selection = replace(selection, keep_BV=selection.keep_BV & rows.valid_RV)
@@ -127,6 +132,30 @@ def _select(
     elif shown is not rows:
         counts = [min(count, came) for count, came in zip(counts, rows.count, strict=True)]
     return view, stage.cell_RV, selection, counts
+
+
+@contextmanager
+def _evaluating(pruner: nn.Module, active: bool) -> Iterator[None]:
+    """Run a block with a pruner in eval mode, if `active`."""
+    if active:
+        pruner.eval()
+    try:
+        yield
+    finally:
+        if active:
+            pruner.train()
+
+
+def _check_learning(attachment: Attachment, pruner: Any, settings: Settings, selection: Selection) -> None:
+    """Warn once if a pruner is to be trained, but no gradient of the model reaches it."""
+    if settings.mode != "drop" or settings.mode_chosen or not (torch.is_grad_enabled() and pruner.training):
+        return
+    carriers = (selection.vision_BVD, selection.value_gate_BV, selection.key_bias_BV)
+    if pruner.learned and requires_grad(pruner) and not any(x is not None and x.requires_grad for x in carriers):
+        attachment.warn_once(
+            f"Pruner '{pruner.name}' has weights that require a gradient, but none reaches them when the sequence is "
+            f"cut, so they are not trained; call tpcompress.trainable(model) before training."
+        )
 
 
 def _check_hiding(attachment: Attachment, layer: int, width: int) -> None:

@@ -1,17 +1,129 @@
-"""Budget schedules in other training loops than `tpcompress fit`: a context for one step, a transformers callback."""
+"""Training in other loops than `tpcompress fit`: learned pruners, budget schedules, transformers' Trainer and TRL's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tpcompress.insertion.attach import attachment_of, budgets, layers
+from tpcompress.insertion.attach import attachment_of, base_of, budgets, is_attached, layers, record
+from tpcompress.insertion.trace import Trace
 from tpcompress.training.schedules import Schedule, draw_for, progress_at
 from tpcompress.training.step_values import step_budgets, step_layers
+
+PARTS = ("all", "pruner", "rest")
+
+_frozen: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+"""Weights that `trainable(model, "pruner")` froze, by base model."""
+
+
+def trainable(model: nn.Module, what: str = "all") -> list[nn.Parameter]:
+    """Choose what an attached model trains, and put learned pruners in the mode in which they learn.
+
+    A learned pruner gets its gradient through gates at full length, from every forward call in train mode; in eval mode
+    the sequence is cut. A pruner whose weights are frozen selects as it will in the export. Run it after PEFT has
+    wrapped the model, and before the optimizer is created:
+
+        tp.attach(model, "learned_gate", keep_tokens=64)
+        optimizer = AdamW(tp.trainable(model, "pruner"), lr=1e-3)  # phase one: the pruner alone, at full length
+        ...
+        optimizer = AdamW(tp.trainable(model, "rest"), lr=1e-5)    # phase two: all others, on cut sequences
+
+    Args:
+        model: with a plan attached; may be a PEFT model.
+        what: `pruner` trains the weights of learned pruners alone; `rest` freezes these and trains the other weights
+            that were trainable before; `all` trains both, at full length unless the pruner learns on cut sequences.
+
+    Returns:
+        The weights that require a gradient, for the optimizer.
+
+    Raises:
+        ValueError: no plan attached, an unknown word, or `pruner` for a plan without learned pruners.
+    """
+    if what not in PARTS:
+        raise ValueError(f"what must be one of {', '.join(PARTS)}, got {what!r}.")
+    attached, base = attachment_of(model), base_of(model)
+    pruners = {id(weight) for weight in attached.pruners.parameters()}
+    if what == "pruner" and not pruners:
+        raise ValueError("No pruner of this plan has weights to train; attach one such as learned_gate.")
+    for weight in _frozen.pop(base, []):
+        weight.requires_grad_(True)
+    for weight in attached.pruners.parameters():
+        weight.requires_grad_(what != "rest")
+    if what == "pruner":
+        _frozen[base] = [w for w in model.parameters() if w.requires_grad and id(w) not in pruners]
+        for weight in _frozen[base]:
+            weight.requires_grad_(False)
+    attached.set_defaults(mode="learn")
+    model.train()
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+class TrainerMixin:
+    """Makes transformers' `Trainer` and its subclasses compute losses and metrics on the pruned sequence.
+
+        class PrunedTrainer(tp.TrainerMixin, Trainer): ...
+        class PrunedSFTTrainer(tp.TrainerMixin, SFTTrainer): ...
+
+    The loss is the model's own, whose labels are shortened like the sequence; TRL's fused losses, which read the labels
+    of the unpruned sequence, are not used. `label_smoothing_factor`, `compute_loss_func` and `compute_metrics` get the
+    shortened labels, which stand at the same positions as the logits: the one at i + 1 is predicted at i. Smoothing
+    applies to shifted labels, for every class of model. A plain `Trainer` without these three needs no mixin.
+    """
+
+    label_smoother: Any
+    compute_loss_func: Any
+    accelerator: Any
+    args: Any
+    _short_labels: Tensor | None = None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of a batch, as `Trainer.compute_loss` computes it, on labels that follow the pruned sequence."""
+        from transformers import Trainer  # imports accelerate, which bare loops do not need
+
+        smoother, own = self.label_smoother, self.compute_loss_func
+        subject, trace = self.accelerator.unwrap_model(model), Trace()
+        try:
+            # Labels must reach the model: no pruner may read beyond the prompt, whose end they mark.
+            self.label_smoother = self.compute_loss_func = None
+            with ExitStack() as stack:
+                if is_attached(subject):
+                    trace = stack.enter_context(record(subject))
+                plain: Any = Trainer.compute_loss
+                loss, outputs = plain(self, model, inputs, True, num_items_in_batch)
+        finally:
+            self.label_smoother, self.compute_loss_func = smoother, own
+        labels = inputs.get("labels") if trace.labels_BN is None else trace.labels_BN
+        self._short_labels = labels
+        if labels is not None and (smoother is not None or own is not None):
+            if own is not None:
+                found = own(outputs, labels, num_items_in_batch=num_items_in_batch)
+            else:
+                found = smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+            loss = found * self._scale(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Loss, logits and labels of a batch of an evaluation; the labels are as long as the logits."""
+        self._short_labels = None
+        parent: Any = super()
+        loss, logits, labels = parent.prediction_step(*args, **kwargs)
+        if torch.is_tensor(labels) and self._short_labels is not None:
+            labels = self._short_labels.detach()
+        return loss, logits, labels
+
+    def _scale(self, num_items: Any) -> int:
+        """Factor by which `Trainer` undoes the mean over processes, where counts are those of all processes."""
+        if num_items is None or not self.args.average_tokens_across_devices:
+            return 1
+        return int(self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 DPI = 150
 
 
-def new_figure(width: float, height: float, rows: int = 0, cols: int = 0) -> tuple[Figure, Any]:
-    """Create a figure of a size in inches, with one axes or an array of them."""
+def new_figure(
+    width: float, height: float, rows: int = 0, cols: int = 0, heights: Sequence[float] | None = None
+) -> tuple[Figure, Any]:
+    """Create a figure of a size in inches, with one axes or an array of them, whose rows have relative heights."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows or 1, cols or 1, squeeze=not rows)
+    return figure, figure.subplots(rows or 1, cols or 1, squeeze=not rows, height_ratios=heights)
 
 
 def save(figure: Figure, path: str | Path) -> None:

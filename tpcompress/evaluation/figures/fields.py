@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tpcompress.evaluation.figures.canvas import denormalized
+from tpcompress.evaluation.prompt import Media
 from tpcompress.families.layout import Grid
 from tpcompress.insertion.trace import StageTrace
 
@@ -27,19 +28,6 @@ ALIKE = 0.12
 """Largest mean difference, of values in [0, 1], between an image and the mosaic of its tiles."""
 SMALL = 32
 """Side in pixels at which tiles are compared."""
-
-
-@dataclass(frozen=True, eq=False)
-class Media:
-    """Images and videos of one prompt, in the order of the prompt.
-
-    Attributes:
-        images: upright RGB images.
-        videos: frames of each video, as the processor got them.
-    """
-
-    images: Sequence[Image.Image] = ()
-    videos: Sequence[Sequence[Image.Image]] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from tpcompress.data.collate import ChatCollator
 from tpcompress.data.rows import IMAGE_MARKER, open_image
 from tpcompress.evaluation.figures.canvas import dimmed, new_figure, save
-from tpcompress.evaluation.figures.fields import Field, Media, fields_of
+from tpcompress.evaluation.figures.fields import Field, fields_of
+from tpcompress.evaluation.prompt import Media
 from tpcompress.inference import inference, inputs_for
 from tpcompress.insertion.attach import attachment_of, record
 from tpcompress.insertion.trace import StageTrace
