@@ -19,7 +19,7 @@ from tpcompress.data.benchmark import load_benchmark
 from tpcompress.evaluation import find_layer
 from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.find_layer import calibration_samples, run_find_layer, withdrawals
-from tpcompress.evaluation.layer_search import LayerScore, LayerSearch
+from tpcompress.evaluation.layer_search import LayerScore, LayerSearch, shown
 from tpcompress.families import resolve
 from tpcompress.insertion.attach import is_attached
 from tpcompress.models import load_processor
@@ -93,6 +93,8 @@ def test_the_choice_is_the_first_layer_that_stays_under():
     assert search_of().chosen is None
     stage = search_of(3.0, 0.004).plan().stages[0]
     assert (stage.pruner.name, stage.layer, stage.keep_tokens) == ("vtw", 1, 0)
+    for kl, text in ((0.0102, "0.0102"), (0.01000001, "0.01000001"), (0.00999, "0.00999"), (0.01, "0.01")):
+        assert shown(kl, 0.01, 2) == text, "the printed number is on its own side of the threshold"
     with pytest.raises(ValueError, match=r"^No layer stays below 0\.01 nats; the last one has 0\.02: [^\n]*$"):
         search_of(1.0, 0.02).plan()
 
