@@ -46,7 +46,7 @@ MODULES = {
     "insertion.trace": ("StageTrace", "Trace"),
     "pruners": ("Pruner", "Selection", "TokenView"),
     "pruners.listing": ("list_pruners",),
-    "training.own_loop": ("ScheduleCallback", "schedule_step"),
+    "training.own_loop": ("ScheduleCallback", "TrainerMixin", "schedule_step", "trainable"),
 }
 """Public names by the module that defines them."""
 
