@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import TOKENS, answer_labels, batch, generate, gradients, tiny_model
+from support import answer_labels, batch, generate, gradients, tiny_model
 from torch import nn
 
 from tpcompress.insertion.attach import (
@@ -333,5 +333,5 @@ def test_keep_everything_drops_nothing_with_lora() -> None:
     tuned = get_peft_model(tiny_model(), LoraConfig(**LORA)).eval()
     inputs = batch(SAMPLES)
     expected = logits(tuned, inputs)
-    attach(tuned, PruningPlan([Stage("dart", 2, keep_tokens=TOKENS)]))
+    attach(tuned, PruningPlan([Stage("dart", 2, keep_ratio=1.0)]))
     assert torch.equal(logits(tuned, inputs), expected)

@@ -53,7 +53,7 @@ def test_a_budget_counts_over_the_tiles_of_an_image(subject: Subject) -> None:
     check(subject.model, subject.base, tiles, inputs, modes=())
 
 
-@some("smolvlm", "internvl-qwen2")
+@some("smolvlm")
 def test_a_plan_of_version_1_holds_per_tile_where_text_separates_tiles(subject: Subject, tmp_path: Path) -> None:
     """Exports of SmolVLM before version 2 were trained with a budget for each tile."""
     if subject.case[0] not in ("smolvlm", "internvl"):

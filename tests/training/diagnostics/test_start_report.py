@@ -31,6 +31,7 @@ def test_it_says_what_the_first_batch_becomes(work, capsys):
     assert re.fullmatch(r"step, estimated by formula: .*FLOPs per device, at least .* s at the .*FLOP/s of a .*", step)
 
 
+@pytest.mark.slow
 def test_a_dense_run_has_no_stages(work, capsys):
     work.fit(trainer={"max_steps": 1}, model={"plan": None})
     found = lines(capsys)
