@@ -142,7 +142,8 @@ def _stored_table(source: Source, cache_dir: str | None) -> datasets.Dataset:
 
 def _stored_records(given: str, names: tuple[str, ...], stamps: Any, layout: int) -> Iterator[dict]:
     """Yield the records of files as Arrow columns. Malformed records are kept; the scan of `load_chat` counts them."""
-    known, others, number = False, {}, -1
+    known, number = False, -1
+    others: Record = {}
     for number, (row_id, record) in enumerate(chain.from_iterable(map(_numbered, names))):
         if isinstance(record, dict) and not known:
             known, others = has_conversation(record), others or record

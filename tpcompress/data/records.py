@@ -130,7 +130,7 @@ def _turns(record: Record) -> list[Any]:
             return turns
     for asked, answered in PAIR_COLUMNS:
         if record.get(asked) is not None and record.get(answered) is not None:
-            question = _turns_of("user", record[asked], asked)
+            question = _turns_of("user", record[asked])
             if asked == "instruction" and len(question) == 1 and text_of(record.get("input")):
                 question[0]["content"] = f"{text_of(record[asked])}\n{text_of(record['input'])}"
             past = [
@@ -138,13 +138,13 @@ def _turns(record: Record) -> list[Any]:
                 for pair in listed(_parsed(record.get("history"), "history"))
                 for role, text in zip(("user", "assistant"), listed(pair), strict=False)
             ]
-            return past + question + _turns_of("assistant", record[answered], answered)
+            return past + question + _turns_of("assistant", record[answered])
     if not has_conversation(record):
         raise BadRow(f"no conversation: the record has {shown(', '.join(map(str, record))) or 'no columns'}")
     return []
 
 
-def _turns_of(role: str, value: Any, name: str) -> list[dict]:
+def _turns_of(role: str, value: Any) -> list[dict]:
     """Turns of one side of a pair: a text, or messages."""
     if isinstance(value, list | dict):
         return [turn if isinstance(turn, dict) else {"role": role, "content": turn} for turn in listed(value)]
@@ -189,9 +189,7 @@ def _shared(all_slots: list[Slots]) -> Slots:
 
 def _filled(slots: list[Slot], column: list[Any], kind: str) -> list[Any]:
     """The images or videos of a row, in the order of the markers."""
-    if all(slot is None for slot in slots):
-        return column
-    if column == slots:
+    if all(slot is None for slot in slots) or column == slots:
         return column
     filled: list[Any] = []
     unused = dict(enumerate(column))

@@ -28,7 +28,8 @@ class VideoSampling:
 
     Args:
         num_frames: number of frames, spread evenly; None for all. Shorter videos give all they have.
-        fps: frames per second of the video; takes precedence over `num_frames`.
+        fps: frames per second of the video; takes precedence over `num_frames`. Frames given as a list are taken to
+            be this far apart.
         max_frames: limit for `fps` and for all frames; more are thinned out evenly.
 
     Raises:
@@ -52,7 +53,7 @@ class VideoSampling:
 
         Args:
             total: number of frames of the video.
-            fps: its frames per second; None if unknown (a list of frames), which `self.fps` is not applied to.
+            fps: its frames per second; None for a list of frames, which are all read where `self.fps` is set.
         """
         wanted = total if self.fps is not None or self.num_frames is None else self.num_frames
         if self.fps is not None and fps:
@@ -69,8 +70,8 @@ def open_video(video: Any, sampling: VideoSampling) -> tuple[np.ndarray, VideoMe
         sampling: which frames.
 
     Returns:
-        frames uint8 (T, H, W, 3), upright RGB; and metadata with `fps` (None for lists of frames),
-        `total_num_frames`, `frames_indices` and `duration`.
+        frames uint8 (T, H, W, 3), upright RGB; and metadata with `fps` (that of the sampling for lists of
+        frames), `total_num_frames`, `frames_indices` and `duration`.
 
     Raises:
         BadRow: the video is missing or corrupt, or its frames differ in size.
@@ -142,7 +143,7 @@ def _of_array(video: np.ndarray, sampling: VideoSampling) -> tuple[np.ndarray, V
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not len(video):
         raise BadRow(f"corrupt video: array {video.shape} of {video.dtype}; give uint8 (frames, height, width, 3)")
     indices = sampling.indices(len(video), None)
-    return video[indices], _metadata(video[0], len(video), None, indices, "array")
+    return video[indices], _metadata(video[0], len(video), sampling.fps, indices, "array")
 
 
 def _of_frames(video: Sequence[Any], sampling: VideoSampling) -> tuple[np.ndarray, VideoMetadata]:
@@ -150,7 +151,7 @@ def _of_frames(video: Sequence[Any], sampling: VideoSampling) -> tuple[np.ndarra
         raise BadRow("missing video: an empty list of frames")
     indices = sampling.indices(len(video), None)
     frames = _stacked("list of frames", [np.asarray(open_image(video[index])) for index in indices])
-    return frames, _metadata(frames[0], len(video), None, indices, "pillow")
+    return frames, _metadata(frames[0], len(video), sampling.fps, indices, "pillow")
 
 
 def _animated(name: str, file: BinaryIO, sampling: VideoSampling) -> tuple[np.ndarray, VideoMetadata]:
