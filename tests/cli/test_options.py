@@ -13,9 +13,10 @@ import pytest
 
 from tpcompress.bundled import find_config
 from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS
+from tpcompress.cli.fit_short import fit_model, is_short, split_options
 from tpcompress.cli.help import examples
 from tpcompress.cli.lists import COUNTED
-from tpcompress.cli.main import main, parse
+from tpcompress.cli.main import main, parse, parse_for
 from tpcompress.cli.options import normalized, underscored
 from tpcompress.training.recipe.run import RecipeCLI
 from tpcompress.version import __version__
@@ -38,6 +39,11 @@ def test_every_example_parses(name: str, line: str) -> None:
             assert Path(find_config(word)).is_file()
     if name not in RECIPE_COMMANDS:
         assert parse(name, args)
+        return
+    if is_short(args):
+        own, others = split_options(fit_model, args)
+        assert parse_for(fit_model, name, own)["model"] == args[0]
+        assert others == []
         return
     args = [underscored(word) for word in args]
     if "--ckpt_path" in args:  # an option of the run, not of the recipe
@@ -112,7 +118,7 @@ def test_values_that_look_like_options() -> None:
         (["verify", "a", "b"], "'b' is one value too many for verify; see tpcompress verify --help."),
         (["verify"], "the following arguments are required: folder; see tpcompress verify --help."),
         (["export", "out", "--overwrite=maybe"], "Parser key \"overwrite\".* see tpcompress export --help."),
-        (["--verify", "x"], "No command '--verify'. Commands: fit, .* Did you mean verify?"),
+        (["--verify", "x"], "No command '--verify'. Commands: compress, fit, .* Did you mean verify?"),
         (["find_layer", "x"], "No command 'find_layer'. .* Did you mean find-layer?"),
         (["list", "loses"], "No kind 'loses' to list; known: pruners, .* Did you mean losses?"),
         (["list", "schedules", "Linaer"], "No 'Linaer' in schedules; known: .* Did you mean Linear?"),
