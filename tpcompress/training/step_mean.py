@@ -73,6 +73,9 @@ class StepMean:
         Args:
             trainer: trainer of the run.
             parameters: parameters that train.
+
+        Raises:
+            ValueError: DeepSpeed runs without ZeRO.
         """
         engine: Any = trainer.model if hasattr(trainer.strategy, "zero_stage_3") else None
         if not _several(trainer) or (engine is not None and not engine.is_gradient_accumulation_boundary()):
@@ -87,7 +90,12 @@ class StepMean:
                 (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor.to(grad.dtype))
         else:  # DeepSpeed divides by the number of accumulated batches once more
             factor = SCALE * parts * trainer.accumulate_grad_batches / total.clamp(min=1.0)
-            scaler = engine.optimizer.loss_scaler
+            scaler = getattr(engine.optimizer, "loss_scaler", None)
+            if scaler is None:
+                raise ValueError(
+                    f"DeepSpeed's {type(engine.optimizer).__name__} has no loss scale, by which the loss of several "
+                    f"batches is averaged over their answer tokens; use ZeRO stage 2 or 3, FSDP2 or ddp."
+                )
             self._loss_scale = scaler, float(factor)
             scaler.cur_scale /= float(factor)
 
