@@ -11,6 +11,7 @@ from training.helpers import found, weights
 from tpcompress.insertion.attach import attachment_of
 from tpcompress.pruners import Pruner, Selection
 from tpcompress.pruners.topk import keep_topk
+from tpcompress.training.datamodules.chat import ChatData
 from tpcompress.training.diagnostics.probe import Findings, random_selection, take_snapshot
 from tpcompress.training.passes import run_pass
 
@@ -53,7 +54,8 @@ def test_looking_changes_nothing(work):
 
 
 @pytest.mark.parametrize("how", [{"plan": None}, {}])
-def test_runs_without_anything_to_see(work, how):
+def test_runs_without_anything_to_see(work, how, monkeypatch):
+    monkeypatch.setattr(ChatData, "_has_plan", lambda self: False)  # which refuses rows without an image
     work.fit(model=how, data={"train": str(work.chat / "text.json")})
     found = looks(work)["looks"] if how == {} else []
     assert all(one["never_kept"] is None for one in found)
