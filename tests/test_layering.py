@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "torch", "transformers", "datasets", "torchmetrics", "evaluation", "training", "data", "export", "insertion",
         "pruners", "families",
     },
-    "compress": {"torch", "evaluation", "training", "export", "data", "insertion", "families"},
+    "compress": {"torch", "evaluation", "training", "export", "data", "insertion", "pruners", "families"},
     "cli": {
         "torch", "transformers", "lightning", "datasets", "jsonargparse", "compress", "lab", "evaluation", "training",
         "data", "export", "insertion", "pruners", "families",

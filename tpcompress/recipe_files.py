@@ -32,7 +32,7 @@ def merge_recipes(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str,
     """`over` laid over `base`: mappings are merged, except whole settings and classes of another name."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
+        old: Any = merged.get(key)
         mergeable = isinstance(value, Mapping) and isinstance(old, Mapping) and key not in WHOLE
         if mergeable and value.get("class_path", old.get("class_path")) == old.get("class_path"):
             merged[key] = merge_recipes(old, value)

@@ -189,6 +189,7 @@ def test_wrong_options_on_the_shell(work, fails):
     assert fails("fit", "--config", path, "--model.bse", "x").endswith("Did you mean base?")
     assert fails("fit", "--config", path, "--nonsense", "x").startswith("No key nonsense; known: seed_everything")
     assert fails("fit", "somewhere").startswith("the following arguments are required: data; see tpcompress fit")
+    assert fails("fit", path).endswith(f"tpcompress fit --config {path}.")
     assert fails("validate", "somewhere").startswith("No key somewhere;")
     assert fails("fit", "--config", "gone.yaml").startswith("No configuration file at gone.yaml; bundled recipes: ")
     assert fails("fit") == "A run needs data; give a recipe: --config recipes/tiny_llava/pool_full.yaml."

@@ -101,6 +101,8 @@ def test_all_rules_on_forty_photographs(family: str, tmp_path: Path, capsys: pyt
         (["--data", "./gone.json"], "No file or folder"),
         (["--model", "./gone"], "No folder ./gone; give a folder"),
         (["--lora", "-1"], "lora must be at least 0"),
+        (["--rules", "pool,divprun"], "No pruner 'divprun'. Known: "),
+        (["--metric", "nope"], "No metric 'nope'"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -111,6 +113,7 @@ def test_mistakes_are_one_line(
     err = capsys.readouterr().err
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()  # so that the corrected command is not refused
 
 
 def test_a_folder_of_something_else_is_left_alone(

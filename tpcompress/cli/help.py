@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-Command = Callable[..., int]
+Command = Callable[..., object]
 
 TYPES = {"int": "INT", "float": "FLOAT", "list[int]": "INTS", "dict": "YAML"}
 """What the help writes for the value of an option, by the start of its annotation; other values show the name."""

@@ -116,6 +116,8 @@ def _run_recipe(name: str, args: list[str]) -> int:
     if args[-2:] in ([word, "all"] for word in HELP):  # every option of the recipe, which the parser prints
         args = args[:-1]
     _quieten(name)
+    if args and args[0].endswith((".yaml", ".yml")):
+        raise ValueError(f"A recipe is given by its option: tpcompress {name} --config {args[0]}.")
     if name == "fit" and is_short(args):
         own, args = split_options(fit_model, args)
         args = [*fit_model(**parse_for(fit_model, name, own)), *args]

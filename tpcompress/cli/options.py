@@ -19,7 +19,7 @@ def underscored(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
-def normalized(command: Callable[..., int], name: str, arguments: Sequence[str]) -> list[str]:
+def normalized(command: Callable[..., object], name: str, arguments: Sequence[str]) -> list[str]:
     """Options of a command as `--name=value`.
 
     Arguments before the first option are values of the command's parameters in order, as are those after `--`. A flag

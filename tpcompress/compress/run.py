@@ -18,15 +18,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from tpcompress.compress.recipe import RunChoices, family_of_base, make_recipe
-from tpcompress.compress.settings import CompressSettings, keep_settings
+from tpcompress.compress.settings import CompressSettings, forget_settings, keep_settings
 from tpcompress.compress.split import Split, split_data
 from tpcompress.compress.summary import next_commands, sentence
 from tpcompress.evaluation.compare.run import ComparisonRun
 from tpcompress.evaluation.compare.table import layout
+from tpcompress.evaluation.scoring.metrics import find_metric
 from tpcompress.evaluation.tables import rich_table
 from tpcompress.export import verify_in_fresh_process
 from tpcompress.files import write_atomic
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.pruners import pruner_class
 from tpcompress.training.recipe.export import export_run
 
 RECIPE, CONTROL, COMPARE = "recipe.yaml", "control.yaml", "compare.yaml"
@@ -67,6 +69,10 @@ def run_compress(settings: CompressSettings, folder: Path, console: Console) -> 
         KeyboardInterrupt: interrupted; the same command continues.
     """
     family = family_of_base(settings.model)
+    for rule in settings.rules:
+        pruner_class(rule, allow_outside=False)
+    if settings.metric is not None:
+        find_metric(settings.metric)
     keep_settings(settings, folder)
 
     def step(name: str, text: str) -> None:
@@ -74,7 +80,11 @@ def run_compress(settings: CompressSettings, folder: Path, console: Console) -> 
         console.print(f"[bold]{place} {name}[/bold]: {escape(text)}", highlight=False, soft_wrap=True)
 
     step("split", f"{settings.data} ({family})")
-    split = split_data(settings.data, folder / "data", settings.image_folder, settings.split, settings.seed)
+    try:
+        split = split_data(settings.data, folder / "data", settings.image_folder, settings.split, settings.seed)
+    except (ValueError, OSError):
+        forget_settings(folder)  # there is nothing to continue, so a corrected command may use the folder
+        raise
     console.print(f"  {split}", highlight=False, soft_wrap=True)
     step("rank", f"untrained rules at {settings.keep} on {split.rows['choose']} rows")
     choice = _choose(settings, folder, split, console)

@@ -79,5 +79,12 @@ def keep_settings(settings: CompressSettings, folder: Path) -> None:
         raise ValueError(f"{folder} holds a compression with other arguments ({changed}); choose another --out.")
 
 
+def forget_settings(folder: Path) -> None:
+    """Remove the settings of a folder without results, and the folder if nothing else is in it."""
+    (folder / FILE).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _word(value: Any) -> str:
     return "none" if value in (None, []) else str(value)
