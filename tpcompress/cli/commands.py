@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from tpcompress.cli.compress import compress
 from tpcompress.cli.console import console
+from tpcompress.cli.evaluate import evaluate
 from tpcompress.cli.lab import cache_teacher, estimators, study
 from tpcompress.cli.rank import rank
 
@@ -108,19 +109,37 @@ def verify(folder: str) -> int:
     return 0 if report.ok else 1
 
 
-def compare(config: str, out: str | None = None) -> int:
+def compare(
+    config: str,
+    out: str | None = None,
+    base: str | None = None,
+    data: str | None = None,
+    image_folder: str | None = None,
+    metric: str | None = None,
+) -> int:
     """Compare dense, training-free and training-aware pruning; print a table, write report and figures.
 
     Example:
         tpcompress compare recipes/tiny_llava/compare.yaml --out runs/compare
 
+    Example:
+        tpcompress compare my.yaml --base runs/my_model --data held_out.json --metric anls --out runs/mine
+
     Args:
         config: comparison file.
         out: output folder; default: that of the file.
+        base: base model instead of that of the file.
+        data: chat data to test on, instead of the task of the file.
+        image_folder: folder that relative image paths start from.
+        metric: metric by name or dotted path, instead of that of the file.
     """
     from tpcompress.evaluation.compare.run import run_comparison
 
-    run_comparison(config, out, console)
+    given = {"base": base, "data": data, "image_folder": image_folder, "metric": metric}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if data is not None:
+        changes |= {"task": "benchmark", "tasks": ()}
+    run_comparison(config, out, console, **changes)
     return 0
 
 
@@ -266,7 +285,9 @@ GROUPS: dict[str, dict[str, Callable[..., int]]] = {
         "compress": compress, "fit": fit, "validate": validate, "export": export, "verify": verify,
         "quickstart": quickstart,
     },
-    "Measure": {"compare": compare, "rank": rank, "inspect": inspect_model, "find-layer": find_layer},
+    "Measure": {
+        "evaluate": evaluate, "compare": compare, "rank": rank, "inspect": inspect_model, "find-layer": find_layer,
+    },
     "Look up": {"list": show_list, "pruners": pruners, "families": families},
     "Lab": {"study": study, "estimators": estimators, "cache-teacher": cache_teacher},
 }  # fmt: skip

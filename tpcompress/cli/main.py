@@ -32,7 +32,17 @@ NOISE = (
 )
 """Warnings of other packages that say nothing about a run."""
 
-TRAINING = (*RECIPE_COMMANDS, "compress", "compare", "rank", "study", "quickstart", "estimators", "cache-teacher")
+TRAINING = (
+    *RECIPE_COMMANDS,
+    "compress",
+    "evaluate",
+    "compare",
+    "rank",
+    "study",
+    "quickstart",
+    "estimators",
+    "cache-teacher",
+)
 """Commands that import the training frameworks."""
 
 LISTS = ("list", "pruners", "families")

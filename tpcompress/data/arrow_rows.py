@@ -19,6 +19,7 @@ STORED = datasets.Features(
         "videos": datasets.List(_file | {"frames": datasets.List(_file)}),
         "conversations": datasets.List(datasets.List(_turn)),
         "families": _texts,
+        "references": datasets.List(_texts),
         "tools": _text,
         "problem": _text,
     }

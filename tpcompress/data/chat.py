@@ -31,9 +31,9 @@ from tpcompress.data.video import check_video
 
 SCAN_BATCH = 64  # rows whose image bytes are in memory at once during the scan for broken rows
 GIVE_UP_AFTER = 100  # records without a conversation after which text files are rejected
-LAYOUT = 3  # part of the cache key; increase it when the rows of the same records change
+LAYOUT = 4  # part of the cache key; increase it when the rows of the same records change
 TABLES = ({".parquet"}, {".arrow"})
-ROW_KEYS = ("id", "images", "videos", "conversations", "families", "tools")
+ROW_KEYS = ("id", "images", "videos", "conversations", "families", "references", "tools")
 
 
 def load_chat(

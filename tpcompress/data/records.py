@@ -6,6 +6,7 @@
 | `prompt`/`completion`, `query`/`response`, `question`/`answer`, `instruction`(/`input`)/`output` | one turn each |
 | `system`, `history` | system prompt, earlier turns as pairs |
 | `images`, `image` and the other `IMAGE_COLUMNS`; `VIDEO_COLUMNS` | images and videos, see `images.reference` |
+| `references`, `answers` | right answers for evaluation: texts, or a list of texts per conversation |
 | `tools`, `families` or `family`, `id` | tool schemas, question families, name of the row |
 
 Images and videos in columns that are not listed make a row bad, so that no run trains without them unnoticed.
@@ -40,9 +41,10 @@ Row = dict[str, Any]
 TURN_COLUMNS = ("messages", "conversations", "conversation", "texts")
 PAIR_COLUMNS = (
     ("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("question", "answer"),
-    ("instruction", "output"), ("instruction", "response"),
+    ("instruction", "output"), ("instruction", "response"), ("question", "answers"),
 )  # fmt: skip
-OTHER_COLUMNS = ("system", "system_prompt", "history", "input", "tools", "families", "family", "id")
+REFERENCE_COLUMNS = ("references", "answers")
+OTHER_COLUMNS = (*REFERENCE_COLUMNS, "system", "system_prompt", "history", "input", "tools", "families", "family", "id")
 COLUMNS = tuple(dict.fromkeys((*TURN_COLUMNS, *sum(PAIR_COLUMNS, ()), *OTHER_COLUMNS, *IMAGE_COLUMNS, *VIDEO_COLUMNS)))
 """All columns that rows are made of."""
 MEDIA_COLUMNS = ("audio", "audios", "audio_path", "pixel_values", "image_base64", "image_bytes", "media")
@@ -74,8 +76,9 @@ def read_record(record: Record, row_id: str = "") -> Row:
         row_id: id of a record that has none.
 
     Returns:
-        row with `id`, `conversations`, `families` (None if the record names none), `tools` (JSON text or None), and
-        the references `images` and `videos`; `arrow_rows.completed` makes them those of a data set.
+        row with `id`, `conversations`, `families` (None if the record names none), `references` (right answers of each
+        conversation, or None), `tools` (JSON text or None), and the references `images` and `videos`;
+        `arrow_rows.completed` makes them those of a data set.
 
     Raises:
         BadRow: the record is no usable row.
@@ -93,6 +96,7 @@ def read_record(record: Record, row_id: str = "") -> Row:
         "videos": videos,
         "conversations": conversations,
         "families": _families(record, len(conversations)),
+        "references": _references(record, len(conversations)),
         "tools": json_of(record.get("tools"), "tools") or None,
     }
     if not conversations or not conversations[0]:
@@ -138,7 +142,8 @@ def _turns(record: Record) -> list[Any]:
                 for pair in listed(_parsed(record.get("history"), "history"))
                 for role, text in zip(("user", "assistant"), listed(pair), strict=False)
             ]
-            return past + question + _turns_of("assistant", record[answered])
+            answer = record[answered] if answered != "answers" else _most_common(_texts(record[answered]))
+            return past + question + _turns_of("assistant", answer)
     if not has_conversation(record):
         raise BadRow(f"no conversation: the record has {shown(', '.join(map(str, record))) or 'no columns'}")
     return []
@@ -214,6 +219,30 @@ def _families(record: Record, number: int) -> list[str] | None:
     return None if names is None else [text_of(name) for name in listed(names)]
 
 
+def _references(record: Record, number: int) -> list[list[str]] | None:
+    """The right answers of every conversation."""
+    name = next((name for name in REFERENCE_COLUMNS if record.get(name)), None)
+    if name is None:
+        return None
+    given = _parsed(record[name], name) if str(record[name])[:1] in ("[", "{") else record[name]
+    per_conversation = isinstance(given, list) and all(isinstance(entry, list | tuple) for entry in given)
+    found = [_texts(entry) for entry in given] if per_conversation else [_texts(given)]
+    if len(found) != number or not all(found):
+        raise BadRow(f"{name}: {len(found)} lists of right answers for {number} conversations")
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    """Right answers as texts; those of VQAv2 are dictionaries with `answer`."""
+    entries = value.get("text", value.get("answer")) if isinstance(value, dict) else value
+    texts = [text_of(entry.get("answer") if isinstance(entry, dict) else entry) for entry in listed(entries)]
+    return [text for text in texts if text]
+
+
+def _most_common(texts: list[str]) -> str:
+    return max(texts, key=texts.count) if texts else ""
+
+
 def _check_unread(record: Record, read: set[str], has_media: bool) -> None:
     """Refuse columns with media that nothing reads; names of files only where a row has no other media."""
     for name, value in record.items():
@@ -257,7 +286,8 @@ def _check_unicode(row: Row) -> None:
     ]
     paths = [file["path"] for file in files if isinstance(file, dict) and file["path"]]
     turns = [text for messages in row["conversations"] for message in messages for text in message.values()]
-    for text in (row["id"], row["tools"] or "", *(row["families"] or ()), *paths, *turns):
+    right = [text for texts in row["references"] or () for text in texts]
+    for text in (row["id"], row["tools"] or "", *(row["families"] or ()), *paths, *turns, *right):
         if clean(text) != text:
             raise BadRow(f"lone surrogate: {shown(text)} is no valid Unicode")
 

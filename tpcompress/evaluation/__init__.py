@@ -16,19 +16,24 @@ if TYPE_CHECKING:
     from tpcompress.evaluation.inspect import Inspection, inspect_prefill, run_inspection
     from tpcompress.evaluation.position_bias import PositionBias
     from tpcompress.evaluation.scoring.evaluate import evaluate
-    from tpcompress.evaluation.scoring.metrics import list_metrics
+    from tpcompress.evaluation.scoring.generate import Generation, evaluate_by_generation
+    from tpcompress.evaluation.scoring.metrics import Metric, Reply, list_metrics
     from tpcompress.evaluation.scoring.scores import Scores
     from tpcompress.evaluation.tasks import Task, create_task, list_tasks
 
 MODULES = {
     "BudgetCurve": "budget_curve",
     "Comparison": "compare.config",
+    "Generation": "scoring.generate",
     "Inspection": "inspect",
+    "Metric": "scoring.metrics",
     "PositionBias": "position_bias",
+    "Reply": "scoring.metrics",
     "Scores": "scoring.scores",
     "Task": "tasks",
     "create_task": "tasks",
     "evaluate": "scoring.evaluate",
+    "evaluate_by_generation": "scoring.generate",
     "inspect_prefill": "inspect",
     "list_metrics": "scoring.metrics",
     "list_tasks": "tasks",
@@ -39,8 +44,9 @@ MODULES = {
 """Module of every public name, relative to this package."""
 
 __all__ = [
-    "BudgetCurve", "Comparison", "Inspection", "PositionBias", "Scores", "Task", "create_task", "evaluate",
-    "inspect_prefill", "list_metrics", "list_tasks", "run_comparison", "run_find_layer", "run_inspection",
+    "BudgetCurve", "Comparison", "Generation", "Inspection", "Metric", "PositionBias", "Reply", "Scores", "Task",
+    "create_task", "evaluate", "evaluate_by_generation", "inspect_prefill", "list_metrics", "list_tasks",
+    "run_comparison", "run_find_layer", "run_inspection",
 ]  # fmt: skip
 
 

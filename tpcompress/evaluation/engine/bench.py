@@ -17,7 +17,7 @@ from tpcompress.data.blank import blank_images
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, check_names
 from tpcompress.evaluation.engine.claimed import claim_folder
 from tpcompress.evaluation.engine.counts import mean_vision_tokens
-from tpcompress.evaluation.engine.fingerprint import base_digest, digest_of, refuse_export
+from tpcompress.evaluation.engine.fingerprint import base_digest, digest_of
 from tpcompress.evaluation.engine.locks import claim
 from tpcompress.evaluation.engine.progress import report_line
 from tpcompress.evaluation.engine.runs import Kept, Trained, check_run, is_done, load_run, train
@@ -75,7 +75,6 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.metric = name_of(find_metric(self.metric or self.task.metric))
-        refuse_export(self.base)
 
     # ------------------------------------------------------------------ what all cells share
 

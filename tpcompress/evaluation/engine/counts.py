@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tpcompress.data.collate import BatchMeta
 from tpcompress.families import resolve
 from tpcompress.inference import inputs_for
 from tpcompress.insertion.encode import layouts_of
@@ -47,6 +48,10 @@ class Counted:
                 before + sum(stage.vision_in),
                 after + sum(stage.vision_out),
             )
+
+    def watch(self, trace: Trace, meta: BatchMeta) -> None:
+        """`add`, as callback of a test."""
+        self.add(trace)
 
     def means(self, depth: int) -> tuple[float | None, float | None]:
         """Tokens of a question after the last stage, and on the average layer; None if no stage was reached.

@@ -16,7 +16,6 @@ from transformers.utils import cached_file
 
 from tpcompress.bundled import base_path
 from tpcompress.errors import first_line
-from tpcompress.export.folder import FORMAT, MANIFEST, read_json
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners.config_mixin import ConfigMixin
 from tpcompress.version import __version__
@@ -53,22 +52,6 @@ def base_digest(base: str) -> str:
     weights = [p for p in files if p.suffix in WEIGHTS]
     whole = sum(p.stat().st_size for p in weights) <= SMALL
     return digest_of({p.name: file_digest(p) if whole or p not in weights else _header_digest(p) for p in files})
-
-
-def refuse_export(base: str) -> None:
-    """Refuse an export as a base: it prunes already, so no row of it would be dense.
-
-    Raises:
-        ValueError: the folder was written by `tpcompress export`.
-    """
-    path = Path(base_path(base)).expanduser() / MANIFEST
-    manifest = read_json(path) if path.is_file() else {}
-    if manifest.get("format") == FORMAT and manifest.get("plan"):
-        known = (manifest.get("trained_with") or {}).get("base")
-        raise ValueError(
-            f"{base} is an export, which prunes already; give its base{f' ({known})' if known else ''} to compare "
-            f"plans, or test the export alone: tpcompress evaluate {base} DATA."
-        )
 
 
 def code_digest(plan: PruningPlan | None) -> str:

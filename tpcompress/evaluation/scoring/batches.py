@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tpcompress.data.collate import Batch, ChatCollator, PromptCollator
 from tpcompress.data.rows import BadRow
+from tpcompress.data.video import VideoSampling
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 """A row before it is collated to the row that is collated."""
@@ -73,7 +74,13 @@ class Skipped:
 
 
 def prepare(
-    processor: Any, dataset: Rows, *, batch_size: int = 64, pack: bool = True, change: Change | None = None
+    processor: Any,
+    dataset: Rows,
+    *,
+    batch_size: int = 64,
+    pack: bool = True,
+    change: Change | None = None,
+    video: VideoSampling | None = None,
 ) -> Prepared:
     """Collate a data set once, for teacher forcing.
 
@@ -83,27 +90,38 @@ def prepare(
         batch_size: sequences per batch.
         pack: one sequence per image instead of one per question; not for plans that read the prompt.
         change: applied to every row before it is collated, such as `blank_images`.
+        video: how videos are sampled.
 
     Raises:
         ValueError: no row is usable.
     """
     skipped = Skipped()
-    batches = [batch for batch, _ in batched(ChatCollator(processor, pack=pack), dataset, batch_size, skipped, change)]
+    batches = [
+        batch
+        for batch, _ in batched(ChatCollator(processor, pack=pack, video=video), dataset, batch_size, skipped, change)
+    ]
     return Prepared(batches, families_of(dataset), len(dataset), pack, skipped.check(len(dataset)))
 
 
-def prepare_prompts(processor: Any, dataset: Rows, *, batch_size: int = 16, change: Change | None = None) -> Prepared:
+def prepare_prompts(
+    processor: Any,
+    dataset: Rows,
+    *,
+    batch_size: int = 16,
+    change: Change | None = None,
+    video: VideoSampling | None = None,
+) -> Prepared:
     """Collate the questions of a data set once, for generation.
 
     Args:
-        processor, dataset, change: as in `prepare`.
+        processor, dataset, change, video: as in `prepare`.
         batch_size: questions per batch.
 
     Raises:
         ValueError: no row is usable.
     """
     skipped = Skipped()
-    found = list(batched(PromptCollator(processor), dataset, batch_size, skipped, change))
+    found = list(batched(PromptCollator(processor, video=video), dataset, batch_size, skipped, change))
     batches, asked = [batch for batch, _ in found], [questions for _, questions in found]
     return Prepared(batches, families_of(dataset), len(dataset), False, skipped.check(len(dataset)), asked)
 

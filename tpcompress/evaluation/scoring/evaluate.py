@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import Batch, BatchMeta, ChatCollator
 from tpcompress.data.packing import why_config_not_packed
+from tpcompress.data.video import VideoSampling
 from tpcompress.evaluation.scoring.batches import (
     Prepared,
     Rows,
@@ -49,6 +50,7 @@ def evaluate(
     learnt: Sequence[str] | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    video: VideoSampling | None = None,
     metric: str = "accuracy",
 ) -> Scores:
     """Score a model, pruned as attached, on every conversation of a data set.
@@ -64,6 +66,7 @@ def evaluate(
         learnt: families that the score averages; default: all.
         progress: rich progress display to report to.
         watch: callback for the record of the stages of an attached plan, batch by batch.
+        video: how videos are sampled.
         metric: metric of the score. All metrics of logits are measured, see `Scores.with_metric`.
 
     Raises:
@@ -77,7 +80,7 @@ def evaluate(
         families, num_images, skipped = families_of(dataset), len(dataset), Skipped()
         fits = has_several_questions(dataset) and why_not_packed(model, processor) is None
         packed = fits if pack is None else pack
-        collator, rows = ChatCollator(processor, pack=packed), dataset
+        collator, rows = ChatCollator(processor, pack=packed, video=video), dataset
         source = lambda: batched(collator, rows, batch_size, skipped, blank_images if blank else None)  # noqa: E731
     reason = why_not_packed(model, processor) if packed else None
     if reason is not None:

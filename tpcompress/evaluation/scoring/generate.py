@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import ChatCollator, PromptCollator
 from tpcompress.data.rows import BadRow
+from tpcompress.data.video import VideoSampling
 from tpcompress.evaluation.scoring.batches import Asked, Prepared, Rows, Skipped, batched, families_of, source_of
 from tpcompress.evaluation.scoring.evaluate import Watch, moved
 from tpcompress.evaluation.scoring.metrics import Reply
@@ -86,12 +87,13 @@ def evaluate_by_generation(
     learnt: Sequence[str] | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    video: VideoSampling | None = None,
     metric: str = "exact_match",
 ) -> Scores:
     """Score the greedy answers of a model, pruned as attached, to every conversation of a data set.
 
     Args:
-        model, processor, blank, learnt, progress, watch: as in `evaluate`.
+        model, processor, blank, learnt, progress, watch, video: as in `evaluate`.
         dataset: rows, or the output of `prepare_prompts`.
         generation: settings; default: as many tokens as the longest reference of each batch needs.
         metric: metric of the score; those beside it and exact match are measured, too.
@@ -100,7 +102,7 @@ def evaluate_by_generation(
         ValueError: no row is usable, or the metric is unknown or does not read text.
     """
     settings = Generation(max_new_tokens=None, batch_size=64) if generation is None else generation
-    collator = PromptCollator(processor)
+    collator = PromptCollator(processor, video=video)
     if isinstance(dataset, Prepared):
         source, families, num_images = source_of(dataset), dataset.families, dataset.num_images
         skipped = Skipped(dataset.skipped)

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import nn
 
 from tpcompress.data.rows import BadRow, open_image
+from tpcompress.data.video import VideoSampling
 from tpcompress.evaluation.create import argument_names
 from tpcompress.evaluation.scoring.batches import Change, Prepared, Rows, prepare, prepare_prompts
 from tpcompress.evaluation.scoring.evaluate import Watch, evaluate
@@ -39,12 +40,14 @@ class Task:
         generate: settings with which answers are generated (`max_new_tokens`, `batch_size`, `stop`); None scores by
             teacher forcing, unless the metric reads text.
         label: name in reports of several tasks.
+        video: how videos are sampled.
     """
 
     name: ClassVar[str]
     metric: str = "accuracy"
     generate: Generation | None = None
     label: str | None = None
+    video: VideoSampling = VideoSampling()
 
     def load(self) -> Rows:
         """Read or draw the rows. Called once."""
@@ -121,8 +124,9 @@ class Task:
         """
         settings = self.generation(metric)
         if settings is not None:
-            return prepare_prompts(processor, self.rows, batch_size=settings.batch_size, change=change)
-        return prepare(processor, self.rows, batch_size=batch_size, pack=pack, change=change)
+            size = settings.batch_size
+            return prepare_prompts(processor, self.rows, batch_size=size, change=change, video=self.video)
+        return prepare(processor, self.rows, batch_size=batch_size, pack=pack, change=change, video=self.video)
 
     def score(
         self,
@@ -151,6 +155,7 @@ class Task:
         """
         rows = self.rows if prepared is None else prepared
         more: dict[str, Any] = {"blank": blank, "watch": watch, "metric": metric or self.metric, "progress": progress}
+        more["video"] = self.video
         settings = self.generation(metric)
         if settings is None:
             return evaluate(model, processor, rows, **more)

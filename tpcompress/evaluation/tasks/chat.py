@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from tpcompress.data.chat import load_chat
 from tpcompress.data.rows import OnBadRow
+from tpcompress.data.video import VideoSampling
 from tpcompress.evaluation.scoring.batches import Rows
 from tpcompress.evaluation.tasks.base import Task
+
+log = logging.getLogger(__name__)
 
 FAMILY = "all"
 """Family of questions for which the data has none."""
@@ -15,8 +20,9 @@ class Chat(Task):
     """Conversations of a file, folder or data set, see `tpcompress.data.load_chat` for the formats.
 
     A column `families` (one name per conversation of a row) or `family` groups the questions; without them all are one
-    family. Give rows that the model is not trained on. The default metric suits open answers; `exact_match` is for
-    closed ones.
+    family. A column `references` or `answers` holds several right answers (lists of texts), for metrics such as
+    `vqa_accuracy` and `anls`. Give rows that the model is not trained on. The default metric suits open answers;
+    `exact_match` is for closed ones.
 
     Args:
         data: file, folder, or name on the hub.
@@ -25,6 +31,8 @@ class Chat(Task):
         num_images: number of rows, from the first; default: all.
         on_bad_row: `skip` leaves out broken rows, `raise` stops at the first.
         check_images: read the header of every image when the data is loaded, to find missing and corrupt ones.
+        config_name: config of a data set that has several.
+        num_frames, fps: how videos are sampled, see `VideoSampling`.
     """
 
     name = "chat"
@@ -38,6 +46,9 @@ class Chat(Task):
         num_images: int | None = None,
         on_bad_row: OnBadRow = "skip",
         check_images: bool = True,
+        config_name: str | None = None,
+        num_frames: int | None = 8,
+        fps: float | None = None,
     ) -> None:
         if num_images is not None and (isinstance(num_images, bool) or not isinstance(num_images, int)):
             raise ValueError(f"num_images must be a whole number, got {num_images!r}.")
@@ -45,6 +56,7 @@ class Chat(Task):
             raise ValueError(f"num_images must be at least 1, got {num_images}; leave it out to take all rows.")
         self.data, self.image_folder, self.split = str(data), image_folder, split
         self.num_images, self.on_bad_row, self.check_images = num_images, on_bad_row, check_images
+        self.config_name, self.num_frames, self.fps = config_name, num_frames, fps
 
     def load(self) -> Rows:
         """Read the data; images are decoded when a row is used.
@@ -53,10 +65,18 @@ class Chat(Task):
             FileNotFoundError: no such file or image folder.
             ValueError: unknown format, split or columns, or no usable row.
         """
-        rows, _ = load_chat(
-            self.data, self.image_folder, self.split, self.on_bad_row, self.check_images, default_family=FAMILY
-        )
+        rows, report = load_chat(
+            self.data, self.image_folder, self.split, self.on_bad_row, self.check_images, default_family=FAMILY,
+            config_name=self.config_name,
+        )  # fmt: skip
+        if len(report):
+            log.warning("%s: %s", self.data, report)
         return rows if self.num_images is None else rows.select(range(min(self.num_images, len(rows))))
+
+    @property
+    def video(self) -> VideoSampling:
+        """How videos are sampled."""
+        return VideoSampling(self.num_frames, self.fps)
 
     @property
     def description(self) -> str:
