@@ -9,7 +9,7 @@ import transformers
 import yaml
 from PIL import Image
 from rich.console import Console
-from support import tiny_model
+from support import family_folder, tiny_model
 from transformers import CLIPImageProcessorPil
 
 from tpcompress import PruningPlan, Stage, attach, detach, record
@@ -21,11 +21,13 @@ from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.compare.write import report_markdown
-from tpcompress.evaluation.downsample import downsampled, smaller_grid, tokens_per_image
+from tpcompress.evaluation.downsample import CannotDownsample, downsampled, smaller_grid
+from tpcompress.evaluation.engine.counts import mean_vision_tokens
 from tpcompress.evaluation.scoring.evaluate import evaluate, prepare
 from tpcompress.evaluation.scoring.generate import evaluate_by_generation
 from tpcompress.families import resolve
 from tpcompress.insertion.encode import layouts_of
+from tpcompress.models import load_base, load_processor
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_batches_have_as_many_placeholders_as_the_encoder_makes(vqa, processor, 
         batch = ChatCollator(smaller.processor, pack=True)(list(rows.select(range(3))))
         (layout, *_) = layouts_of(resolve(vqa), batch)["image"]
         assert (layout.grids[0].rows, layout.grids[0].cols) == smaller.grid
-        assert tokens_per_image(vqa, [batch]) == layout.count == smaller.grid[0] * smaller.grid[1] <= keep
+        assert mean_vision_tokens(vqa, [batch]) == layout.count == smaller.grid[0] * smaller.grid[1] <= keep
         batch.pop("meta")
         assert torch.isfinite(vqa(**batch).logits).all()
 
@@ -143,8 +145,27 @@ def test_processors_that_choose_a_size_get_a_lower_limit(name, keep):
         made = smaller.processor(text=["<image>"], images=[picture], return_tensors="pt")
         (layout,) = layouts_of(resolve(model), made)["image"]
         assert keep / 2 <= layout.count <= keep
-        assert tokens_per_image(model, [made]) == layout.count
+        assert mean_vision_tokens(model, [made]) == layout.count
     assert settings.size["longest_edge"] == 8192
+
+
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("internvl", marks=pytest.mark.slow)])
+def test_processors_that_split_images_split_them_less(name):
+    folder = family_folder(name)
+    model, processor = load_base(str(folder)).eval(), load_processor(str(folder))
+    parts = resolve(model)
+    token, counts = parts.placeholder_ids["image"], {}
+    for edge in (1, 2, 4, 8):
+        text, image = [processor.image_token], Image.new("RGB", (64 * edge, 64))
+        counts[edge] = int((processor(text=text, images=[image], return_tensors="pt")["input_ids"] == token).sum())
+    fewest, most = min(counts.values()), max(counts.values())
+    for keep in (most, most // 2):
+        with downsampled(model, processor, keep) as smaller:
+            made = smaller.processor(text=text, images=[image], return_tensors="pt")
+            assert int((made["input_ids"] == token).sum()) <= keep
+    with pytest.raises(CannotDownsample, match=r"one tile is \d+ tokens"):
+        downsampled(model, processor, 1).__enter__()
+    assert fewest < most
 
 
 def test_what_cannot_be_made_smaller_is_one_line(vqa, processor, monkeypatch):
@@ -152,7 +173,7 @@ def test_what_cannot_be_made_smaller_is_one_line(vqa, processor, monkeypatch):
         downsampled(vqa, processor, 0).__enter__()
     fixed = type(processor).replace_image_token
     monkeypatch.setattr(type(processor), "replace_image_token", lambda self, *a, **k: "<image>" * 64)
-    with pytest.raises(ValueError, match="^[^\n]*llava cannot be downsampled[^\n]*64 placeholders[^\n]*leave[^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*llava cannot be downsampled[^\n]*64 placeholders[^\n]*$"):
         downsampled(vqa, processor, 16).__enter__()
     assert not resolve(vqa).vision_tower._forward_pre_hooks
     monkeypatch.setattr(type(processor), "replace_image_token", fixed)
@@ -184,7 +205,6 @@ def test_the_arm_has_its_own_rows_and_is_resumed(tmp_path, monkeypatch):
 
 def prepare_and_score(keep: int, num_images: int):
     from tpcompress.data.benchmark import load_benchmark
-    from tpcompress.models import load_base, load_processor
 
     model, processor = load_base("tiny_llava").eval(), load_processor("tiny_llava")
     with downsampled(model, processor, keep) as smaller:

@@ -38,7 +38,7 @@ def fit(args: list[str]) -> int:
 
 
 def validate(args: list[str]) -> int:
-    """Compute the validation loss of a recipe, before or after training.
+    """Compute the validation loss of a recipe, before or after training; `evaluate` scores answers by a metric.
 
     Example:
         tpcompress validate --config recipes/tiny_llava/pool_full.yaml

@@ -33,6 +33,7 @@ from tpcompress.data.messages import (
     text_of,
     video_references,
 )
+from tpcompress.data.right_answers import REFERENCE_COLUMNS, most_common, right_answers
 from tpcompress.data.rows import check_conversation
 from tpcompress.data.video import VIDEO_SUFFIXES
 
@@ -43,7 +44,6 @@ PAIR_COLUMNS = (
     ("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("question", "answer"),
     ("instruction", "output"), ("instruction", "response"), ("question", "answers"),
 )  # fmt: skip
-REFERENCE_COLUMNS = ("references", "answers")
 OTHER_COLUMNS = (*REFERENCE_COLUMNS, "system", "system_prompt", "history", "input", "tools", "families", "family", "id")
 COLUMNS = tuple(dict.fromkeys((*TURN_COLUMNS, *sum(PAIR_COLUMNS, ()), *OTHER_COLUMNS, *IMAGE_COLUMNS, *VIDEO_COLUMNS)))
 """All columns that rows are made of."""
@@ -96,7 +96,7 @@ def read_record(record: Record, row_id: str = "") -> Row:
         "videos": videos,
         "conversations": conversations,
         "families": _families(record, len(conversations)),
-        "references": _references(record, len(conversations)),
+        "references": right_answers(record, len(conversations)),
         "tools": json_of(record.get("tools"), "tools") or None,
     }
     if not conversations or not conversations[0]:
@@ -142,7 +142,7 @@ def _turns(record: Record) -> list[Any]:
                 for pair in listed(_parsed(record.get("history"), "history"))
                 for role, text in zip(("user", "assistant"), listed(pair), strict=False)
             ]
-            answer = record[answered] if answered != "answers" else _most_common(_texts(record[answered]))
+            answer = record[answered] if answered != "answers" else most_common(record[answered])
             return past + question + _turns_of("assistant", answer)
     if not has_conversation(record):
         raise BadRow(f"no conversation: the record has {shown(', '.join(map(str, record))) or 'no columns'}")
@@ -217,30 +217,6 @@ def _families(record: Record, number: int) -> list[str] | None:
     if names is not None and len(listed(names)) != number:
         raise BadRow(f"families: {len(listed(names))} for {number} conversations")
     return None if names is None else [text_of(name) for name in listed(names)]
-
-
-def _references(record: Record, number: int) -> list[list[str]] | None:
-    """The right answers of every conversation."""
-    name = next((name for name in REFERENCE_COLUMNS if record.get(name)), None)
-    if name is None:
-        return None
-    given = _parsed(record[name], name) if str(record[name])[:1] in ("[", "{") else record[name]
-    per_conversation = isinstance(given, list) and all(isinstance(entry, list | tuple) for entry in given)
-    found = [_texts(entry) for entry in given] if per_conversation else [_texts(given)]
-    if len(found) != number or not all(found):
-        raise BadRow(f"{name}: {len(found)} lists of right answers for {number} conversations")
-    return found
-
-
-def _texts(value: Any) -> list[str]:
-    """Right answers as texts; those of VQAv2 are dictionaries with `answer`."""
-    entries = value.get("text", value.get("answer")) if isinstance(value, dict) else value
-    texts = [text_of(entry.get("answer") if isinstance(entry, dict) else entry) for entry in listed(entries)]
-    return [text for text in texts if text]
-
-
-def _most_common(texts: list[str]) -> str:
-    return max(texts, key=texts.count) if texts else ""
 
 
 def _check_unread(record: Record, read: set[str], has_media: bool) -> None:

@@ -4,14 +4,14 @@
         evaluate(model, smaller.processor, rows)
 
 Towers with a fixed grid (CLIP, SigLIP) get smaller images and interpolate their position embeddings; processors that
-choose the image size themselves get a lower limit.
+choose the image size themselves get a lower limit, and those that split images into tiles split them into fewer.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tpcompress.evaluation.tiles import CannotDownsample, fewer_tiles
 from tpcompress.families import Parts, resolve
 from tpcompress.inference import inputs_for
 from tpcompress.insertion.attach import base_of
@@ -30,10 +31,6 @@ from tpcompress.insertion.encode import layouts_of
 STRETCH = 1.5
 """Maximum change of the aspect ratio of a fixed grid, which allows grids closer to the budget."""
 INTERPOLATES = "interpolate_pos_encoding"
-
-
-class CannotDownsample(ValueError):
-    """The images of a model cannot be made smaller; `str()` says why."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,11 @@ def downsampled(model: nn.Module, processor: Any, keep_tokens: int) -> Iterator[
         _check(parts, smaller, keep_tokens)
         yield smaller
         return
+    if (fewer := fewer_tiles(parts, processor, keep_tokens)) is not None:
+        smaller = Smaller(_with(processor, fewer), None)
+        _check(parts, smaller, keep_tokens)
+        yield smaller
+        return
     smaller = _shrunk(parts, processor, keep_tokens)
     handle = parts.vision_tower.register_forward_pre_hook(_interpolating, with_kwargs=True)
     try:
@@ -93,18 +95,6 @@ def smaller_grid(rows: int, cols: int, keep_tokens: int) -> tuple[int, int]:
             fits = stretch <= STRETCH
             found.append(((fits, tall * wide if fits else 0, -stretch, tall * wide), (tall, wide)))
     return max(found)[1]
-
-
-def tokens_per_image(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
-    """Mean number of placeholders per image in collated batches.
-
-    Args:
-        model: model that defines the placeholder id.
-        batches: batches with `input_ids` and pixels.
-    """
-    token = resolve(base_of(model)).placeholder_ids["image"]
-    placeholders = sum(int((batch["input_ids"] == token).sum()) for batch in batches)
-    return placeholders / sum(len(batch.get("image_grid_thw", batch["pixel_values"])) for batch in batches)
 
 
 def _shrinking(plain: Any, height: int, width: int) -> Any:
@@ -177,7 +167,7 @@ def _check(parts: Parts, smaller: Smaller, keep_tokens: int) -> None:
 
 
 def _refusal(parts: Parts, why: str) -> str:
-    return f"Images of {parts.family.name} cannot be downsampled: {why}; leave `downsample` out."
+    return f"images of {parts.family.name} cannot be downsampled: {why}."
 
 
 def _with(processor: Any, image_processor: Any) -> Any:

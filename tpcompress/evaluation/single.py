@@ -126,7 +126,7 @@ def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
         note += f" Plan {plan}: " + (
             "nothing was pruned."
             if retained is None
-            else f"{retained:g} vision tokens retained, {average:.1f} a layer."
+            else f"{retained:.1f} vision tokens retained, {average:.1f} a layer."
         )
     names = list(scores.names) if len(scores.names) > 1 else []
     return Table(task.description, ["metric", "score", *names], [rows], note)

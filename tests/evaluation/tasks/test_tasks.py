@@ -8,6 +8,7 @@ import pytest
 
 import tpcompress as tp
 from tpcompress.data.blank import blank_images
+from tpcompress.evaluation.scoring.batches import questions_of
 from tpcompress.evaluation.scoring.evaluate import evaluate
 from tpcompress.evaluation.tasks import create_task, list_tasks
 
@@ -107,3 +108,30 @@ def test_a_task_scores_as_evaluate_does(vqa, processor, pack):
         expected = evaluate(model, processor, task.rows, pack=pack, blank=blank)
         assert found.families == pytest.approx(expected.families, nan_ok=True)
         np.testing.assert_array_equal(found.count_IF, expected.count_IF)
+
+
+@pytest.mark.parametrize(
+    ("columns", "references"),
+    [
+        ({"answers": ["red", "a red car"]}, [["red", "a red car"]]),
+        ({"references": [["red"]]}, [["red"]]),
+        ({"answers": [{"answer": "red"}, {"answer": "blue"}]}, [["red", "blue"]]),
+        ({"answers": "red"}, [["red"]]),
+        ({}, None),
+    ],
+)
+def test_chat_rows_have_the_right_answers_of_their_records(tmp_path, columns, references):
+    turns = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"conversations": turns, **columns}]))
+    task = create_task({"type": "chat", "data": str(tmp_path / "chat.json")})
+    assert task.rows[0]["references"] == references
+    (asked,) = questions_of(task.rows[0])
+    assert asked.references == tuple(references[0] if references else ["red"])
+
+
+def test_questions_with_answers_alone_are_rows(tmp_path):
+    records = [{"question": "what ?", "answers": ["blue", "red", "red"]}]
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    task = create_task({"type": "chat", "data": str(tmp_path / "chat.json")})
+    assert task.rows[0]["conversations"][0][-1]["content"] == "red"
+    assert task.rows[0]["references"] == [["blue", "red", "red"]]

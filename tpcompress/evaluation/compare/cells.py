@@ -9,10 +9,10 @@ from typing import Any
 
 from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.compare.config import Comparison
-from tpcompress.evaluation.downsample import CannotDownsample, downsampled, tokens_per_image
+from tpcompress.evaluation.downsample import CannotDownsample, downsampled
 from tpcompress.evaluation.engine.bench import Bench
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, Settings, slug
-from tpcompress.evaluation.engine.counts import Counted
+from tpcompress.evaluation.engine.counts import Counted, mean_vision_tokens
 from tpcompress.evaluation.engine.model_cell import ModelCell
 from tpcompress.evaluation.engine.plans import budget_of, control_plan, key_of, recipe_plan
 from tpcompress.evaluation.position_bias import PositionBias
@@ -73,9 +73,10 @@ class DownsampleCell(Cell):
             with downsampled(bench.model, bench.processor, max(1, round(self.budget.count(total)))) as smaller:
                 data = bench.collated(smaller.processor)
                 scores = bench.task.score(bench.model, smaller.processor, data, metric=bench.metric)
-                count = tokens_per_image(bench.model, data.batches)
+                count = mean_vision_tokens(bench.model, data.batches)
         except CannotDownsample as error:
             return Made({"vision_tokens": total, "note": f"not available: {error}", "summary": str(error)})
+        assert count is not None
         grid = "" if smaller.grid is None else f", {smaller.grid[0]} x {smaller.grid[1]}"
         note = f"{count:g} tokens{grid}, of images with fewer pixels"
         record = {"vision_tokens": total, "retained_tokens": count, "layer_average": count, "note": note}

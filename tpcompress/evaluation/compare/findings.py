@@ -26,7 +26,7 @@ def findings(report: Report) -> list[str]:
         sentences += _on_training_aware(report, group)
     for budget in budgets:
         sentences += _on_ranking(report, budget)
-    return sentences + _on_export(report)
+    return [*dict.fromkeys(sentences), *_on_export(report)]
 
 
 def _on_dense(report: Report) -> list[str]:
