@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def run_evaluation(
         with Progress(console=console, transient=True) as progress:
             scores = task.score(loaded, processor, blank=blank, watch=counted.watch, progress=progress)
         found[title] = scores
-        console.print(rich_table(table_of(loaded, task, scores, counted)))
+        table = table_of(loaded, task, scores, counted)
+        console.print(rich_table(replace(table, note="")))  # the note is wider than most of these tables
+        console.print(table.note, highlight=False, soft_wrap=True)
         if scores.skipped:
             console.print(f"{scores.skipped} of {len(task.rows)} rows were left out as broken.", highlight=False)
         if out is not None:

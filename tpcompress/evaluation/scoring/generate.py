@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tpcompress.data.blank import blank_images
 from tpcompress.data.collate import ChatCollator, PromptCollator
@@ -139,7 +139,8 @@ class _Writer:
         settings, best = self.settings, _BestProbability()
         options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens or self._longest(asked)}
         if settings.stop:
-            options |= {"stop_strings": list(settings.stop), "tokenizer": self.tokenizer}
+            stops = _Stops(self.tokenizer, settings.stop, batch["input_ids"].shape[1])
+            options["stopping_criteria"] = StoppingCriteriaList([stops])
         call = {
             **moved(batch, self.model), **options, "do_sample": False, "num_beams": 1, "pad_token_id": self.pad_id,
             "eos_token_id": sorted(self.ends), "logits_processor": LogitsProcessorList([best]),
@@ -178,6 +179,18 @@ class _BestProbability(LogitsProcessor):
         """Called by `generate` in every step."""
         self.logs.append(scores.float().log_softmax(-1).amax(-1).cpu())
         return scores
+
+
+class _Stops(StoppingCriteria):
+    """Ends answers that contain a text. That of transformers (`stop_strings`) refuses tokenizers of whole words."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: int) -> None:
+        self.tokenizer, self.stops, self.prompt = tokenizer, stops, prompt
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """bool (B,): which answers are at their end."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
 
 
 def _end_tokens(model: Any, processor: Any) -> set[int]:
