@@ -22,7 +22,7 @@ from tpcompress.evaluation.engine.locks import claim
 from tpcompress.evaluation.engine.progress import report_line
 from tpcompress.evaluation.engine.runs import Kept, Trained, check_run, is_done, load_run, train
 from tpcompress.evaluation.scoring.batches import Change, Prepared
-from tpcompress.evaluation.scoring.evaluate import Watch, why_not_packed_by
+from tpcompress.evaluation.scoring.evaluate import Watch, why_never_packed
 from tpcompress.evaluation.scoring.metrics import find_metric, name_of
 from tpcompress.evaluation.scoring.scores import Scores, learnt_families
 from tpcompress.evaluation.tasks import Task
@@ -118,7 +118,7 @@ class Bench:
     @cached_property
     def packs(self) -> bool:
         """Questions about an image can share its sequence in this family."""
-        return why_not_packed_by(self.processor) is None
+        return why_never_packed(self.model, self.processor) is None
 
     def prepared(self, packed: bool, blank: bool = False) -> Prepared:
         """The rows of the task, collated once.

@@ -102,14 +102,17 @@ def why_not_packed(model: nn.Module, processor: Any) -> str | None:
     """Why questions about an image cannot share its sequence; None if they can."""
     if is_attached(model) and plan_of(model).reads_prompt:
         return "a pruner of the attached plan reads the prompt"
-    attention = base_of(model).config.get_text_config()._attn_implementation
+    return why_never_packed(model, processor)
+
+
+def why_never_packed(model: nn.Module, processor: Any) -> str | None:
+    """Why questions cannot share a sequence in this model, whatever its plan; None if they can."""
+    config = base_of(model).config
+    attention = config.get_text_config()._attn_implementation
     if attention != "sdpa":
         return f"attention '{attention}' does not take their mask, only sdpa does"
-    return why_config_not_packed(base_of(model).config) or why_not_packed_by(processor)
-
-
-def why_not_packed_by(processor: Any) -> str | None:
-    """Why the inputs of a processor cannot be packed; None if they can."""
+    if (reason := why_config_not_packed(config)) is not None:
+        return reason
     try:
         ChatCollator(processor, pack=True)
     except ValueError as error:
