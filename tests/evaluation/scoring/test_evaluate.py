@@ -141,7 +141,6 @@ def test_chat_data_is_scored_as_it_was_read(vqa, processor, rows, tmp_path):
         records.append({"id": number, "image": f"{number}.png", "conversations": turns})
     (tmp_path / "chat.json").write_text(json.dumps(records))
     data, _ = load_chat(tmp_path / "chat.json", cache_dir=str(tmp_path / "cache"))
-    assert "families" not in data.column_names
     scores = evaluate(vqa, processor, data)
     assert np.array_equal(scores.count_IF, evaluate(vqa, processor, list(data)).count_IF)
     assert scores.count_IF.sum() == 3

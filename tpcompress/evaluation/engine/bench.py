@@ -95,7 +95,7 @@ class Bench:
         return {
             "base": base_digest(self.base),
             "data": self.task.fingerprint,
-            "task": self.task.config(),
+            "task": {name: value for name, value in self.task.config().items() if name != "metric"},
             "metric": self.metric,
             **({} if self.dtype == "float32" else {"dtype": self.dtype}),
         }
