@@ -92,13 +92,9 @@ class Bench:
     @cached_property
     def common(self) -> dict[str, Any]:
         """The part of the key that all cells share: base model and data by content, task, metric."""
-        return {
-            "base": base_digest(self.base),
-            "data": self.task.fingerprint,
-            "task": {name: value for name, value in self.task.config().items() if name != "metric"},
-            "metric": self.metric,
-            **({} if self.dtype == "float32" else {"dtype": self.dtype}),
-        }
+        task = {name: value for name, value in self.task.config().items() if name != "metric"}
+        shared = {"base": base_digest(self.base), "data": self.task.fingerprint}
+        return {**shared, "task": task, "metric": self.metric}
 
     @cached_property
     def vision_tokens(self) -> float:
