@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -15,9 +16,11 @@ from PIL import Image
 
 import tpcompress as tp
 from tpcompress.cli import commands
+from tpcompress.cli.fit_short import fit_model
 from tpcompress.cli.main import main
 from tpcompress.data.collate import PromptCollator
 from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.families.catalogue import markdown_table
 from tpcompress.models import load_base, load_processor
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_run_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert {command[0] for command in COMMANDS} == {"fit", "export", "verify", "compare"}
+    assert {command[0] for command in COMMANDS} == {"compress", "rank", "fit", "export", "verify", "compare"}
     for command in COMMANDS:
-        if command[0] == "compare":  # the whole run is tested with the comparison
+        if "rows.json" in command:  # run on data of a user by the tests of these commands
+            function = fit_model if command[0] == "fit" else commands.COMMANDS[command[0]]
+            inspect.signature(function).bind(*positional(command), **options(command))
+        elif command[0] == "compare":  # the whole run is tested with the comparison
             assert Comparison.from_file(command[2]).training_aware
         elif "llava15_7b" in " ".join(command):  # two steps of it are tested with the recipes
             with pytest.raises(SystemExit) as stop:
@@ -58,6 +64,19 @@ def test_the_commands_run_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch
             assert stop.value.code in (0, None)
         else:
             assert main([*command, *(SHORT if command[0] == "fit" else [])]) == 0, command
+
+
+def positional(command: list[str]) -> list[str]:
+    return command[1 : next((i for i, word in enumerate(command) if word.startswith("--")), len(command))]
+
+
+def options(command: list[str]) -> dict[str, str]:
+    named = command[1 + len(positional(command)) :]
+    return {name[2:].replace("-", "_"): value for name, value in zip(named[::2], named[1::2], strict=True)}
+
+
+def test_the_table_of_families_is_that_of_the_command() -> None:
+    assert markdown_table() in README
 
 
 def test_the_loading_snippet_loads_the_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +146,7 @@ def inputs_of_an_image() -> dict[str, Any]:
 
 
 def test_it_is_short_and_counts_what_is_there() -> None:
-    assert README.count("\n") <= 130
+    assert README.count("\n") <= 185
     families, pruners = map(int, re.search(r"(\d+) model families and (\d+) pruners", README).groups())  # type: ignore[union-attr]
     assert 0 <= len(tp.list_families()) - families <= 3
     assert 0 <= len(tp.list_pruners()) - pruners <= 3  # a new file alone does not make the README wrong
