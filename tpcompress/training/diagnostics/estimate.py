@@ -122,6 +122,9 @@ def device_memory(device: torch.device) -> tuple[int | None, str]:
 
 
 def _values_per_token(text: Any) -> int:
+    layers = getattr(text, "per_layer_config", None)
+    # In Gemma 4 Unified head sizes differ by layer, and the config refuses to give one; the first stands for all.
+    text = layers[0] if layers else text
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return 4 * text.hidden_size + 2 * head * (text.num_attention_heads + keys) + 3 * text.intermediate_size
