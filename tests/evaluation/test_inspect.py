@@ -274,11 +274,11 @@ def test_short_plans():
 
 
 def test_the_prompt_says_where_the_images_belong():
-    processor, image = processor_of("llava"), red(30, 30)
+    processor, image = processor_of("qwen2_5_vl"), red(30, 30)
     marker = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     first, marked = (chat_inputs(processor, Media([image] * 2), text)["input_ids"][0].tolist()
                      for text in ("hello you", "<image> one two three four five <image> you"))  # fmt: skip
-    assert first.count(marker) == marked.count(marker) > 16
+    assert first.count(marker) == marked.count(marker) > 2
     gaps = [[ids[n + 1] - ids[n] for n in range(len(ids) - 1)] for ids in
             ([n for n, token in enumerate(ids) if token == marker] for ids in (first, marked))]  # fmt: skip
     assert max(gaps[1]) > max(gaps[0])
