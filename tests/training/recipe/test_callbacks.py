@@ -9,7 +9,7 @@ import jsonargparse
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, RichProgressBar
-from training.helpers import Interrupt, callback, weights
+from training.helpers import Interrupt, callback, make_processor, weights
 
 from tpcompress.export import load, verify
 from tpcompress.models import load_base
@@ -160,6 +160,7 @@ def test_home_is_expanded(work, monkeypatch):
 def test_an_export_is_no_base(work, tmp_path, plan):
     folder = tmp_path / "out"
     folder.mkdir()
+    make_processor().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "tpcompress_llava"}))
     with pytest.raises(ValueError, match=r"^'\S*out' is an export of tpcompress, which always prunes[^\n]*$"):
         work.fit(model={"base": str(folder), "plan": plan})
