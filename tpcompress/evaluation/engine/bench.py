@@ -94,7 +94,8 @@ class Bench:
         """The part of the key that all cells share: base model and data by content, task, metric."""
         task = {name: value for name, value in self.task.config().items() if name != "metric"}
         shared = {"base": base_digest(self.base), "data": self.task.fingerprint}
-        return {**shared, "task": task, "metric": self.metric}
+        dtype = {} if self.dtype == "float32" else {"dtype": self.dtype}
+        return {**shared, "task": task, "metric": self.metric, **dtype}
 
     @cached_property
     def vision_tokens(self) -> float:
