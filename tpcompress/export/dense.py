@@ -79,7 +79,7 @@ def export_dense(
         raise ValueError("The model has a plan; write it with tpcompress.export, or detach the plan first.")
     base: Any = base_of(model)
     check_writable(base, processor)
-    merged = base if model is base else merged_copy(model)
+    merged: Any = base if model is base else merged_copy(model)
     reload = None if trained_probe is None else check_reload(trained_probe, merged, "The exported model")
     with torch.device("meta"):
         stock = type(base)(base.config)

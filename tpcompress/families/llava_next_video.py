@@ -64,7 +64,7 @@ def tiny_processor(config: Any) -> Any:
     from transformers import LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 
     side = config.vision_config.image_size
-    sizes = {"size": {"shortest_edge": side}, "crop_size": square_size(side)}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": square_size(side)}
     return LlavaNextVideoProcessor(
         LlavaNextVideoVideoProcessor(**sizes),
         image_processor("LlavaNextImageProcessor", **sizes, image_grid_pinpoints=config.image_grid_pinpoints),

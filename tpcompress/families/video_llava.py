@@ -62,7 +62,7 @@ def tiny_processor(config: Any) -> Any:
     from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor, VideoLlavaVideoProcessor
 
     side = config.vision_config.image_size
-    sizes = {"size": {"shortest_edge": side}, "crop_size": square_size(side)}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": square_size(side)}
     return VideoLlavaProcessor(
         VideoLlavaImageProcessor(**sizes),
         VideoLlavaVideoProcessor(**sizes),

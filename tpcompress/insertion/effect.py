@@ -117,9 +117,9 @@ def effect_of(model: nn.Module, batch: Mapping[str, Any], plan: PruningPlan | No
     if not any(layout.count for given in layouts.values() for layout in given):
         return Effect(plan, tuple(lengths), (), (), (), () if plan is None else ((),) * len(plan.stages))
     where = (placeholders(parts, inputs), layouts)
-    how = (parts.family.tiles, parts.family.splits_tiles, tokens_of_tiles(parts, inputs))
-    images = locate(*where, "image", *how)
-    rows = images if plan is None or plan.scope == "image" else locate(*where, plan.scope, *how)
+    tiles, split, ends = parts.family.tiles, parts.family.splits_tiles, tokens_of_tiles(parts, inputs)
+    images = locate(*where, "image", tiles, split, ends)
+    rows = images if plan is None or plan.scope == "image" else locate(*where, plan.scope, tiles, split, ends)
     counts = [] if plan is None else [plan.counts(total) for total in rows.total]
     retained = tuple(zip(*counts, strict=True))
     return Effect(plan, tuple(lengths), tuple(images.total), tuple(rows.total), tuple(rows.owner), retained)

@@ -165,7 +165,8 @@ def _layouts(group: Sequence[_Run]) -> tuple[Layout, ...]:
 
 def _table(group: Sequence[_Run]) -> Tensor:
     """(V, 5): place in the list of placeholders, canvas row and column, rectangle, image; images are stacked."""
-    parts, top, tiles, image = [], 0, 0, -1
+    parts: list[Tensor] = []
+    top, tiles, image = 0, 0, -1
     for run in group:
         image += not (run.joined and parts)
         offset = torch.tensor([run.start, top, 0, tiles])
