@@ -136,7 +136,7 @@ def compare(
     from tpcompress.evaluation.compare.run import run_comparison
 
     given = {"base": base, "data": data, "image_folder": image_folder, "metric": metric}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if data is not None:
         changes |= {"task": "benchmark", "tasks": ()}
     run_comparison(config, out, console, **changes)

@@ -59,13 +59,13 @@ def evaluate(
 
     if (data is None) == (task is None):
         raise ValueError("evaluate needs either data or --task, such as: tpcompress evaluate MODEL held_out.json.")
-    config = {"type": task} if isinstance(task, str) else dict(task or {})
+    config: dict[str, Any] = {"type": task} if isinstance(task, str) else dict(task or {})
     if data is not None:
         config = {"type": "chat", "data": data, "image_folder": image_folder, "split": split}
     config |= {"num_images": num_images} if num_images is not None else {}
     config |= {"metric": metric} if metric is not None else {}
     wanted = config.get("metric") or getattr(list_tasks().get(config.get("type", "")), "metric", "exact_match")
-    if "generate" not in config and (generate or not find_metric(wanted).reads_logits):
+    if "generate" not in config and (generate or not find_metric(str(wanted)).reads_logits):
         config["generate"] = {
             "max_new_tokens": max_new_tokens, "batch_size": batch_size, "stop": [stop] if stop else [],
         }  # fmt: skip

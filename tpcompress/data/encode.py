@@ -99,7 +99,7 @@ class ChatEncoder:
         Raises:
             BadRow: the row cannot be encoded.
         """
-        sequences = []
+        sequences: list[EncodedSequence] = []
         media, tools = self.open(row), tools_of(row)
         try:
             for messages, family in zip(row["conversations"], row["families"], strict=True):

@@ -222,6 +222,12 @@ def _video(number: int = 1) -> Media:
     from transformers.video_utils import VideoMetadata
 
     width, height = _SIZES[0]
-    about = {"total_num_frames": _FRAMES, "fps": 1.0, "duration": float(_FRAMES), "width": width, "height": height}
+    about: dict[str, Any] = {
+        "total_num_frames": _FRAMES,
+        "fps": 1.0,
+        "duration": float(_FRAMES),
+        "width": width,
+        "height": height,
+    }
     metadata = [VideoMetadata(**about, frames_indices=list(range(_FRAMES))) for _ in range(number)]
     return Media(videos=[_noise(_FRAMES, height, width) for _ in range(number)], metadata=metadata)

@@ -164,10 +164,11 @@ class ChatTemplate:
 
     def _marked_spans(self, text: str, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> list[Span]:
         """The answers by the marks of the template; empty if it does not mark every answer."""
-        rendered, found = render_jinja_template(
+        made: Any = render_jinja_template(
             [messages], tools=tools or None, chat_template=self._own, return_assistant_tokens_mask=True,
             add_generation_prompt=prompt, **self.processor.tokenizer.special_tokens_map,
         )  # fmt: skip
+        rendered, found = made
         spans = [(start, stop) for start, stop in found[0] if stop > start]
         num_answers = sum(message["role"] == "assistant" for message in messages)
         return spans if rendered[0] == text and len(spans) >= num_answers else []
@@ -248,10 +249,10 @@ class ChatTemplate:
         pieces = re.split("|".join(f"({re.escape(marker)})" for marker in MARKERS.values()), content)
         pieces = [piece for piece in pieces if piece is not None]
         for piece in pieces:
-            kind = next((kind for kind, marker in MARKERS.items() if piece == marker), None)
+            medium = next((kind for kind, marker in MARKERS.items() if piece == marker), None)
             # Templates add their own separators around media; line breaks beside a marker would double them.
             text = piece.strip() if len(pieces) > 1 else piece
-            parts += [{"type": kind}] if kind else [{"type": "text", "text": text}] if text else []
+            parts += [{"type": medium}] if medium else [{"type": "text", "text": text}] if text else []
         return parts
 
     def _takes_parts(self, role: str) -> bool:

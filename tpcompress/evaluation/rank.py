@@ -272,7 +272,7 @@ def _per_prompt(trace: Trace) -> list[tuple[int, int]]:
     """Vision tokens of each prompt of a batch, before the first stage and after the last."""
     if not trace.stages:
         return []
-    last, sums = trace.stages[-1], {}
+    last, sums = trace.stages[-1], dict[int, tuple[int, int]]()
     for owner, total, kept in zip(last.owner, last.total, last.vision_out, strict=True):
         before, after = sums.get(owner, (0, 0))
         sums[owner] = (before + total, after + kept)

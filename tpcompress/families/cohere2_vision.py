@@ -42,8 +42,9 @@ def tiny_processor(config: Any) -> Any:
         "img_line_break_token": "<|IMG_LINE_BREAK|>",
     }  # fmt: skip
     special = dict(zip((IMAGE, START, END, BREAK), names.values(), strict=True))
+    sizes: dict[str, Any] = {"size": square_size(config.vision_config.image_size), "max_patches": 3, "patch_size": 6}
     return Cohere2VisionProcessor(
-        Cohere2VisionImageProcessor(size=square_size(config.vision_config.image_size), max_patches=3, patch_size=6),
+        Cohere2VisionImageProcessor(**sizes),
         tiny_tokenizer(TURN_TOKENS | special, names, bos=True),
         chat_template=cohere_turns("<|IMG_PATCH|>"),
     )

@@ -25,11 +25,12 @@ def tiny_processor(config: Any) -> Any:
     """As for Idefics 3; frames of a video are images of one tile, each after its time."""
     from transformers import SmolVLMProcessor, SmolVLMVideoProcessor
 
-    sampling = {"max_frames": 4, "fps": 1, "video_size": {"longest_edge": 32}}
+    video: dict[str, Any] = {"max_image_size": {"longest_edge": 32}}
+    video["video_sampling"] = {"max_frames": 4, "fps": 1, "video_size": {"longest_edge": 32}}
     return SmolVLMProcessor(
         image_processor("SmolVLMImageProcessor", **tile_sizes(config)),
         tiny_tokenizer(TOKENS, {}),
-        SmolVLMVideoProcessor(max_image_size={"longest_edge": 32}, video_sampling=sampling),
+        SmolVLMVideoProcessor(**video),
         image_seq_len=16,
         chat_template=TEMPLATE,
     )

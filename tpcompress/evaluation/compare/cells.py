@@ -70,7 +70,7 @@ class DownsampleCell(Cell):
         """Test the base on smaller images; a family whose images cannot be made smaller gets a note instead."""
         total = bench.vision_tokens
         try:
-            with downsampled(bench.model, bench.processor, max(1, round(self.budget.count(total)))) as smaller:
+            with downsampled(bench.model, bench.processor, max(1, self.budget.count(round(total)))) as smaller:
                 data = bench.collated(smaller.processor)
                 scores = bench.task.score(bench.model, smaller.processor, data, metric=bench.metric)
                 count = mean_vision_tokens(bench.model, data.batches)

@@ -123,7 +123,7 @@ class HardSubset:
     @property
     def weight_Q(self) -> np.ndarray:
         """In how many of the halves each question is."""
-        return sum((~_questions(half).right_Q).astype(float) for half in (self.first, self.second))
+        return np.sum([~_questions(half).right_Q for half in (self.first, self.second)], axis=0, dtype=float)
 
     @property
     def size(self) -> int:

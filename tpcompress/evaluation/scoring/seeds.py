@@ -41,5 +41,5 @@ def gain_of(runs: Sequence[Scores], others: Sequence[Scores]) -> Estimate:
     return estimate(deltas, (high - low) / 2, runs[0].num_images, is_gain=True)
 
 
-def _mean(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.mean([value_IF for value_IF, _ in pairs], axis=0), np.mean([weight_IF for _, weight_IF in pairs], axis=0)
+def _mean(runs: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    return tuple(np.mean(counts, axis=0) for counts in zip(*runs, strict=True))

@@ -74,7 +74,9 @@ class AnswerSums:
         rows = [row for row, listed in zip(meta.rows, meta.families, strict=True) for _ in listed]
         self._add(rows, families, answers.right_Q.cpu().numpy(), confidence_Q, said, counts)
 
-    def add_replies(self, rows: Sequence[int], replies: Sequence[Reply], confidence_Q: Sequence[float]) -> None:
+    def add_replies(
+        self, rows: Sequence[int], replies: Sequence[Reply], confidence_Q: Sequence[float] | np.ndarray
+    ) -> None:
         """Add generated answers.
 
         Args:

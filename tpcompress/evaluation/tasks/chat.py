@@ -57,6 +57,7 @@ class Chat(Task):
         self.data, self.image_folder, self.split = str(data), image_folder, split
         self.num_images, self.on_bad_row, self.check_images = num_images, on_bad_row, check_images
         self.config_name, self.num_frames, self.fps = config_name, num_frames, fps
+        self.video = VideoSampling(num_frames, fps)
 
     def load(self) -> Rows:
         """Read the data; images are decoded when a row is used.
@@ -72,11 +73,6 @@ class Chat(Task):
         if len(report):
             log.warning("%s: %s", self.data, report)
         return rows if self.num_images is None else rows.select(range(min(self.num_images, len(rows))))
-
-    @property
-    def video(self) -> VideoSampling:
-        """How videos are sampled."""
-        return VideoSampling(self.num_frames, self.fps)
 
     @property
     def description(self) -> str:

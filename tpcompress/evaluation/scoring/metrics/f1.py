@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torchmetrics.functional.text import squad
 
 from tpcompress.evaluation.scoring.metrics.base import Metric, Reply
@@ -15,5 +17,6 @@ class F1(Metric):
 
     def of_reply(self, reply: Reply) -> tuple[float, ...]:
         answers = {"text": list(reply.references), "answer_start": [0] * len(reply.references)}
-        scored = squad([{"prediction_text": reply.text, "id": "0"}], [{"answers": answers, "id": "0"}])
+        target: dict[str, Any] = {"answers": answers, "id": "0"}
+        scored = squad([{"prediction_text": reply.text, "id": "0"}], [target])
         return float(scored["f1"]) / 100, 1.0
