@@ -12,7 +12,7 @@ import yaml
 
 EXTRAS = {
     "accelerate": "train", "datasets": "train", "deepspeed": "train", "lightning": "train", "peft": "train",
-    "tensorboard": "train", "torchmetrics": "train", "matplotlib": "eval", "av": "media",
+    "tensorboard": "train", "torchmetrics": "train", "xxhash": "train", "matplotlib": "eval", "av": "media",
     "num2words": "media", "torchvision": "media",
 }  # fmt: skip
 """Packages outside the core, by the extra of tpcompress that installs them."""

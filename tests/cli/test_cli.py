@@ -39,6 +39,7 @@ def fails(capsys):
     """Run a command that must fail, and give its one line."""
 
     def run(*args) -> str:
+        capsys.readouterr()
         assert main([str(arg) for arg in args]) == 2
         out, err = capsys.readouterr()
         assert err.startswith("error: ")
@@ -109,7 +110,7 @@ def test_inspect_prints_stages_and_cache_and_draws(tmp_path, capsys, fails):
     assert Image.open(out).format == "PNG"
     assert fails(*given).startswith("tiny_llava has no plan of its own; give --plan")
     assert fails(*given, "--plan", "unifrm:9").endswith("Did you mean uniform?")
-    assert fails("inspect", "tiny_llava").startswith("the following arguments are required")
+    assert fails("inspect", "tiny_llava").startswith("There is no image and no video; give --image")
 
 
 # ------------------------------------------------------------------------------------------------ wrong recipes
@@ -161,7 +162,7 @@ WRONG = {
     "every": ({"checkpoints": {"every": 0}}, "checkpoints.every must be at least 1 step, got 0."),
     "base folder": ({"model": {"base": "/gone/base"}}, "No folder /gone/base; give a folder, a hub id"),
     "accelerator": ({"trainer": {"accelerator": "cuda"}}, "`CUDAAccelerator` can not run"),
-    "missing data": ({"data": {"init_args": {"train": "/gone.json"}}}, "No file or folder /gone.json;"),
+    "missing data": ({"data": {"init_args": {"train": "/gone.json"}}}, "No file or folder /gone.json."),
     "missing images": ({"data": {"init_args": {"image_folder": "/gone"}}}, "No image folder /gone;"),
 }  # fmt: skip
 
@@ -202,13 +203,13 @@ def test_wrong_options_on_the_shell(work, fails):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("[]", "no record has 'conversations' or 'messages'"),
+        ("[]", "holds no rows;"),
         ("", "is empty;"),
         ("{not json", "is not valid JSON near"),
         ([{"conversations": [{"from": "human", "value": "hello ?"}]}], "No usable row in"),
-        ([{"text": "hello"}], "no record has 'conversations' or 'messages'"),
-        ([{"image": "gone.jpg"}], "Row 0 is broken: missing image:"),
-        ([{"image": "broken.jpg"}], "Row 0 is broken: corrupt image:"),
+        ([{"text": "hello"}], "has the columns text; chat data needs 'messages' or 'conversations'"),
+        ([{"image": "gone.jpg"}], "Row data.json:0 is broken: missing image:"),
+        ([{"image": "broken.jpg"}], "Row data.json:0 is broken: corrupt image:"),
     ],
 )
 def test_data_that_cannot_be_trained_on(work, fails, rows, message):
@@ -284,9 +285,11 @@ def test_what_cannot_be_exported(work, fails):
     assert fails("verify", work.folder / "gone").startswith("No folder ")
 
 
-def test_a_loss_that_is_not_finite_is_one_line(work, fails):
+def test_a_loss_that_is_not_finite_is_one_line(work, capsys):
     path = work.recipe(trainer={"callbacks": [callback(Poison, step=1, what="weight")]}, checkpoints={"every": 1})
-    line = fails("fit", "--config", path).splitlines()[-1]
+    assert main(["fit", "--config", str(path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # after the report of the first batch
+    assert line.startswith("error: ")
     assert "The loss is not finite at step 1 (label nan); the last checkpoint is intact." in line
     assert work.saved()["tpcompress"]["step"] == 1
 
@@ -319,6 +322,10 @@ def test_a_run_prints_little_and_stops_at_once_when_interrupted(work):
     assert out == ""
     # Python says so where it loses an interrupt; the run stops all the same.
     lines += re.sub(r"Exception ignored in.*?\nKeyboardInterrupt: ?\n", "", err, flags=re.S).splitlines(keepends=True)
+    first = next(line for line in lines if line.startswith("step "))
+    report, lines = lines[: lines.index(first)], lines[lines.index(first) :]
+    assert report[0].startswith("First batch: ")
+    assert len(report) < 8
     assert all(line.startswith(("step ", "error: ")) for line in lines), lines
     assert lines[-1].startswith("error: Interrupted; resume with the same command and --ckpt_path ")
     assert 20 <= work.saved()["tpcompress"]["step"] < 5000

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from chat_rows import ONE, TURNS, TWO, WORDS, processor_of
 from support import MAIN_FAMILIES, family_folder
-from test_family_batches import ONE, TURNS, TWO, WORDS, processor_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tpcompress as tp

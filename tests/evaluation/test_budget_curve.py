@@ -93,7 +93,12 @@ def test_what_was_measured_is_not_measured_again(export, work, tmp_path, monkeyp
     assert asked == [4, 16, 16, 32]
     saved = work.saved()
     name = next(name for name, value in saved["state_dict"].items() if value.ndim == 2)
-    changed = {**saved, "state_dict": {**saved["state_dict"], name: saved["state_dict"][name] * 1.5}}
+    unprobed = saved["tpcompress"] | {"probe": {"reason": "changed by the test"}}
+    changed = {
+        **saved,
+        "tpcompress": unprobed,
+        "state_dict": {**saved["state_dict"], name: saved["state_dict"][name] * 1.5},
+    }
     torch.save(changed, work.last())  # another model, so nothing of the above holds
     assert export("4", "--overwrite", "true")[0] == 0
     torch.save(saved, work.last())
