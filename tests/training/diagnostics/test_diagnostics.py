@@ -134,7 +134,7 @@ def test_what_follows_a_schedule_is_measured_at_its_end(work):
     how = {"mode": "scheduled", "alpha": 0.0, "alpha_end": 1.0}
     for name, more in (("moving", how), ("end", {"alpha": 1.0}), ("start", {"alpha": 0.0})):
         model = {"plan": {"pruner": rules | more, "keep_tokens": 16}, "optimizer": {"lr": 0.0}}
-        data = {"val_fraction": 0.2}
+        data = {"val_fraction": 0.5}
         work.fit(name, trainer={"val_check_interval": 1}, model=model, data=data, diagnostics={"every": 1})
     moving, end, start = ([one["loss"] for one in looks(work, name)["looks"]] for name in ("moving", "end", "start"))
     assert moving == end

@@ -13,7 +13,7 @@ from tpcompress.training.checkpoints.read import read_checkpoint
 from tpcompress.training.distributed.fsdp2 import FSDP2
 from tpcompress.training.recipe.run import RecipeCLI
 
-RECIPES = Path(__file__).parents[3] / "recipes/llava15_7b"
+OVERLAYS = Path(__file__).parents[3] / "recipes/gpus"
 
 GATE = {"pruner": {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}, "keep_tokens": 16}
 LORA = {"lora": {"r": 4}, "train": ["projector"]}
@@ -156,7 +156,7 @@ def test_one_rank_told_to_stop_stops_both(train, work):
     ("overlay", "kind"), [("fsdp2", FSDP2), ("zero2", DeepSpeedStrategy), ("zero3", DeepSpeedStrategy)]
 )
 def test_overlays_are_read_behind_a_recipe(work, overlay, kind):
-    args = ["--config", str(work.recipe()), "--config", str(RECIPES / f"{overlay}.yaml"), "--trainer.devices", "2"]
+    args = ["--config", str(work.recipe()), "--config", str(OVERLAYS / f"{overlay}.yaml"), "--trainer.devices", "2"]
     strategy = RecipeCLI(args, progress=False, run=False).trainer.strategy
     assert type(strategy) is kind
     if overlay != "fsdp2":

@@ -279,7 +279,7 @@ def shortened(keep: int, layer: int, side: str, own: bool = False):
     model = tiny_model()
     inputs = batch(SAMPLES, side)
     labels = answer_labels(inputs)
-    attach(model, PruningPlan([Stage("uniform", layer, keep_tokens=keep)]))
+    attach(model, PruningPlan([Stage("uniform", layer, keep_ratio=keep / 64)]))
     with torch.no_grad():
         here = run_pass(model, inputs | {"labels": labels}, own=own)
         with mode(model, "off"):
