@@ -47,7 +47,7 @@ def test_one_stage_shorthand() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 2, "pruner": "dart", "keep_tokens": 1}, "has version 2, this tpcompress reads 1"),
+        ({"version": 3, "pruner": "dart", "keep_tokens": 1}, "has version 3, this tpcompress reads 1"),
         ({"pruner": "dart", "keep_tokens": 1, "colour": "red"}, "Unknown plan key 'colour'; known: stages"),
         ({"stages": [{"pruner": "dart", "keep_tokens": 1, "layr": 2}]}, "Unknown stage key 'layr'; known: pruner"),
         ({"stages": []}, "at least one stage"),
@@ -72,7 +72,7 @@ def test_one_stage_shorthand() -> None:
         ({"pruner": "dart", "keep_tokens": 2, "layer": -1}, "layer must be a whole number of at least 0"),
         ({"pruner": "dart", "keep_tokens": 2, "layer": 1.5}, "layer must be a whole number"),
         ({"pruner": "dart", "keep_tokens": 2, "positions": "gone"}, "positions must be one of original, compact"),
-        ({"pruner": "dart", "keep_tokens": 2, "scope": "video"}, "scope must be one of image, prompt"),
+        ({"pruner": "dart", "keep_tokens": 2, "scope": "video"}, "scope must be one of image, tile, prompt"),
     ],
 )
 def test_refused(values: Any, message: str) -> None:
