@@ -10,6 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from tpcompress.compress.settings import CompressSettings
 from tpcompress.compress.split import PARTS, split_data
 from tpcompress.data import load_chat
 
@@ -97,3 +98,31 @@ def test_too_few_images(images: list[str], message: str | None, tmp_path: Path) 
         return
     with pytest.raises(ValueError, match=message):
         split_data(source, tmp_path / "a")
+
+
+def test_a_file_and_its_bytes_are_one_image(tmp_path: Path) -> None:
+    source = save_rows(tmp_path, [f"{i}.png" for i in range(16)])
+    (tmp_path / "copy.png").write_bytes((tmp_path / "3.png").read_bytes())
+    rows = json.loads(Path(source).read_text())
+    rows += [json.loads(json.dumps(rows[3]).replace("3.png", "copy.png"))] * 4
+    Path(source).write_text(json.dumps(rows))
+    split_data(source, tmp_path / "a")
+    names = [{Path(row["images"][0]).name for row in part} for part in parts(tmp_path / "a").values()]
+    assert sum(bool(part & {"3.png", "copy.png"}) for part in names) == 1
+
+
+def test_videos_are_left_out_where_the_model_takes_none(tmp_path: Path) -> None:
+    source = save_rows(tmp_path, [f"{i}.png" for i in range(12)])
+    rows = json.loads(Path(source).read_text())
+    messages = rows[0].get("messages") or rows[0]["conversations"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "clip.gif")
+    video = {"video": str(tmp_path / "clip.gif"), "messages": json.loads(json.dumps(messages).replace("<image>", ""))}
+    Path(source).write_text(json.dumps([*rows, video]))
+    split = split_data(source, tmp_path / "a", no_video="it has no video processor")
+    assert sum(split.rows.values()) == 12
+    assert "no video support" in split.left_out
+
+
+def test_a_budget_above_all_tokens_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"^--keep 9/1: keep_ratio must be in \(0, 1\], got 9"):
+        CompressSettings("tiny_llava", "rows.json", "9/1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,10 @@ def export(
     if ckpt is not None:
         folder = export_run(ckpt, out, overwrite, allow_unfinished, measure)
     else:
-        assert base is not None
-        assert plan is not None
+        assert base is not None and plan is not None
         folder = export_free(base, plan, out, overwrite, measure)
-    console.print(f"Exported to {folder}. Next: tpcompress verify {folder}", soft_wrap=True)
+    following = f" Next: tpcompress verify {shlex.quote(str(folder))}" if (folder / "manifest.json").is_file() else ""
+    console.print(f"Exported to {folder}.{following}", soft_wrap=True)
     return 0
 
 

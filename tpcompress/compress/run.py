@@ -21,6 +21,7 @@ from tpcompress.compress.recipe import RunChoices, family_of_base, make_recipe
 from tpcompress.compress.settings import CompressSettings, forget_settings, keep_settings
 from tpcompress.compress.split import Split, split_data
 from tpcompress.compress.summary import next_commands, sentence
+from tpcompress.data.encode import ChatEncoder
 from tpcompress.evaluation.compare.run import ComparisonRun
 from tpcompress.evaluation.compare.table import layout
 from tpcompress.evaluation.scoring.metrics import find_metric
@@ -28,10 +29,11 @@ from tpcompress.evaluation.tables import rich_table
 from tpcompress.export import verify_in_fresh_process
 from tpcompress.files import write_atomic
 from tpcompress.insertion.plan import PruningPlan
+from tpcompress.models import load_processor
 from tpcompress.pruners import pruner_class
 from tpcompress.training.recipe.export import export_run
 
-RECIPE, CONTROL, COMPARE = "recipe.yaml", "control.yaml", "compare.yaml"
+RECIPE, CONTROL, COMPARE, CHOICE = "recipe.yaml", "control.yaml", "compare.yaml", "choice.json"
 STEPS = ("split", "rank", "train", "export", "compare")
 REFERENCES = ("random", "uniform", "pool", "merged")
 """Rules in the table beside the chosen one, where they run on the model."""
@@ -81,13 +83,17 @@ def run_compress(settings: CompressSettings, folder: Path, console: Console) -> 
 
     step("split", f"{settings.data} ({family})")
     try:
-        split = split_data(settings.data, folder / "data", settings.image_folder, settings.split, settings.seed)
-    except (ValueError, OSError):
-        forget_settings(folder)  # there is nothing to continue, so a corrected command may use the folder
+        refused = ChatEncoder(load_processor(settings.model)).layout.refused
+        split = split_data(
+            settings.data, folder / "data", settings.image_folder, settings.split, settings.seed, refused.get("video")
+        )
+        console.print(f"  {split}", highlight=False, soft_wrap=True)
+        step("rank", f"untrained rules at {settings.keep} on {split.rows['choose']} rows")
+        choice = _choose(settings, folder, split, console)
+    except (ValueError, FileNotFoundError):
+        if not (folder / CHOICE).is_file():  # nothing to continue, so a corrected command may use the folder
+            forget_settings(folder)
         raise
-    console.print(f"  {split}", highlight=False, soft_wrap=True)
-    step("rank", f"untrained rules at {settings.keep} on {split.rows['choose']} rows")
-    choice = _choose(settings, folder, split, console)
     console.print(f"  chosen: {choice['rule']} at layer {choice['layer']}", highlight=False)
     write_files(settings, folder, split, choice)
     step("train", f"{choice['rule']} in the loop, and the dense control; test all on {split.rows['table']} rows")
@@ -136,7 +142,7 @@ def write_files(settings: CompressSettings, folder: Path, split: Split, choice: 
 
 def _choose(settings: CompressSettings, folder: Path, split: Split, console: Console) -> dict[str, Any]:
     """The best rule on the rows to choose on, as plain values."""
-    path = folder / "choice.json"
+    path = folder / CHOICE
     if not path.is_file():
         from tpcompress.evaluation.rank import run_rank
 
@@ -151,7 +157,7 @@ def _choose(settings: CompressSettings, folder: Path, split: Split, console: Con
             "rule": best.rule, "layer": best.layer, "pruner": stage.pruner.config(), "plan": best.plan.to_dict(),
             "score": best.score, "ranked": len(ranking.at(settings.keep)), "references": others,
         }  # fmt: skip
-        write_atomic(path, json.dumps(choice, indent=1))
+        write_atomic(path, json.dumps(choice, indent=1, allow_nan=False))
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tpcompress.compress.recipe import check_amounts
 from tpcompress.files import write_atomic
+from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan_source import read_keep
 
 FILE = "compress.json"
@@ -50,7 +52,10 @@ class CompressSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        read_keep(self.keep)
+        try:
+            Budget(**read_keep(self.keep))
+        except ValueError as error:
+            raise ValueError(f"--keep {self.keep}: {error}") from None
         check_amounts(self.lora, self.steps, self.batch_size)
 
     @property
@@ -80,8 +85,10 @@ def keep_settings(settings: CompressSettings, folder: Path) -> None:
 
 
 def forget_settings(folder: Path) -> None:
-    """Remove the settings of a folder without results, and the folder if nothing else is in it."""
+    """Remove the settings and the split of a folder without results, and the folder if nothing else is in it."""
     (folder / FILE).unlink(missing_ok=True)
+    for name in ("data", "rank"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tpcompress.data import load_chat
+from tpcompress.data import BadRow, BadRows, load_chat
 from tpcompress.data.split import groups_of
 from tpcompress.files import atomic_path, write_atomic
 
@@ -54,8 +54,9 @@ class Split:
 
 
 def split_data(
-    source: str, folder: Path, image_folder: str | None = None, split: str = "train", seed: int = 0
-) -> Split:
+    source: str, folder: Path, image_folder: str | None = None, split: str = "train", seed: int = 0,
+    no_video: str | None = None,
+) -> Split:  # fmt: skip
     """Split the data, or return the split that the folder holds already.
 
     Args:
@@ -64,6 +65,7 @@ def split_data(
         image_folder: folder that relative image paths start from.
         split: split of `source` to read.
         seed: seed of the parts.
+        no_video: why the model takes no videos; None if it does. Rows with one are left out.
 
     Raises:
         FileNotFoundError, ValueError: the data cannot be read, or has too few different images.
@@ -73,9 +75,16 @@ def split_data(
         known = json.loads(record.read_text())
         return Split(folder, known["rows"], known["left_out"])
     rows, report = load_chat(source, image_folder, split)
+    if no_video is not None:
+        rows = _without_videos(rows, report, no_video)
     groups = groups_of(rows)
-    if len(groups) < FEWEST:
-        raise ValueError(f"{source} has usable rows with {len(groups)} different images; compress needs {FEWEST}.")
+    seen = [group for group in groups if any(rows[i]["images"] or rows[i].get("videos") for i in group)]
+    if len(seen) < FEWEST:
+        left_out = f" ({report})" if len(report) else ""
+        raise ValueError(
+            f"{source} has usable rows with {len(seen)} different images{left_out}; compress needs {FEWEST}. Give "
+            "more rows, or --image_folder if the paths of images start elsewhere."
+        )
     parts = _parts(groups, len(rows), seed)
     for part, indices in parts.items():
         records = (record for i in indices for record in _records(rows[i], i, folder / "images"))
@@ -85,6 +94,17 @@ def split_data(
     left_out = str(report) if len(report) else ""
     write_atomic(record, json.dumps({"source": source, "seed": seed, "rows": counts, "left_out": left_out}, indent=1))
     return Split(folder, counts, left_out)
+
+
+def _without_videos(rows: Any, report: BadRows, why: str) -> Any:
+    """The rows without videos; the others are added to the report."""
+    kept = []
+    for index in range(len(rows)):
+        if rows[index].get("videos"):
+            report.add(rows[index].get("id") or str(index), BadRow(f"no video support: {why}"))
+        else:
+            kept.append(index)
+    return rows.select(kept) if len(kept) < len(rows) else rows
 
 
 def _parts(groups: list[list[int]], num_rows: int, seed: int) -> dict[str, list[int]]:

@@ -42,7 +42,10 @@ def right_answers(record: dict[str, Any], number: int) -> list[list[str]] | None
     if len(found) == number and all(found):
         return found
     if name == "references":
-        raise BadRow(f"references: {shown(given)} are not right answers of {number} conversations")
+        raise BadRow(
+            f"references: {shown(given)} are not right answers of {number} conversations; give one list of texts for "
+            "each, for its last answer, which is the one that is scored"
+        )
     return None
 
 

@@ -1,5 +1,6 @@
 """Hold out rows such that no image of theirs is among the training rows."""
 
+import os
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 DIGEST_SIZE = 16
+HEAD = 1 << 16
+"""Bytes of a file that are compared, beside its length."""
 
 
 def held_out(
@@ -16,8 +19,8 @@ def held_out(
 ) -> tuple[list[int], list[int]]:
     """Split rows into training and held-out ones; rows that share an image or a video stay on the same side.
 
-    Files are the same if their paths are, bytes if their content is. Groups of rows are drawn at random; a group that
-    would exceed the number is passed over, so fewer rows than asked for can be held out.
+    Files and bytes are the same if their length and their first 64 KiB are. Groups of rows are drawn at random; a group
+    that would exceed the number is passed over, so fewer rows than asked for can be held out.
 
     Args:
         rows: sequence of rows, such as a data set of `load_chat`.
@@ -86,9 +89,18 @@ def _digests(medium: Any) -> Iterator[bytes]:
     if isinstance(medium, Image.Image):
         content = f"{medium.mode} {medium.size}".encode() + medium.tobytes()
     elif isinstance(medium, dict) and medium.get("bytes") is not None:
-        content = medium["bytes"]
+        content = f"{len(medium['bytes'])} ".encode() + medium["bytes"][:HEAD]
     elif isinstance(medium, dict | str | Path):
-        content = str(medium["path"] if isinstance(medium, dict) else medium).encode("utf-8", "surrogateescape")
+        content = _start_of(str(medium["path"] if isinstance(medium, dict) else medium))
     else:  # an array of frames
         content = medium.tobytes()
     yield blake2b(content, digest_size=DIGEST_SIZE).digest()
+
+
+def _start_of(path: str) -> bytes:
+    """Length and first bytes of a file; the path itself if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return f"{os.fstat(file.fileno()).st_size} ".encode() + file.read(HEAD)
+    except OSError:
+        return path.encode("utf-8", "surrogateescape")
