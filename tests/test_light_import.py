@@ -48,7 +48,10 @@ def test_help_loads_no_framework() -> None:
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
-@pytest.mark.parametrize("first", ["tpcompress", "transformers.models.auto.configuration_auto"])
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param("tpcompress", marks=pytest.mark.slow), "transformers.models.auto.configuration_auto"],
+)
 def test_an_export_is_known_to_transformers_in_any_order_of_imports(first: str) -> None:
     done = run(
         f"import {first}, tpcompress, sys\n"
@@ -98,6 +101,7 @@ def test_an_export_runs_without_any_extra(tmp_path: Path) -> None:
     assert "retained per image" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_own_loop_needs_no_training_framework() -> None:
     block = BLOCK.replace("'accelerate', ", "")
     done = run(f"{block}import tpcompress as tp\nprint(tp.schedule_step.__name__, tp.ScheduleCallback.__name__)")

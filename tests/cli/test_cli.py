@@ -250,6 +250,7 @@ def test_an_error_nobody_foresaw_says_so(work, fails, monkeypatch):
 # ----------------------------------------------------------------------------------------------------- one life
 
 
+@pytest.mark.slow
 def test_a_run_from_fit_to_verify(work, capsys, fails):
     path, out = work.recipe(data={"val_fraction": 0.2}), work.folder / "out"
     assert main(["fit", "--config", str(path)]) == 0
@@ -294,6 +295,7 @@ def test_a_loss_that_is_not_finite_is_one_line(work, capsys):
     assert work.saved()["tpcompress"]["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_prints_little_and_stops_at_once_when_interrupted(work):
     path = work.recipe(trainer={"max_steps": 5000, "logger": True})
     command = [sys.executable, "-m", "tpcompress.cli.main", "fit", "--config", str(path)]

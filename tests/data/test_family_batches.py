@@ -17,7 +17,6 @@ from tpcompress.data import ChatCollator, PromptCollator
 from tpcompress.data.video import VideoSampling, open_video
 from tpcompress.families import list_families
 
-every_family = pytest.mark.parametrize("name", list_families())
 main_families = pytest.mark.parametrize("name", main_families_first())
 
 NO_TEMPLATE = ("paligemma",)
@@ -92,7 +91,7 @@ def check(name: str, rows: list[Batch], prompt: bool, **more: Any) -> Batch:
     return batch
 
 
-@every_family
+@main_families
 def test_a_batch_of_every_kind_of_row_is_the_processors(name: str) -> None:
     batch = check(name, rows_of(name), prompt=False)
     processor = processor_of(name)

@@ -72,6 +72,7 @@ def test_the_curve_is_what_the_export_scores(export, work, tmp_path):
     assert verify(tmp_path / "out").ok
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(export, work, tmp_path, monkeypatch):
     asked, once = [], budget_curve._point
 

@@ -35,9 +35,9 @@ def with_lora(model: Any, scale: float = 0.2, **options: Any) -> Any:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"modules_to_save": ["multi_modal_projector"]},
-        {"use_dora": True},
+        pytest.param({"use_dora": True}, marks=pytest.mark.slow),
         {"target_modules": ["q_proj", "reduce", "score"]},  # of the pruner, too
     ],
     ids=["lora", "modules_to_save", "dora", "pruner"],
@@ -76,7 +76,9 @@ TUNERS = {
 }
 
 
-@pytest.mark.parametrize("name", TUNERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("IA3", "VERA") else pytest.mark.slow) for n in TUNERS]
+)
 def test_other_tuners_are_merged(name: str, base: Any, processor: Any, tmp_path: Path) -> None:
     tp.attach(base, two_stages())
     before = answer(base, make_inputs())[0]
@@ -119,6 +121,7 @@ def test_merging_in_bf16_is_reported(base: Any, processor: Any, tmp_path: Path) 
     assert verify(out).ok
 
 
+@pytest.mark.slow
 def test_an_export_can_be_tuned_and_exported(exported: Path, processor: Any, tmp_path: Path) -> None:
     model = with_lora(load(exported))
     logits, _ = answer(model.get_base_model(), make_inputs())

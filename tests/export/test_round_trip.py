@@ -146,6 +146,7 @@ def test_auto_classes(exported: Path) -> None:
     assert processor.tokenizer("<image> w3 w4")["input_ids"][-3:] == [100, 3, 4]
 
 
+@pytest.mark.slow
 def test_fresh_auto_classes_need_only_the_import(exported: Path) -> None:
     code = """
 import tpcompress

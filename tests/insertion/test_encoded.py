@@ -45,8 +45,22 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
 
 
 @every_family
-@pytest.mark.parametrize("order", ["dispatch first", "attach first"])
-@pytest.mark.parametrize("how", ["hook", "cpu", "disk"])
+@pytest.mark.parametrize(
+    ("how", "order"),
+    [
+        ("hook", "dispatch first"),
+        ("cpu", "attach first"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("hook", "attach first"),
+                ("cpu", "dispatch first"),
+                ("disk", "dispatch first"),
+                ("disk", "attach first"),
+            )
+        ),
+    ],
+)
 def test_generate_on_a_dispatched_model(family: str, how: str, order: str, tmp_path: Path) -> None:
     model, inputs, expected = pair(family)
     if order == "attach first":
@@ -66,7 +80,7 @@ def test_generate_on_a_dispatched_model(family: str, how: str, order: str, tmp_p
 
 
 @every_family
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("rebuild", ["accelerate", "fsdp", "copied", "float64 and back"])
 def test_features_of_a_rebuilt_container(family: str, rebuild: str, beams: int, monkeypatch: Any) -> None:
     """`generate` hands its features to a model whose wrapper rebuilds or copies them."""

@@ -33,7 +33,17 @@ def view_of(config: dict[str, Any], kinds: Tensor, seed: int) -> TokenView:
     return replace(view, **{name: alike(name, getattr(view, name)) for name in names})
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            config,
+            id=config_id(config),
+            marks=pytest.mark.slow if config["type"] in {c["type"] for c in CONFIGS[:at]} else (),
+        )
+        for at, config in enumerate(CONFIGS)
+    ],
+)
 def test_neither_padding_nor_batch_tells_equal_tokens_apart(config: dict[str, Any]) -> None:
     for V, seed in itertools.product((36, 81, 150), range(2)):
         kinds = torch.randint(0, V // 4, (V,), generator=torch.Generator().manual_seed(seed))

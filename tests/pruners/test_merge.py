@@ -126,7 +126,7 @@ def test_the_gradient_reaches_every_member_of_a_group() -> None:
     assert torch.allclose(x.grad[0, :, 0], 1 / size[0, group[0]])
 
 
-@pytest.mark.parametrize("V", [1, 2, 3, 8, 13, 23])
+@pytest.mark.parametrize("V", [1, 2, 3, 8, 13, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rounds", [1, 2, 5, 24])
 @pytest.mark.parametrize("average", [True, False])
 def test_rounds_of_matching(V: int, average: bool, rounds: int) -> None:

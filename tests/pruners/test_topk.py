@@ -24,7 +24,7 @@ def full_grid(h: int, w: int, B: int) -> tuple[Tensor, Tensor, Tensor]:
     return (token // w).expand(B, -1), (token % w).expand(B, -1), torch.ones(B, h * w, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("h", range(1, 10))
+@pytest.mark.parametrize("h", [pytest.param(h, marks=() if h < 6 else pytest.mark.slow) for h in range(1, 10)])
 def test_no_cell_is_empty_and_cells_are_boxes(h: int) -> None:
     for w in range(1, 10):
         counts = torch.arange(1, h * w + 1)
@@ -84,7 +84,7 @@ def test_centre_ties_go_to_the_earlier_token() -> None:
     assert central(grid_cells(row, col, valid, torch.tensor([1])), row, col, valid).tolist() == [[True, *[False] * 3]]
 
 
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_centres_are_exact_for_every_count(padding: int) -> None:
     """Against fractions, cell by cell; padding changes nothing."""
     for rows, cols in ((3, 5), (8, 8), (7, 12)):

@@ -63,6 +63,7 @@ def test_gathering_saves_matrix_products_and_memory_and_hiding_does_not():
     assert memory["gathered", KEEP] < memory["gathered", 9] < memory["dense", None] <= memory["masked", 9]
 
 
+@pytest.mark.slow
 def test_checkpointing_recomputes():
     plain, again = arms(), arms(checkpointing=True)
     for key in plain:
@@ -76,6 +77,7 @@ def test_only_answers_are_learned():
     assert batch["labels"].shape == (2, TOY.side**2 + TOY.text)
 
 
+@pytest.mark.slow
 def test_rows_are_measured_against_the_dense_step():
     work = Work("lora", TOY)
     rows = measure(work, make_arms(work, (9, KEEP)), 2, "cpu")

@@ -138,6 +138,7 @@ def _scripts(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_scripts")
 def test_interrupted_build_ends_with_the_same_weights(tmp_path):
     whole = _build(tmp_path / "whole")

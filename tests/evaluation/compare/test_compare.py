@@ -43,6 +43,7 @@ def done(config, tmp_path_factory) -> tuple[Path, str]:
     return folder, console.export_text()
 
 
+@pytest.mark.slow
 def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
     folder, text = done
     report = json.loads((folder / "report.json").read_text())
@@ -79,6 +80,7 @@ def test_a_second_run_reuses_every_row_and_run(done, config, monkeypatch):
     assert json.loads((folder / "report.json").read_text())["rows"] == before["rows"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_with_the_missing_rows(done, config, monkeypatch):
     folder, _ = done
     report = json.loads((folder / "report.json").read_text())
@@ -92,6 +94,7 @@ def test_an_interrupted_comparison_goes_on_with_the_missing_rows(done, config, m
     assert list(row.gain) == pytest.approx(lost[0]["gain"])
 
 
+@pytest.mark.slow
 def test_a_failed_verification_is_the_exit_code(done, config, monkeypatch):
     folder, _ = done
 
@@ -132,6 +135,7 @@ def test_a_wrong_comparison_is_one_line(tmp_path, change, message):
         run_comparison(str(tmp_path / "c.yaml"), tmp_path / "out", Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_comparison_is_refused(done, tmp_path):
     folder, _ = done
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"num_images": 3}))

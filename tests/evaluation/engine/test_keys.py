@@ -105,6 +105,12 @@ def again(request, finished, tmp_path) -> tuple[str, Path]:
     return request.param, tmp_path / "out"
 
 
+def except_for(kind: str) -> pytest.MarkDecorator:
+    """All commands, one of them among the slow tests."""
+    params = [pytest.param(name, marks=pytest.mark.slow if name == kind else ()) for name in KINDS]
+    return pytest.mark.parametrize("again", params, indirect=True)
+
+
 def refused(kind: str, path: str, out: Path, message: str) -> None:
     with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
         RUN[kind](path, out)
@@ -118,6 +124,7 @@ def test_an_unchanged_file_makes_nothing_again(again, shared, tmp_path, monkeypa
     assert {path: path.read_bytes() for path in (out / "cells").iterdir()} == before
 
 
+@except_for("study")
 def test_a_changed_pruner_argument_is_measured(again, shared, tmp_path):
     """The run of the study has the pruner in its plan; without it, the folder is that of an interruption."""
     kind, out = again
@@ -193,6 +200,7 @@ def test_another_metric_is_refused(again, shared, tmp_path):
     refused(kind, path, out, r"holds results of another setting \(metric\)")
 
 
+@except_for("comparison")
 def test_other_source_code_of_a_pruner_is_measured_again(again, shared, tmp_path, monkeypatch):
     kind, out = again
     made: list[str] = []
@@ -212,6 +220,7 @@ def test_a_folder_of_an_earlier_version_is_refused(name, shared, tmp_path):
         refused(kind, path, tmp_path / "out", "holds results of an earlier version of tpcompress; choose another --out")
 
 
+@except_for("comparison")
 def test_a_run_that_ended_before_it_was_marked_is_taken(again, shared, tmp_path, monkeypatch):
     """Killed between the last checkpoint and the mark: nothing is trained again, and the numbers are the same."""
     kind, out = again

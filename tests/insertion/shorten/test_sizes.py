@@ -57,19 +57,18 @@ PLANS = {
 CASES = ["llava", "qwen2_vl", "gemma3"]
 
 
-QUICK = ("layer 2", "twice", "plain first")
 every_plan = pytest.mark.parametrize(
     ("subject", "name"),
     [
         pytest.param(
-            family, name, marks=() if family == "llava" or (family in CASES and name in QUICK) else pytest.mark.slow
+            family, name, marks=() if family == "llava" or (family in CASES and name == "twice") else pytest.mark.slow
         )
         for family in list_families()
         for name in PLANS
     ],
     indirect=["subject"],
 )
-"""Every plan on LLaVA; on the other quick families those with sizes, places and two stages."""
+"""Every plan on LLaVA; on the other quick families the one with sizes, places and two stages."""
 
 
 @pytest.fixture(params=[pytest.param(n, marks=() if n in CASES else pytest.mark.slow) for n in list_families()])

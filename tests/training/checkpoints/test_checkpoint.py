@@ -41,11 +41,13 @@ def unfinished(work):
 @pytest.mark.parametrize(
     "model",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"plan": GATE},
         LORA | {"schedule": {"class_path": "Linear"}, "teacher": "AdapterOff", "losses": ["Label", "KL"]},
-        {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"},
-        {"train": ["projector"], "plan": {"pruner": "random", "keep_tokens": 16}},
+        pytest.param(
+            {"plan": {"pruner": "fastv", "layer": 2, "keep_tokens": 16}, "attention": "eager"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"train": ["projector"], "plan": {"pruner": "random", "keep_tokens": 16}}, marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_becomes_the_model_that_was_trained(work, model):
@@ -118,7 +120,7 @@ def test_a_checkpoint_of_deepspeed_is_gathered_first(work, tmp_path, monkeypatch
 # ------------------------------------------------------------------------------------------------------- exports
 
 
-@pytest.mark.parametrize("model", [{}, LORA, {"plan": GATE}])
+@pytest.mark.parametrize("model", [pytest.param({}, marks=pytest.mark.slow), LORA, {"plan": GATE}])
 def test_a_run_is_exported_and_loads_as_it_was_trained(work, model, tmp_path):
     run = work.fit(model=model)
     folder = export_run(work.folder / "run", tmp_path / "out")
@@ -136,6 +138,7 @@ def test_a_run_is_exported_and_loads_as_it_was_trained(work, model, tmp_path):
     export_run(work.folder / "run", tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.slow
 def test_runs_that_are_not_exported(work, unfinished, tmp_path):
     with pytest.raises(ValueError, match="^This run stopped at step 2 of 3"):
         export_run(unfinished.last(), tmp_path / "out")

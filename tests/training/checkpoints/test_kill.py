@@ -96,12 +96,19 @@ def check_kill(run, kind: str, moment: tuple[int, str]) -> None:
     run.goes_on("killed", kind)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(run):
     check_kill(run, "gate", (3, "half"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "moment"), [(kind, moment) for kind in KILLED for moment in moments(kind, 4)])
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        pytest.param(kind, moment, marks=() if (kind, number) == ("full", 1) else pytest.mark.slow)
+        for kind in KILLED
+        for number, moment in enumerate(moments(kind, 4))
+    ],
+)
 def test_a_run_is_killed_at_any_moment(run, kind, moment):
     check_kill(run, kind, moment)
 

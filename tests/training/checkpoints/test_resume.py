@@ -70,8 +70,7 @@ def wholes(base_folder, chat_folder, tmp_path_factory):
 
 
 QUICK = (
-    "pool, full, within the first epoch", "pool, full, before a batch", "gate, between the phases",
-    "LoRA with dropout, random budgets", "between accumulated batches",
+    "pool, full, before a batch", "gate, between the phases", "LoRA with dropout, random budgets"
 )  # fmt: skip
 
 
@@ -127,6 +126,7 @@ def test_a_run_that_fails_to_resume_leaves_its_checkpoint_alone(work):
     assert work.last().read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(work):
     work.fit()
     longer = work.fit("run", "--ckpt_path", str(work.folder / "run"), trainer={"max_steps": 7})
@@ -147,8 +147,16 @@ def test_a_longer_run_does_not_go_back_to_the_pruners_phase(work):
     ("changes", "message"),
     [
         ({"plan": {"pruner": "pool", "keep_tokens": 20}}, "The checkpoint was trained with plan {"),
-        ({"train": ["projector"]}, "The checkpoint was trained with train \\['language_model'"),
-        ({"plan": GATE}, "The checkpoint lacks [0-9]+ of the [0-9]+ weights that train here, model.token_pruners"),
+        pytest.param(
+            {"train": ["projector"]},
+            "The checkpoint was trained with train \\['language_model'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"plan": GATE},
+            "The checkpoint lacks [0-9]+ of the [0-9]+ weights that train here, model.token_pruners",
+            marks=pytest.mark.slow,
+        ),
         ({"lora": {}}, "The checkpoint lacks"),
     ],
 )
@@ -170,7 +178,7 @@ def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint(work):
 @pytest.mark.parametrize(
     ("model", "absent"),
     [
-        ({"train": ["projector"]}, ["vision_tower", "language_model", "lm_head"]),
+        pytest.param({"train": ["projector"]}, ["vision_tower", "language_model", "lm_head"], marks=pytest.mark.slow),
         (
             LORA | ADAPTER_OFF,
             ["vision_tower", "base_layer", "original_module", "embed_tokens", "teacher"],
@@ -179,7 +187,11 @@ def test_a_run_that_ends_within_an_epoch_has_a_last_checkpoint(work):
             COPIED | {"train": ["language_model"]},
             ["vision_tower", "multi_modal_projector", "teacher"],
         ),
-        ({"train": [], "plan": GATE, "pruner_phase": {"steps": 3}}, ["vision_tower", "language_model", "projector"]),
+        pytest.param(
+            {"train": [], "plan": GATE, "pruner_phase": {"steps": 3}},
+            ["vision_tower", "language_model", "projector"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_checkpoints_hold_what_trains_and_nothing_else(work, model, absent):

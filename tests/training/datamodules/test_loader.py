@@ -49,7 +49,10 @@ INTERRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", INTERRUPTIONS)
+QUICK = ("within a later epoch", "between accumulated steps", "at the end of an epoch", "by validation within an epoch")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in INTERRUPTIONS])
 def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(name, processor, chat, tmp_path):
     when, batch, options = INTERRUPTIONS[name]
     whole = run(processor, chat, tmp_path, **options)

@@ -74,7 +74,10 @@ INTERRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", INTERRUPTIONS)
+QUICK = ("in a later pass", "between accumulated steps", "with buckets", "with workers, at an odd batch")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in INTERRUPTIONS])
 def test_a_resumed_stream_gives_the_rows_of_an_uninterrupted_one(name, processor, source, tmp_path):
     when, batch, options, settings = INTERRUPTIONS[name]
     whole = run(processor, chat(source, **settings), tmp_path, **options)

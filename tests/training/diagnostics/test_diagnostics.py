@@ -53,7 +53,7 @@ def test_looking_changes_nothing(work):
     assert all(torch.equal(value, weights(blind)[name]) for name, value in weights(seen).items())
 
 
-@pytest.mark.parametrize("how", [{"plan": None}, {}])
+@pytest.mark.parametrize("how", [pytest.param({"plan": None}, marks=pytest.mark.slow), {}])
 def test_runs_without_anything_to_see(work, how, monkeypatch):
     monkeypatch.setattr(ChatData, "_has_plan", lambda self: False)  # which refuses rows without an image
     work.fit(model=how, data={"train": str(work.chat / "text.json")})
@@ -61,6 +61,7 @@ def test_runs_without_anything_to_see(work, how, monkeypatch):
     assert all(one["never_kept"] is None for one in found)
 
 
+@pytest.mark.slow
 def test_random_choice_is_random_and_goes_away(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}})
     own = list(attachment_of(run.model.model).pruners)
@@ -93,6 +94,7 @@ def test_a_pruner_that_looks_at_places_alone_is_noticed(work):
     assert any("ignores the image" in alarm for alarm in blind.alarms(learned=True))
 
 
+@pytest.mark.slow
 def test_rows_of_one_picture_say_nothing_about_the_image(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}}, data={"batch_size": 4})
     (batch,), module = probe(run), run.model
@@ -117,6 +119,7 @@ def test_random_retains_as_many_where_the_pruner_counts_for_itself(work):
     assert not torch.equal(own.trace.stages[0].retained_RV, random.trace.stages[0].retained_RV)
 
 
+@pytest.mark.slow
 def test_hard_gates_have_no_entropy(work):
     gate = GATE["pruner"] | {"selector": "straight_through", "applier": "value"}
     work.fit(model={"plan": GATE | {"pruner": gate}, "pruner_phase": {"steps": 1}})
@@ -181,7 +184,7 @@ def test_a_resumed_run_keeps_the_looks_before(work):
     assert after[: len(before)] == before
 
 
-@pytest.mark.parametrize("settings", [{"every": -1}, {"batches": 0}])
+@pytest.mark.parametrize("settings", [{"every": -1}, pytest.param({"batches": 0}, marks=pytest.mark.slow)])
 def test_impossible_settings(work, settings):
     with pytest.raises(ValueError, match=r"^diagnostics needs every >= 0 and batches >= 1[^\n]*$"):
         work.fit(diagnostics=settings)
@@ -190,7 +193,7 @@ def test_impossible_settings(work, settings):
 COLD = {"type": "learned_gate", "scorer": "linear", "selector": "straight_through", "applier": "gather_value"}
 
 
-@pytest.mark.parametrize("reproduction", [False, True])
+@pytest.mark.parametrize("reproduction", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_estimator_that_does_not_learn_is_warned_of(work, capsys, reproduction):
     plan = {"pruner": COLD, "keep_tokens": 16}
     work.fit(model={"plan": plan, "pruner_phase": {"steps": 1}, "reproduction": reproduction}, trainer={"max_steps": 2})
