@@ -89,8 +89,14 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
 SAMPLES = [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, 3, 4)]
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        pytest.param(name, positions, marks=() if positions == "original" or name == "then two" else pytest.mark.slow)
+        for name in PLANS
+        for positions in ("original", "compact")
+    ],
+)
 def test_equals_the_reference(subject: Subject, name: str, positions: str) -> None:
     plan = subject.plan(PLANS[name], positions=positions)
     modes = ("mask",) if subject.hides else ()

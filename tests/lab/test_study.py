@@ -170,6 +170,7 @@ def test_an_interrupted_study_keeps_what_it_has_and_goes_on(tmp_path, monkeypatc
     assert calls[1] in calls[2:]
 
 
+@pytest.mark.slow
 def test_what_another_process_holds_is_left_until_it_lets_go(tmp_path, monkeypatch):
     study = small(contenders=(Contender("pool", "pool"), Contender("uniform", "uniform")))
     cells = [cell for cell in cells_of(study) if cell.labels["table"] in ("base", "grid")]

@@ -18,7 +18,14 @@ from tpcompress.training.recipe.run import RecipeCLI, run_recipe
 
 
 @pytest.mark.parametrize(
-    "train", [["projector"], ["vision_tower"], ["language_model"], ["projector", "language_model"], "full"]
+    "train",
+    [
+        ["projector"],
+        pytest.param(["vision_tower"], marks=pytest.mark.slow),
+        pytest.param(["language_model"], marks=pytest.mark.slow),
+        pytest.param(["projector", "language_model"], marks=pytest.mark.slow),
+        "full",
+    ],
 )
 def test_only_what_should_train_changes(work, train):
     run = work.fit(model={"train": train})

@@ -103,7 +103,15 @@ def test_a_comparison_is_read(path):
         assert (ROOT / arm.recipe).is_file()
 
 
-@pytest.mark.parametrize("path", of("run", "tiny_llava"))
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        if any(name in str(p.values[0]) for name in ("any_budget", "gate_question", "pool_full"))
+        else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
+        for p in of("run", "tiny_llava")
+    ],
+)
 def test_the_bundled_recipes_take_two_steps(path, tmp_path):
     args = ["--trainer.max_steps", "2", "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
     args += ["--data.init_args.num_train", "4", "--data.init_args.num_val", "2", "--data.init_args.batch_size", "2"]
@@ -115,7 +123,14 @@ def test_the_bundled_recipes_take_two_steps(path, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("32-true", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("path", [p for p in of("run", "llava15_7b") if "_free" not in str(p.values[0])])
+@pytest.mark.parametrize(
+    "path",
+    [
+        p if "gate" in str(p.values[0]) else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
+        for p in of("run", "llava15_7b")
+        if "_free" not in str(p.values[0])
+    ],
+)
 def test_the_7b_recipes_take_two_steps_on_a_tiny_stand_in(path, precision, stand_in):
     args = [*stand_in, "--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.precision", precision]
     args += ["--model.pruner_phase.steps", "1"] if "learned_gate" in path.read_text() else []
