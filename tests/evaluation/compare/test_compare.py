@@ -43,7 +43,6 @@ def done(config, tmp_path_factory) -> tuple[Path, str]:
     return folder, console.export_text()
 
 
-@pytest.mark.slow
 def test_the_quickstart_leaves_its_report_figures_and_a_verified_export(done):
     folder, text = done
     report = json.loads((folder / "report.json").read_text())
@@ -94,7 +93,6 @@ def test_an_interrupted_comparison_goes_on_with_the_missing_rows(done, config, m
     assert list(row.gain) == pytest.approx(lost[0]["gain"])
 
 
-@pytest.mark.slow
 def test_a_failed_verification_is_the_exit_code(done, config, monkeypatch):
     folder, _ = done
 
