@@ -14,7 +14,10 @@ from support import family_folder
 import tpcompress as tp
 from tpcompress.cli.main import main
 from tpcompress.compress import run
+from tpcompress.compress.summary import sentence
 from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.evaluation.compare.report import Report
+from tpcompress.evaluation.compare.row import Row
 from tpcompress.insertion.plan import PruningPlan
 
 
@@ -123,3 +126,12 @@ def test_a_folder_of_something_else_is_left_alone(
     assert main(["compress", "tiny_llava", str(data), "--out", str(tmp_path)]) == 2
     assert "is not empty and holds no compression; choose another --out." in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_sentence_counts_tokens_per_question() -> None:
+    report = Report(meta={"metric": "accuracy", "learnt": ["a"]})
+    report.add(
+        Row("training_aware", "pool", keep_tokens=9, vision_tokens=192.5, retained_tokens=12.2, score=0.5, num_images=4)
+    )
+    text = sentence(report, {"rule": "pool", "layer": 0, "ranked": 3}, "9", verified=True)
+    assert "with 12.2 of 192.5 vision tokens per question on 4 held-out rows" in text

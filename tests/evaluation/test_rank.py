@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,8 @@ def test_budgets() -> None:
 
 def test_the_table_has_every_rule_best_first(ranked: tuple[Ranking, Path, str]) -> None:
     ranking, _, text = ranked
+    assert "on 4 rows" in " ".join(text.split())
+    assert "Only 1 of 9 questions" in replace(ranking, counted="Only 1 of 9 questions count in number.").note
     for label, kept in (("16", 16), ("1/4", 36)):
         rows = ranking.at(label)
         assert {row.rule for row in rows} == set(RULES) - {"vtw"}

@@ -43,7 +43,7 @@ def sentence(report: Report, choice: Mapping[str, Any], keep: str, verified: boo
     return (
         f"{choice['rule']} at layer {choice['layer']}, the best of {choice['ranked']} rules at {keep}, trained in the "
         f"loop, scores {_score(trained, unit)} with {tokens(trained.retained_tokens)} of "
-        f"{tokens(trained.vision_tokens)} vision tokens per image on {trained.num_images} held-out rows, against "
+        f"{tokens(trained.vision_tokens)} vision tokens per question on {trained.num_images} held-out rows, against "
         f"{against}; the export is {'verified' if verified else 'NOT verified, see above'}."
     )
 

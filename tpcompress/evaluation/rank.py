@@ -231,6 +231,7 @@ class RankRun:
         return Ranking(
             rows, refused, list(self.budgets), bench.base, bench.task.description, bench.metric, dense.score,
             dense.ci95, blind.score, dense.num_images, learnt, measured.get("on", ""), bench.folder,
+            dense.left_out_note,
         )  # fmt: skip
 
     def _sheet(self, ranking: Ranking) -> dict[str, dict[str, list[Retained]]]:

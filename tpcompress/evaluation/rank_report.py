@@ -28,8 +28,8 @@ class RankRow:
         layer: first decoder layer that sees fewer tokens.
         budget: label of the budget.
         plan: plan of the row, for training or export.
-        score, ci95: score, and half width of its 95 % interval over images.
-        gain: score minus the dense model's on the same images, with a paired interval.
+        score, ci95: score, and half width of its 95 % interval over rows.
+        gain: score minus the dense model's on the same rows, with a paired interval.
         vision_tokens, retained_tokens: vision tokens of a prompt before and after pruning, mean over prompts.
         cost: cost relative to dense: `time`, `time_low`, `time_high`, `flops`; None if it could not be measured.
         served: a serving engine can run it as part of the image encoder.
@@ -66,10 +66,11 @@ class Ranking:
         metric: name of the metric.
         dense, dense_ci95: score of the base.
         blind: score of the base on blank images.
-        num_images: images of the scores.
+        num_images: rows of the scores.
         learnt: question families that scores average, because the image matters to the base there; None for all.
         measured_on: device of the times.
         folder: output folder.
+        counted: how many questions count in the metric, as a sentence; empty if all do.
     """
 
     rows: Sequence[RankRow]
@@ -85,6 +86,7 @@ class Ranking:
     learnt: Sequence[str] | None
     measured_on: str
     folder: Path
+    counted: str = ""
 
     def __post_init__(self) -> None:
         order = {label: number for number, label in enumerate(self.budgets)}
@@ -131,7 +133,7 @@ class Ranking:
         for label in self.budgets:
             heading = [f"budget {label}", *[""] * (len(HEADER) - 1)]
             sections.append([heading, *map(self._line, self.at(label))])
-        title = f"{find_metric(self.metric).title} ({unit.title}) of {self.base} on {self.num_images} images"
+        title = f"{find_metric(self.metric).title} ({unit.title}) of {self.base} on {self.num_images} rows"
         return Table(title, HEADER, sections, self.note, "rank")
 
     @property
@@ -143,6 +145,7 @@ class Ranking:
             "FLOPs: decoder layers by formula, relative to dense, without the selection. served: the rule can run "
             "inside an image encoder."
         ]
+        lines += [self.counted] if self.counted else []
         blind = self.unit.text(self.blind)
         if self.learnt:
             lines.append(f"Scores average the families in which the image matters: {', '.join(self.learnt)}.")

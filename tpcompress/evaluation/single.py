@@ -122,6 +122,7 @@ def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
     note = (
         f"{int(scores.count_IF.sum())} questions about {scores.num_images} rows, {said}. ±: 95 % interval over rows. "
     )
+    note += f"{scores.left_out_note} " if scores.left_out_note else ""
     note += f"ECE {100 * sure.error:.1f} %, confidence minus accuracy {100 * sure.gap:+.1f} %."
     if is_attached(model):
         retained, average = counted.means(len(resolve(base_of(model)).layers))
@@ -129,7 +130,7 @@ def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
         note += f" Plan {plan}: " + (
             "nothing was pruned."
             if retained is None
-            else f"{retained:.1f} vision tokens retained, {average:.1f} a layer."
+            else f"{retained:.1f} vision tokens retained, {average:.1f} a layer, per question with an image."
         )
     names = list(scores.names) if len(scores.names) > 1 else []
     return Table(task.description, ["metric", "score", *names], [rows], note)
@@ -144,7 +145,12 @@ def _write(folder: Path, title: str, task: Task, scores: Scores) -> None:
         for name in scores.sums
         for counted in [scores.with_metric(name)]
     }
-    known = {"task": task.config(), "metric": scores.metric, "images": scores.num_images, "skipped": scores.skipped}
+    reasons = dict(task.left_out) | ({"broken when used": scores.skipped} if scores.skipped else {})
+    known = {
+        "task": task.config(), "metric": scores.metric, "rows": scores.num_images,
+        "questions": int(scores.count_IF.sum()), "counted": scores.num_counted,
+        "skipped": sum(reasons.values()), "skipped_reasons": reasons,
+    }  # fmt: skip
     write_atomic(folder / f"{title}.json", to_json(known | {"metrics": values}))
     asked = scores.questions
     if asked is not None and task.generation(scores.metric) is not None:

@@ -13,6 +13,8 @@ from support import family_folder
 from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.engine.plans import FreePruner
+from tpcompress.evaluation.rank import run_rank
+from tpcompress.evaluation.scoring.batches import check_applies
 from tpcompress.evaluation.single import run_evaluation
 from tpcompress.evaluation.tasks import create_task
 
@@ -85,6 +87,63 @@ def test_one_model_is_evaluated_and_its_answers_are_kept(data: str, tmp_path: Pa
     known = json.loads((tmp_path / "out" / "chat.json").read_text())
     assert known["metrics"]["vqa_accuracy"]["score"] == scores.score
     assert "vision tokens retained" in console.export_text()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "rank", "compare"])
+@pytest.mark.parametrize(("metric", "wanted"), [("number", "a number"), ("choice_letter", "a letter or an option")])
+def test_a_metric_that_applies_to_no_question_stops_at_the_first_score(
+    command: str, metric: str, wanted: str, data: str, tmp_path: Path
+) -> None:
+    task = create_task({"type": "chat", "data": data, "metric": metric, "generate": {"max_new_tokens": 1}})
+    config = Comparison(
+        data=data, metric=metric, generate={"max_new_tokens": 1}, budgets=(9,), training_free=(FreePruner("uniform"),)
+    )
+    calls = {
+        "evaluate": lambda: run_evaluation("tiny_llava", [task], None, tmp_path, Console(quiet=True)),
+        "rank": lambda: run_rank("tiny_llava", task, "9", tmp_path, Console(quiet=True), rules=["uniform"]),
+        "compare": lambda: run_comparison(config, tmp_path, Console(quiet=True)),
+    }
+    message = rf"^Metric {metric} applies to none of the 4 questions of \S+rows.json: no reference is {wanted}[^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        calls[command]()
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_what_does_not_count_is_said_alike_by_evaluate_and_compare(data: str, tmp_path: Path) -> None:
+    rows = json.loads(Path(data).read_text())
+    rows[1]["answers"] = ["3"]
+    turns = [{"from": "human", "value": "how many ?"}, {"from": "gpt", "value": "red"}]
+    rows += [{"conversations": turns}, {**rows[2], "image": "gone.png"}]
+    mixed = Path(data).with_name("mixed.json")
+    mixed.write_text(json.dumps(rows))
+    console, generate = Console(record=True, width=200), {"max_new_tokens": 1}
+    task = create_task({"type": "chat", "data": str(mixed), "metric": "number", "generate": generate})
+    run_evaluation("tiny_llava", [task], "uniform:9@0", tmp_path / "one", console)
+    text = console.export_text()
+    assert "5 questions about 5 rows, generated." in text
+    assert "Only 1 of 5 questions count in number." in text
+    known = json.loads((tmp_path / "one" / "chat.json").read_text())
+    assert [known[name] for name in ("rows", "questions", "counted", "skipped")] == [5, 5, 1, 1]
+    assert known["skipped_reasons"] == {"missing image": 1}
+    config = Comparison(
+        data=str(mixed), metric="number", generate=generate, budgets=(9,), training_free=(FreePruner("uniform"),)
+    )
+    report = run_comparison(config, tmp_path / "all", console)
+    retained = report.find("training_free", "uniform", 9).retained_tokens
+    assert retained == 5 * 9 / 4  # five images in the four questions that have one
+    assert f"{retained:.1f} vision tokens retained, {retained:.1f} a layer, per question with an image." in text
+    assert report.meta["skipped rows"] == 1
+    text = " ".join(console.export_text().split())
+    assert "nominal per image / retained / mean of the decoder layers, both per question with an image" in text
+    assert "Only 1 of 5 questions count in number." in text
+
+
+def test_a_ratio_without_anything_to_count_in_the_answers_is_no_mistake(data: str) -> None:
+    rows = create_task({"type": "chat", "data": data}).rows
+    yes = [{**rows[0], "references": [["yes"]]}]
+    check_applies("pope_precision", 0, yes, "data")  # the model never said yes
+    with pytest.raises(ValueError, match="applies to none of the 1 questions of data: no reference is yes;"):
+        check_applies("pope_precision", 0, [{**rows[0], "references": [["no"]]}], "data")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def accuracy_figure(report: Report, path: str | Path) -> None:
 
     Crosses are the control (the same extra steps without a pruner, then pruned), squares the base on smaller images.
     Horizontal lines are the dense base, the dense base after the same steps, and the blind baseline. Error bars are
-    95 % intervals over images; seeds are averaged.
+    95 % intervals over rows; seeds are averaged.
 
     Args:
         report: report with at least one scored row.
@@ -120,7 +120,7 @@ def _draw_curves(axes: Axes, curves: Curves, colours: dict[str, Any], budgets: l
     axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     axes.minorticks_off()
     axes.set_xlim(min(budgets) / 1.25, max(budgets) * 1.25)
-    axes.set_xlabel("vision tokens retained per image")
+    axes.set_xlabel("vision tokens retained per question")
     handles = [Line2D([], [], color=colours[name], linewidth=3, label=name) for name in colours]
     _legend(axes, handles + _arm_handles(curves))
 
@@ -145,7 +145,7 @@ def _draw_columns(axes: Axes, curves: Curves, colours: dict[str, Any]) -> None:
     axes.set_xticks(list(place.values()), list(place), rotation=20 if len(place) > 5 else 0)
     axes.set_xlim(-0.6, max(len(place), 1) - 0.4)
     tokens = next((points[0].tokens for points in curves.values()), None)
-    axes.set_xlabel("" if tokens is None else f"pruner, {tokens:g} vision tokens retained per image")
+    axes.set_xlabel("" if tokens is None else f"pruner, {tokens:g} vision tokens retained per question")
     _legend(axes, _arm_handles(curves))
 
 

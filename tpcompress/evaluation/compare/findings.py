@@ -59,8 +59,8 @@ def _on_training_free(report: Report, budget: float) -> list[str]:
     if len(groups) < 2:
         return []
     best, dense = groups[0], _dense(report)
-    text = f"On this base, at {tokens(budget)} tokens, {_name(best[0])} is the best pruner without training: "
-    text += unit.text(_mean(best))
+    text = f"On this base, at {tokens(budget)} tokens per question, {_name(best[0])} is the best pruner without "
+    text += f"training: {unit.text(_mean(best))}"
     if dense is not None and dense.score is not None:
         text += f" ({unit.change(_mean(best) - dense.score)} against dense)"
     floor = max((group for group in groups if group[0].pruner in BASELINES), key=_mean, default=None)

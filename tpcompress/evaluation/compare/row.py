@@ -30,8 +30,8 @@ class Row:
         arm: one of `ARMS`.
         pruner: name or label of the pruner; None without pruning.
         keep_tokens: nominal budget per image; None without one.
-        vision_tokens: tokens of an image after the projector.
-        retained_tokens: tokens of an image after the last stage (all of them without pruning).
+        vision_tokens: tokens of a question after the projector, in the mean over questions with an image.
+        retained_tokens: tokens of such a question after the last stage (all of them without pruning).
         uniformity, uniformity_ci95: how evenly the last stage spreads its tokens over the positions of the image, in
             [0, 1], and the half width of its 95 % interval over images; None where everything is kept.
         uniformity_thirds, uniformity_thirds_ci95: the same over 3 x 3 parts of the image.

@@ -129,7 +129,10 @@ class ComparisonRun:
         if learnt is None or blanked is None:
             return
         averaged = learnt or list(blanked.names)  # without a learnt family there is a table all the same, marked
-        self.report.meta |= {"learnt": learnt, "blind": blanked.families, "skipped rows": blanked.skipped}
+        self.report.meta |= {"learnt": learnt, "blind": blanked.families, "skipped rows": self._skipped(blanked)}
+        answers = self.bench.scores(dense)
+        if answers is not None and answers.left_out_note:
+            self.report.meta["counted"] = answers.left_out_note
         self.report.rows = []
         hard = self._hard(averaged)
         if hard is not None and hard.size:
@@ -184,6 +187,11 @@ class ComparisonRun:
         return self.bench.run_folder(cell.runs[0])
 
     # ------------------------------------------------------------------ inside
+
+    def _skipped(self, scores: Scores) -> int:
+        """Rows left out by the reader and in the test."""
+        _ = self.bench.task.rows  # the reader counts when they are loaded
+        return sum(self.bench.task.left_out.values()) + scores.skipped
 
     def _hard(self, averaged: Sequence[str]) -> HardSubset | None:
         """The hard subset, once the base was tested on both kinds of degraded images."""

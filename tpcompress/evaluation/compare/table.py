@@ -74,7 +74,7 @@ def tasks_table(reports: Mapping[str, Report]) -> Table:
         line.append(f"{100 * sum(kept) / len(kept):.1f}" if len(kept) == len(reports) else UNKNOWN)
         cells.append(line)
     header = [f"{name}{'' if report.learnt else '*'} ({report.metric.name})" for name, report in reports.items()]
-    note = "±: 95 % interval over images. % of dense: mean over the tasks of score / score of the dense base."
+    note = "±: 95 % interval over rows. % of dense: mean over the tasks of score / score of the dense base."
     if not all(report.learnt for report in reports.values()):
         note += " *: no family is learnt by the dense base."
     return Table("All tasks", ["model", *header, "% of dense"], [cells], note)
@@ -195,7 +195,12 @@ def _sorted(rows: list[Row]) -> list[Row]:
 
 
 def _caption(report: Report, families: bool) -> str:
-    sentences = ["tokens: nominal / retained / mean of the decoder layers, per image.", "±: 95 % interval over images."]
+    sentences = [
+        "tokens: nominal per image / retained / mean of the decoder layers, both per question with an image.",
+        "±: 95 % interval over rows.",
+    ]
+    if report.meta.get("counted"):
+        sentences.append(report.meta["counted"])
     if report.arm("training_aware"):
         sentences.append("vs free: against the same pruner without training; vs control: against the same extra steps")
         sentences[-1] += " without the pruner, then pruned; n.s.: inside the 95 % interval."

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from tpcompress.data.collate import Batch, ChatCollator, PromptCollator
 from tpcompress.data.rows import BadRow
 from tpcompress.data.video import VideoSampling
+from tpcompress.evaluation.scoring.metrics import Reply, find_metric
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 """A row before it is collated to the row that is collated."""
@@ -170,6 +173,36 @@ def questions_of(row: Mapping[str, Any]) -> list[Asked]:
         prompt = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
         found.append(Asked(tuple(references or ()) or (messages[-1]["content"],), prompt))
     return found
+
+
+def check_applies(metric: str, counted: int, dataset: Rows, data: str) -> None:
+    """Refuse a metric that applies to no question, whatever is answered.
+
+    Args:
+        metric: name of the metric.
+        counted: questions that counted with the answers of a model.
+        dataset: rows.
+        data: the rows in words.
+
+    Raises:
+        ValueError: it applies to none of them.
+    """
+    if counted:
+        return
+    found, right = find_metric(metric), list[Reply]()
+    for row in (dataset[index] for index in range(len(dataset))):
+        for asked, family in zip(questions_of(row), row["families"], strict=True):
+            right.append(Reply(asked.references[0], asked.references, asked.prompt, family))
+    # A ratio such as precision may have nothing to count in the answers of one model, though it applies.
+    if found.reads_text and any(
+        not np.isnan(found.aggregate(*np.array(found.of_reply(reply), dtype=float))) for reply in right
+    ):
+        return
+    why = f": no reference is {found.applies_to}" if found.applies_to else ""
+    raise ValueError(
+        f"Metric {metric} applies to none of the {len(right)} questions of {data}{why}; choose another metric "
+        f"(tpcompress list metrics)."
+    )
 
 
 def families_of(dataset: Rows) -> tuple[str, ...]:

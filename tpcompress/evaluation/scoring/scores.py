@@ -82,8 +82,23 @@ class Scores:
         return {name: int(n) for name, n in zip(self.names, self.count_IF.sum(0), strict=True)}
 
     @property
+    def num_counted(self) -> int:
+        """Questions that count in the score: those that the metric applies to."""
+        total = int(self.count_IF.sum())
+        if self.questions is None or not total:
+            return total
+        alone_Q = find_metric(self.metric).aggregate(*self.questions.counts[self.metric])
+        return int((~np.isnan(alone_Q)).sum())
+
+    @property
+    def left_out_note(self) -> str:
+        """How many questions count, as a sentence; empty if all do."""
+        total, counted = int(self.count_IF.sum()), self.num_counted
+        return "" if counted == total else f"Only {counted} of {total} questions count in {self.metric}."
+
+    @property
     def num_images(self) -> int:
-        """Images with at least one question."""
+        """Rows with at least one question."""
         return int((self.count_IF.sum(1) > 0).sum())
 
     @property

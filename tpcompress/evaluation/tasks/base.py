@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -16,7 +17,7 @@ from torch import nn
 from tpcompress.data.rows import BadRow, open_image
 from tpcompress.data.video import VideoSampling
 from tpcompress.evaluation.create import argument_names
-from tpcompress.evaluation.scoring.batches import Change, Prepared, Rows, prepare, prepare_prompts
+from tpcompress.evaluation.scoring.batches import Change, Prepared, Rows, check_applies, prepare, prepare_prompts
 from tpcompress.evaluation.scoring.evaluate import Watch, evaluate
 from tpcompress.evaluation.scoring.generate import Generation, evaluate_by_generation
 from tpcompress.evaluation.scoring.metrics import find_metric
@@ -41,6 +42,7 @@ class Task:
             teacher forcing, unless the metric reads text.
         label: name in reports of several tasks.
         video: how videos are sampled.
+        left_out: rows that the reader left out when the data was loaded, by reason.
     """
 
     name: ClassVar[str]
@@ -48,6 +50,7 @@ class Task:
     generate: Generation | None = None
     label: str | None = None
     video: VideoSampling = VideoSampling()
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     def load(self) -> Rows:
         """Read or draw the rows. Called once."""
@@ -151,15 +154,18 @@ class Task:
             progress: rich progress display to report to.
 
         Raises:
-            ValueError: no row is usable, or the logits are not finite.
+            ValueError: no row is usable, the metric applies to no question, or the logits are not finite.
         """
         rows = self.rows if prepared is None else prepared
         more: dict[str, Any] = {"blank": blank, "watch": watch, "metric": metric or self.metric, "progress": progress}
         more["video"] = self.video
         settings = self.generation(metric)
         if settings is None:
-            return evaluate(model, processor, rows, **more)
-        return evaluate_by_generation(model, processor, rows, generation=settings, **more)
+            scores = evaluate(model, processor, rows, **more)
+        else:
+            scores = evaluate_by_generation(model, processor, rows, generation=settings, **more)
+        check_applies(scores.metric, scores.num_counted, self.rows, self.description)
+        return scores
 
 
 def _image_digest(image: Any) -> bytes:

@@ -70,6 +70,7 @@ class Chat(Task):
             self.data, self.image_folder, self.split, self.on_bad_row, self.check_images, default_family=FAMILY,
             config_name=self.config_name,
         )  # fmt: skip
+        self.left_out = dict(report.counts)
         if len(report):
             log.warning("%s: %s", self.data, report)
         return rows if self.num_images is None else rows.select(range(min(self.num_images, len(rows))))

@@ -129,6 +129,7 @@ class Metric:
         unit: how its values are written.
         learnt_margin: how far the dense base must be above its blank baseline in a family for the family to count.
         beside: metrics of generated answers that are measured together with this one.
+        applies_to: what a reference must be for the question to count (`a number`); empty if every question does.
     """
 
     name: ClassVar[str]
@@ -136,6 +137,7 @@ class Metric:
     unit: ClassVar[Unit] = PERCENT
     learnt_margin: ClassVar[float] = 0.1
     beside: ClassVar[tuple[str, ...]] = ()
+    applies_to: ClassVar[str] = ""
 
     @property
     def reads_logits(self) -> bool:

@@ -36,6 +36,7 @@ class ChoiceLetter(Metric):
 
     name = "choice_letter"
     title = "Right choices"
+    applies_to = "a letter or an option of its question"
 
     def of_reply(self, reply: Reply) -> tuple[float, ...]:
         wanted = {letter_of(reference, reply.prompt) for reference in reply.references} - {None}

@@ -17,6 +17,7 @@ class BoxIoU(Metric):
 
     name = "iou"
     title = "Boxes with an IoU of at least 0.5"
+    applies_to = "a box [x1, y1, x2, y2]"
 
     def of_reply(self, reply: Reply) -> tuple[float, ...]:
         said, wanted = box_of(reply.text), [box for text in reply.references if (box := box_of(text)) is not None]

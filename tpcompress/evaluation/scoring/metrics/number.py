@@ -22,6 +22,7 @@ class Number(Metric):
 
     name = "number"
     title = "Right numbers"
+    applies_to = "a number"
 
     def of_reply(self, reply: Reply) -> tuple[float, ...]:
         said, wanted = _numbers(reply)
@@ -35,6 +36,7 @@ class NumberError(Metric):
     title = "Minus the mean absolute error"
     unit = Unit(scale=1.0, suffix="", title="the unit of the numbers", digits=3)
     beside = ("number",)
+    applies_to = "a number"
 
     def of_reply(self, reply: Reply) -> tuple[float, ...]:
         said, wanted = _numbers(reply)

@@ -15,6 +15,7 @@ class _YesNo(Metric):
     """Reads answer and first reference as yes or no; a question without such a reference does not count."""
 
     beside = SET
+    applies_to = "yes or no"
 
     def of_reply(self, reply: Reply) -> tuple[float, ...]:
         wanted, said = _stated(reply), yes_or_no(reply.text)
@@ -46,6 +47,7 @@ class PopePrecision(_YesNo):
 
     name = "pope_precision"
     title = "Precision of yes"
+    applies_to = "yes"
 
     def count(self, said: bool | None, wanted: bool) -> tuple[float, float]:
         return bool(said) and wanted, bool(said)
@@ -56,6 +58,7 @@ class PopeRecall(_YesNo):
 
     name = "pope_recall"
     title = "Recall of yes"
+    applies_to = "yes"
 
     def count(self, said: bool | None, wanted: bool) -> tuple[float, float]:
         return bool(said) and wanted, wanted
@@ -66,6 +69,7 @@ class PopeF1(_YesNo):
 
     name = "pope_f1"
     title = "F1 of yes"
+    applies_to = "yes"
 
     def count(self, said: bool | None, wanted: bool) -> tuple[float, float]:
         return 2 * (bool(said) and wanted), int(bool(said)) + int(wanted)
