@@ -99,8 +99,11 @@ def test_all_rules_on_forty_photographs(family: str, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--keep", "1/0"], "'1/0' is not a budget; write tokens (64), a fraction (1/9) or a ratio (0.11)."),
-        (["--keep", "many"], "'many' is not a budget"),
+        (
+            ["--keep", "1/0"],
+            "--keep 1/0: '1/0' is not a budget; write tokens (64), a fraction (1/9) or a ratio (0.11).",
+        ),
+        (["--keep", "many"], "--keep many: 'many' is not a budget"),
         (["--data", "./gone.json"], "No file or folder"),
         (["--model", "./gone"], "No folder ./gone; give a folder"),
         (["--lora", "-1"], "lora must be at least 0"),
