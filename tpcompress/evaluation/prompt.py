@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from tpcompress.data.collate import PromptCollator
+from tpcompress.data.prompts import prompt_inputs
 from tpcompress.data.rows import IMAGE_MARKER, BadRow, open_image
 from tpcompress.data.video import VideoSampling, open_video
 
@@ -73,9 +73,6 @@ def chat_inputs(processor: Any, media: Media, prompt: str) -> dict[str, Any]:
         ValueError: the question is empty, there is not one marker per image or video, or the processor cannot write
             such a prompt.
     """
-    words = prompt.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "")
-    if not words.strip():
-        raise ValueError(f"The prompt {prompt!r} is empty; give a question such as 'What is this?'.")
     for marker, what, given in ((IMAGE_MARKER, "image", media.images), (VIDEO_MARKER, "video", media.videos)):
         found = prompt.count(marker)
         if found not in (0, len(given)):
@@ -83,12 +80,5 @@ def chat_inputs(processor: Any, media: Media, prompt: str) -> dict[str, Any]:
                 f"The prompt has {found} {marker} for {len(given)} {what}{'' if len(given) == 1 else 's'}; give none, "
                 f"or one for each."
             )
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
-    row: dict[str, Any] = {"images": list(media.images), "conversations": [turns], "families": ["prompt"]}
-    if media.videos:
-        row["videos"] = [list(frames) for frames in media.videos]
-    try:
-        batch = PromptCollator(processor, video=VideoSampling(None))([row])
-    except BadRow as bad:
-        raise ValueError(f"{type(processor).__name__} cannot write this prompt: {bad}.") from bad
-    return {name: value for name, value in batch.items() if name != "meta"}
+    videos = [list(frames) for frames in media.videos]
+    return prompt_inputs(processor, prompt, media.images, videos, video=VideoSampling(None))
