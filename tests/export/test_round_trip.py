@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from export.helpers import GATE, answer, make_base, make_inputs, run_python, two_stages
+from export.helpers import answer, make_base, make_inputs, run_python, two_stages
 from safetensors import safe_open
 from support import every_placed
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
@@ -249,21 +249,3 @@ def test_manifest(base: Any, processor: Any, tmp_path: Path) -> None:
     assert str(tmp_path) not in "".join(p.read_text() for p in out.glob("*.json"))
     again = tp.export(load(out), processor, tmp_path / "again")
     assert json.loads((again / "manifest.json").read_text())["base"]["model"] == "someone/base"
-
-
-@pytest.mark.parametrize(
-    ("stage", "scope", "served"),
-    [
-        (tp.Stage(GATE, keep_tokens=8), "image", True),
-        (tp.Stage("divprune", keep_ratio=0.5), "image", True),
-        (tp.Stage("divprune", keep_ratio=0.5), "prompt", False),
-        (tp.Stage("divprune", 1, keep_tokens=8), "image", False),
-        (tp.Stage(ASKING, keep_tokens=8), "image", False),
-    ],
-)
-def test_serving_class(stage: tp.Stage, scope: str, served: bool, base: Any, processor: Any, tmp_path: Path) -> None:
-    model = tp.attach(base, tp.PruningPlan([stage], scope=scope))
-    out = tp.export(model, processor, tmp_path / "out")
-    serving = json.loads((out / "manifest.json").read_text())["serving"]
-    assert serving["class_a"] is served
-    assert serving["reason"]

@@ -75,6 +75,7 @@ def export(
         budgets: measure accuracy at these budgets for the model card: 9,16,36 or 0.1,0.25; 32/8,16/4 for two stages.
         task: task for `budgets`, name or mapping; default: the benchmark for tiny_llava, else the validation rows.
     """
+    from tpcompress.export.runtimes import runtime_lines
     from tpcompress.training.recipe.export import export_free, export_run
 
     if (ckpt is None) == (base is None or plan is None):
@@ -91,6 +92,8 @@ def export(
         folder = export_free(base, plan, out, overwrite, measure)
     following = f" Next: tpcompress verify {shlex.quote(str(folder))}" if (folder / "manifest.json").is_file() else ""
     console.print(f"Exported to {folder}.{following}", soft_wrap=True)
+    for line in runtime_lines(folder):
+        console.print(escape(line), soft_wrap=True, highlight=False)
     return 0
 
 

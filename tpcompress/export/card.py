@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tpcompress.export.runtimes import report
+
 CARD = "README.md"
 HEAD = """---
 library_name: transformers
@@ -128,8 +130,7 @@ def _caveats(manifest: dict[str, Any]) -> str:
     conversion = manifest["conversion"]
     if conversion is not None:
         lines.append(f"- Writing the weights moved the first logits of the probe by {conversion['logit_gap']:.2g}.")
-    served, reason = manifest["serving"]["class_a"], manifest["serving"]["reason"]
-    lines.append(f"- {'A' if served else 'Not a'} property of the image encoder, for serving engines: {reason}.")
+    lines += [f"- {line}." for line in report(manifest["runtimes"])]
     return "## Notes\n\n" + "\n".join(lines)
 
 

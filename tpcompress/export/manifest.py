@@ -1,4 +1,4 @@
-"""Contents of manifest.json: what an export holds, and whether a serving engine can run it."""
+"""Contents of manifest.json: what an export holds, and which runtimes can run it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tpcompress.export.budgets import Range, as_dict, describe_ranges
 from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
 from tpcompress.export.probe import Probe
 from tpcompress.export.registry import stock_class
+from tpcompress.export.runtimes import runtimes_of
 from tpcompress.families import family_of, resolve
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.pruners.catalogue import unserved
 from tpcompress.version import __version__
 
 
@@ -32,7 +32,6 @@ def describe(
     config = base.config
     model_type = getattr(config, "base_model_type", None) or config.model_type
     total, depth = probe.about["stages"][0]["vision_tokens"][0], len(resolve(base).layers)
-    served, reason = serving_class_a(plan, config, total)
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -48,7 +47,7 @@ def describe(
         "scope": plan.scope,
         "prompt_dependent": plan.prompt_dependent,
         "merges": any(stage.pruner.merges for stage in plan.stages),
-        "serving": {"class_a": served, "reason": reason},
+        "runtimes": runtimes_of(plan, config),
         "trained_budgets": describe_ranges(trained_budgets, total),
         "plan": plan.to_dict(),
     }
@@ -69,23 +68,6 @@ def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:
         }
         for number, (stage, kept) in enumerate(zip(plan.stages, plan.counts(total), strict=True))
     ]
-
-
-def serving_class_a(plan: PruningPlan, config: PretrainedConfig, total: int) -> tuple[bool, str]:
-    """Whether a serving engine can treat the plan as a property of the image encoder, and the reason."""
-    late = [n for n, stage in enumerate(plan.stages) if stage.layer > 0]
-    if late:
-        return False, f"stage {late[0]} acts at layer {plan.stages[late[0]].layer}, inside the language model"
-    for stage in plan.stages:
-        reason = unserved(stage.pruner)
-        if reason is not None:
-            return False, reason
-    if plan.scope != "image":
-        other = {"prompt": "the other images", "tile": "its number of tiles"}[plan.scope]
-        return False, f"the budget holds per {plan.scope}, so an image's count depends on {other}"
-    if plan.stages[0].keep_tokens is None and getattr(config, "image_seq_length", None) != total:
-        return False, "a ratio of images of varying size gives no fixed count; give keep_tokens"
-    return True, "before the language model, a fixed count per image, whatever the prompt"
 
 
 def _base_name(base: PreTrainedModel) -> str | None:

@@ -1,0 +1,50 @@
+"""vLLM, with the plug-in of this package (`tpcompress.serving.vllm`).
+
+vLLM counts the placeholders of an image before any model runs, caches encoder outputs by the image alone, and has no
+bias per key in its attention.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tpcompress.export.runtimes.base import Runtime, outside_encoder
+from tpcompress.families import family_of
+from tpcompress.insertion.plan import PruningPlan
+
+ADAPTERS = Path(__file__).parents[2] / "serving" / "vllm" / "families"
+"""One file per family that the plug-in serves; listed without importing vLLM."""
+
+
+@cache
+def served_families() -> tuple[str, ...]:
+    """Names of the families that the plug-in serves."""
+    return tuple(sorted(found.name for found in pkgutil.iter_modules([str(ADAPTERS)])))
+
+
+class VLLM(Runtime):
+    """vLLM: one stage before the language model, on tokens alone, in the families that the plug-in knows."""
+
+    name = "vllm"
+    title = "vLLM"
+
+    def refuses(self, plan: PruningPlan, config: Any) -> str | None:
+        reason = outside_encoder(plan)
+        if reason is not None:
+            return reason
+        family, stage = family_of(config), plan.stages[0]
+        if stage.pruner.needs:
+            views = ", ".join(sorted(stage.pruner.needs))
+            return f"'{stage.pruner.name}' reads {views}, which vLLM's vision tower does not show"
+        if plan.positions == "compact" and family.positions == "mrope":
+            return (
+                f"compact positions of {family.name} depend on which tokens are retained, and vLLM sets them before; "
+                f"use positions: original"
+            )
+        if family.name not in served_families():
+            known = ", ".join(served_families()) or "none"
+            return f"family {family.name} has no vLLM class in this plug-in (families: {known})"
+        return None
