@@ -292,8 +292,9 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(work):
         progress = StepProgress(Console(file=text, force_terminal=terminal, width=100))
         cli = RecipeCLI(["--config", str(work.recipe(data={"val_fraction": 0.2}))], progress=False, run=False)
         trainer = Trainer(
-            max_steps=4, val_check_interval=4, check_val_every_n_epoch=None, log_every_n_steps=2, callbacks=[progress], accelerator="cpu", logger=False,
-            default_root_dir=str(work.folder), enable_model_summary=False, enable_checkpointing=False,
+            max_steps=4, val_check_interval=4, check_val_every_n_epoch=None, log_every_n_steps=2, callbacks=[progress],
+            accelerator="cpu", logger=False, default_root_dir=str(work.folder), enable_model_summary=False,
+            enable_checkpointing=False,
         )  # fmt: skip
         trainer.fit(cli.model, cli.datamodule)
         printed = text.getvalue()
