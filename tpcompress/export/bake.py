@@ -20,12 +20,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tpcompress.export.adapters import merged_copy
 from tpcompress.export.budgets import CurvePoint, Range, own_budgets, probed_budgets, with_budgets
 from tpcompress.export.card import CARD, card
+from tpcompress.export.classes import stock_class
 from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
 from tpcompress.export.loaded_precision import as_loaded, is_rounded
 from tpcompress.export.manifest import describe
 from tpcompress.export.probe import Probe, check_probe_prunes, first_probe, record_probe
 from tpcompress.export.probe_diff import ProbeDiff
-from tpcompress.export.registry import config_class, register_model, stock_class
+from tpcompress.export.registry import config_class, register_model
+from tpcompress.export.remote_code import code_or_reason
 from tpcompress.export.trained_probe import check_reload
 from tpcompress.families import family_of
 from tpcompress.insertion.attach import attachment_of
@@ -33,6 +35,9 @@ from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan
 
 logger = logging.getLogger(__name__)
+
+NOT_KEPT = ("model_type", "architectures", "_name_or_path", "auto_map")
+"""Fields of a base's config that an exported config has its own values for."""
 
 Measure = Callable[[Path, dict[str, Any]], Sequence[CurvePoint]]
 """(loadable folder, manifest so far) -> accuracy of the export at each measured budget."""
@@ -110,6 +115,10 @@ def export(
         if recipe_yaml is not None:
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         manifest = describe(base, plan, probe, trained_budgets)
+        code, reason = code_or_reason(plan, manifest["base"]["model_type"])
+        manifest["code"] = {"files": [] if code is None else sorted(code.files), "reason": reason}
+        if reason is not None:
+            logger.warning("Exported without code for trust_remote_code: %s.", reason)
         manifest |= {"conversion": conversion, "reload": reload, "trained_with": dict(trained_with or {})}
         if attached.untrained:
             manifest["untrained_pruners"] = attached.untrained
@@ -173,7 +182,7 @@ def with_weights(made: PreTrainedModel, base: PreTrainedModel) -> PreTrainedMode
 def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dtype) -> PretrainedConfig:
     """Exported config of a stock or exported config."""
     stock = getattr(config, "base_model_type", None) or config.model_type
-    kept = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "_name_or_path")}
+    kept = {k: v for k, v in config.to_dict().items() if k not in NOT_KEPT}
     made = config_class(stock).from_dict(kept | {"token_pruning": plan.to_dict()})
     for name in made.sub_configs:  # as loading does, so that saving again gives the same file
         if getattr(made, name) is not None:  # Gemma 4 without audio

@@ -12,9 +12,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from tpcompress.export.budgets import Range, as_dict, describe_ranges
+from tpcompress.export.classes import stock_class
 from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
 from tpcompress.export.probe import Probe
-from tpcompress.export.registry import stock_class
 from tpcompress.export.runtimes import runtimes_of
 from tpcompress.families import family_of, resolve
 from tpcompress.insertion.plan import PruningPlan

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tpcompress.export.weights import VARIANT, find_weights, reading, rename_written
 from tpcompress.families import family_of
-from tpcompress.insertion.attach import PRUNERS, attach, is_attached, plan_of
+from tpcompress.insertion.attach import PRUNERS, attach_plan, is_attached, plan_of
 from tpcompress.insertion.plan import PruningPlan
 
 HUB_ONLY = ("repo_id", "commit_message", "create_pr", "private", "revision", "token")
@@ -31,10 +31,10 @@ class ExportedModel:
         if not getattr(config, "token_pruning", None):
             raise ValueError(
                 f"A {type(self).__name__} needs a plan under `token_pruning` in its config.json; without one, use "
-                f"{type(self).__mro__[2].__name__}."
+                f"{type(self).__bases__[-1].__name__}."
             )
         plan = stored_plan(config, allow_outside)
-        attach(cast(PreTrainedModel, self), plan)
+        attach_plan(cast(PreTrainedModel, self), plan)
         config.token_pruning = plan.to_dict()
 
     @classmethod

@@ -74,7 +74,11 @@ def attach(
             whose views do not exist at its layer or whose gates cannot act after it, counts that no image of the model
             exceeds, or an unknown mode.
     """
-    plan = PruningPlan.of(plan, keep_tokens=keep_tokens, keep_ratio=keep_ratio, layer=layer)
+    return attach_plan(model, PruningPlan.of(plan, keep_tokens=keep_tokens, keep_ratio=keep_ratio, layer=layer), mode)
+
+
+def attach_plan(model: nn.Module, plan: PruningPlan, mode: str = "drop") -> nn.Module:
+    """Attach a plan that has been read already; see `attach`."""
     base = base_of(model)
     if is_attached(base):
         raise ValueError(_carries(base))

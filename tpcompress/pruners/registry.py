@@ -14,6 +14,9 @@ from tpcompress.pruners.config_mixin import ConfigMixin, wrong_type
 from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
 
 BASES: dict[str, type[Part]] = {"scorer": Scorer, "selector": Selector, "applier": Applier}
+PACKAGE = "tpcompress.pruners"
+"""Folder of the pruners, by a literal name: exports carry copies of this file in another place."""
+
 KINDS = tuple(BASES)
 """Kinds of components of a learned gate; each has a folder of its name in the plural, with one component per file."""
 
@@ -21,7 +24,7 @@ KINDS = tuple(BASES)
 @cache
 def list_pruners() -> dict[str, type[Pruner]]:
     """All pruners of this folder by name; an error in any file is raised."""
-    return named_classes(__package__ or "", Pruner, "pruner")
+    return named_classes(PACKAGE, Pruner, "pruner")
 
 
 def pruner_class(name: str, allow_outside: bool = True) -> type[Pruner]:
@@ -55,7 +58,7 @@ def create(config: Pruner | str | dict[str, Any], allow_outside: bool = True) ->
 @cache
 def list_parts(kind: str) -> dict[str, type[Part]]:
     """All scorers, selectors or appliers by name."""
-    return named_classes(f"{__package__}.{kind}s", BASES[kind], kind)
+    return named_classes(f"{PACKAGE}.{kind}s", BASES[kind], kind)
 
 
 def create_part(kind: str, config: Part | str | dict[str, Any], allow_outside: bool = True) -> Any:

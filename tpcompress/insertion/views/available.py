@@ -25,8 +25,16 @@ def check_views(parts: Parts, plan: PruningPlan) -> None:
         reason = why_unavailable(parts, stage.pruner, stage.layer)
         if reason is not None:
             others = {name: cls for name, cls in list_pruners().items() if not cls.keeps_none}
-            fit = [name for name, cls in others.items() if why_unavailable(parts, cls(), stage.layer) is None]
+            fit = [name for name, cls in others.items() if _fits(parts, cls, stage.layer)]
             raise ValueError(f"Pruner '{stage.pruner.name}' needs {reason}, or use one of: {', '.join(fit)}.")
+
+
+def _fits(parts: Parts, cls: type[Pruner], layer: int) -> bool:
+    """Whether a pruner with its defaults works at a layer; the code of an export holds the parts of its plan only."""
+    try:
+        return why_unavailable(parts, cls(), layer) is None
+    except (ValueError, KeyError):
+        return False
 
 
 def check_layers(parts: Parts, layers: Sequence[int]) -> None:
