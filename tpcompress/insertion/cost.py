@@ -75,10 +75,10 @@ def decoder_flops(config: Any, lengths: Sequence[int], head_tokens: int = 0) -> 
         ValueError: not one length per layer.
     """
     text = _text_config(config, lengths)
-    width, inner = text.hidden_size, text.intermediate_size
-    query, key = text.num_attention_heads * _head_size(text), _key_heads(text) * _head_size(text)
+    width = text.hidden_size
     total = 2 * width * text.vocab_size * head_tokens
-    for n in lengths:
+    for n, layer in zip(lengths, layer_configs(text), strict=True):
+        query, key, inner = layer.num_attention_heads * head_size(layer), key_width(layer), layer.intermediate_size
         total += 2 * n * width * (2 * query + 2 * key) + 4 * n * n * query + 6 * n * width * inner
     return total
 
@@ -95,7 +95,7 @@ def kv_bytes(config: Any, lengths: Sequence[int], dtype: torch.dtype = torch.bfl
         ValueError: not one length per layer.
     """
     text = _text_config(config, lengths)
-    return 2 * sum(lengths) * _key_heads(text) * _head_size(text) * dtype.itemsize
+    return 2 * sum(n * key_width(layer) for n, layer in zip(lengths, layer_configs(text), strict=True)) * dtype.itemsize
 
 
 def has_formula(config: Any) -> bool:
@@ -108,8 +108,29 @@ def has_formula(config: Any) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     experts = any(getattr(text, name, None) for name in EXPERTS)
     shared = bool(getattr(text, "num_kv_shared_layers", 0))
-    complete = hasattr(text, "intermediate_size") and hasattr(text, "num_attention_heads")
+    first = layer_configs(text)[0]
+    complete = hasattr(first, "intermediate_size") and hasattr(first, "num_attention_heads")
     return complete and not experts and not shared and kinds <= {"full_attention", "sliding_attention"}
+
+
+def layer_configs(text: Any) -> list[Any]:
+    """The config of every decoder layer.
+
+    They differ where head sizes do (Gemma 4 Unified); the text config then refuses to give one for all.
+    """
+    if getattr(text, "is_heterogeneous", False):
+        return list(text.per_layer_config)
+    return [text] * text.num_hidden_layers
+
+
+def head_size(layer: Any) -> int:
+    """Width of an attention head of a layer, by its config."""
+    return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+
+
+def key_width(layer: Any) -> int:
+    """Width of the keys of a layer, by its config."""
+    return int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads) * head_size(layer)
 
 
 def _text_config(config: Any, lengths: Sequence[int]) -> Any:
@@ -117,11 +138,3 @@ def _text_config(config: Any, lengths: Sequence[int]) -> Any:
     if len(lengths) != text.num_hidden_layers:
         raise ValueError(f"The model has {text.num_hidden_layers} decoder layers, got {len(lengths)} lengths.")
     return text
-
-
-def _key_heads(text: Any) -> int:
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-
-
-def _head_size(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from tpcompress.families import Parts
-from tpcompress.insertion.cost import decoder_flops, has_formula
+from tpcompress.insertion.cost import decoder_flops, has_formula, head_size, key_width, layer_configs
 
 MATRIX = 1024
 """Side of the matrices whose product is timed."""
@@ -82,10 +82,9 @@ def estimate(
     if has_formula(config):
         text = parts.text_config
         widest = [max(layer) * len(lengths) for layer in zip(*lengths, strict=True)]  # tokens of a padded layer
-        values = _values_per_token(text)
-        kept = sum(widest) * values
-        if checkpointing:
-            kept = sum(widest) * text.hidden_size + max(widest) * values
+        values = [_values_per_token(layer) for layer in layer_configs(text)]
+        each = [tokens * value for tokens, value in zip(widest, values, strict=True)]
+        kept = sum(widest) * text.hidden_size + max(each) if checkpointing else sum(each)
         activations = kept * dtype.itemsize + 2 * 4 * answers * text.vocab_size
         patches = vision_tokens * (parts.family.patches_per_token(config) or 1)
         tower = 2 * sum(p.numel() for p in parts.vision_tower.parameters()) * patches
@@ -121,13 +120,9 @@ def device_memory(device: torch.device) -> tuple[int | None, str]:
         return None, "of host memory"
 
 
-def _values_per_token(text: Any) -> int:
-    layers = getattr(text, "per_layer_config", None)
-    # In Gemma 4 Unified head sizes differ by layer, and the config refuses to give one; the first stands for all.
-    text = layers[0] if layers else text
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 4 * text.hidden_size + 2 * head * (text.num_attention_heads + keys) + 3 * text.intermediate_size
+def _values_per_token(layer: Any) -> int:
+    query = head_size(layer) * layer.num_attention_heads
+    return 4 * layer.hidden_size + 2 * (query + key_width(layer)) + 3 * layer.intermediate_size
 
 
 def _wait(device: torch.device) -> None:

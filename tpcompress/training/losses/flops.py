@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpcompress.families import Parts
+from tpcompress.insertion.cost import head_size, key_width, layer_configs
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.insertion.trace import StageTrace
 from tpcompress.training.losses.base import Loss, PrunedStage, Ramp, pruned_stages
@@ -18,21 +19,22 @@ from tpcompress.training.passes import Pass
 
 
 def layer_cost(config: Any) -> tuple[float, float]:
-    """Multiply-adds of a decoder layer, as (per token, per pair of tokens).
+    """Multiply-adds of a decoder layer, as (per token, per pair of tokens), mean over layers where they differ.
 
     With hidden size D, H query and G key heads of width d and MLP width M: D (2 H d + 2 G d) + 3 D M, and 2 H d.
 
     Args:
         config: text config; a mixture of experts counts the experts that each token is routed to.
     """
-    heads, width = config.num_attention_heads, config.hidden_size
-    size = getattr(config, "head_dim", None) or width // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    experts = getattr(config, "num_experts_per_tok", None)
-    inner = config.intermediate_size
-    if experts:
-        inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
-    return float(width * 2 * (heads + keys) * size + 3 * width * inner), float(2 * heads * size)
+    experts, tokens, pairs = getattr(config, "num_experts_per_tok", None), 0, 0
+    layers = layer_configs(config)
+    for layer in layers:
+        query, inner = layer.num_attention_heads * head_size(layer), layer.intermediate_size
+        if experts:
+            inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
+        tokens += layer.hidden_size * (2 * (query + key_width(layer)) + 3 * inner)
+        pairs += 2 * query
+    return tokens / len(layers), pairs / len(layers)
 
 
 def cost_share(length_KB: Tensor, layers_K: list[int], dense_B: Tensor, cost: tuple[float, float]) -> Tensor:
