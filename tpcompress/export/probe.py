@@ -192,6 +192,7 @@ def record_probe(model: Any, inputs: Mapping[str, Any], values: Sequence[Budget]
         "budgets": used,
         "stages": stages,
         **environment(base),
+        "attention_by_part": _attention_by_part(base.config),
         "tolerance": LOGIT_TOLERANCE.get(_dtype(base), 1e-4),
     }
     stored = {name: value.detach().cpu() for name, value in inputs.items()}
@@ -209,6 +210,17 @@ def environment(base: Any) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _attention_by_part(config: Any) -> dict[str, str | None]:
+    """Attention implementations as transformers' `attn_implementation` takes them: some models cannot have one for all.
+
+    `""` stands for the whole; a vision encoder that knows eager attention only is in a model that cannot run on sdpa,
+    while its language model does.
+    """
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {"": config} | {name: part for name, part in parts.items() if part is not None}
+    return {name: part._attn_implementation for name, part in found.items()}
 
 
 def default_inputs(processor: Any, side: int = 224) -> dict[str, Tensor]:

@@ -88,11 +88,16 @@ def main(arguments: list[str]) -> int:
     return 0 if report.ok else 1
 
 
+def _attention(probe: Probe) -> str | dict[str, str | None]:
+    """What `from_pretrained` takes; probes of earlier versions name the implementation of the language model alone."""
+    return probe.about.get("attention_by_part") or probe.about["attention"]
+
+
 def _load(folder: Path, probe: Probe, allow_outside: bool, device: str | None) -> Any:
     """The model in the environment of the probe, as far as this machine provides it."""
     options = {"dtype": probe.about["dtype"], "allow_outside": allow_outside}
     try:
-        model: Any = load(folder, attn_implementation=probe.about["attention"], **options)
+        model: Any = load(folder, attn_implementation=_attention(probe), **options)
     except ImportError:  # e.g. flash attention is not installed; the report then names the difference
         model = load(folder, **options)
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
