@@ -216,7 +216,7 @@ def _meta(sequences: list[EncodedSequence], segments: Tensor, bad_rows: list[tup
         segments=segments,
         num_conversations=sum(len(sequence.families) for sequence in sequences),
         ids=[sequence.content_id for sequence in sequences],
-        num_answers=sum(label != IGNORED for sequence in sequences for label in sequence.labels[1:]),
+        num_answers=sum(len(labels) - labels.count(IGNORED) for labels in (s.labels[1:] for s in sequences)),
         dropped=sum(sequence.dropped for sequence in sequences),
         bad_rows=bad_rows,
     )

@@ -32,6 +32,8 @@ BASE64 = re.compile(r"[A-Za-z0-9+/_-]{100,}={0,2}")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+ORIENTATION = 0x0112
+"""Key of the orientation in EXIF data."""
 BIT_DEPTHS = (8, 10, 12, 14, 16, 32)
 
 
@@ -71,7 +73,7 @@ def located(image: Reference, base: str) -> Any:
 
 
 def open_image(image: Any, decode: bool = True) -> Image.Image:
-    """Open one image of a row, by default decoded to upright RGB.
+    """Open one image of a row, by default decoded to upright RGB; a PIL image that is both is returned as it is.
 
     Transparent pixels are composited on white. Values of more than 8 bits are scaled: integers by the smallest bit
     depth (8, 10, 12, 14, 16, 32) that holds the largest value, floats in [0, 1] by 255, other values from minimum and
@@ -89,7 +91,7 @@ def open_image(image: Any, decode: bool = True) -> Image.Image:
     try:
         opened = source if isinstance(source, Image.Image) else Image.open(source)
         _check_shape(name, opened)
-        return to_rgb(ImageOps.exif_transpose(opened)) if decode else opened
+        return to_rgb(_upright(opened)) if decode else opened
     except BadRow:
         raise
     except FileNotFoundError:
@@ -121,7 +123,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
         colours = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A decoded image as its orientation has it; the image itself if it is upright, which saves a copy."""
+    image.load()
+    return image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tpcompress.data.buffers import empty
 from tpcompress.data.processing import Media, call
 from tpcompress.data.template import Rendered
 from tpcompress.errors import first_line
@@ -194,10 +195,13 @@ def _outside(values: list[Tensor], joint: Tensor) -> Number:
 def _joined(values: Sequence[Tensor | None], rule: Joint) -> Tensor:
     present = [value for value in values if value is not None]
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in present), strict=True)]
-    if all(list(value.shape[1:]) == shape for value in present) and not rule.per_row:
-        return torch.cat(present) if len(present) > 1 else present[0]
+    alike = all(list(value.shape[1:]) == shape for value in present)
+    if alike and len(present) == 1 and not rule.per_row:
+        return present[0]
     total = sum((1 if rule.per_row else 0) if value is None else len(value) for value in values)
-    joined = present[0].new_full((total, *shape), rule.fill)
+    joined = empty((total, *shape), present[0].dtype)
+    if not alike:
+        joined.fill_(rule.fill)
     cursor = 0
     for value in values:
         if value is None:
