@@ -84,16 +84,21 @@ def _band(heading: str, rules: Mapping[str, Sequence[Retained]]) -> Image.Image:
 
 def _drawn(sample: Retained) -> Image.Image:
     """The panel of one image under one rule; an overview is drawn beside the tiles at a third of their size."""
-    if sample.cells is not None:
-        return _panel(_outlined(sample.image, sample.cells), None)
     if sample.overview is None:
-        return _panel(sample.image, sample.keep)
-    small = _panel(*sample.overview, side=CELL // 3)
-    tiles = _panel(sample.image, sample.keep, side=CELL - small.width - 2)
+        return _part(sample, CELL)
+    small = _part(sample.overview, CELL // 3)
+    tiles = _part(sample, CELL - small.width - 2)
     both = Image.new("RGB", (CELL, max(small.height, tiles.height)), "white")
     both.paste(small, (0, 0))
     both.paste(tiles, (small.width + 2, 0))
     return both
+
+
+def _part(sample: Retained, side: int) -> Image.Image:
+    """An image with dropped tokens in a pale grey, or with lines between merged cells."""
+    if sample.cells is None:
+        return _panel(sample.image, sample.keep, side)
+    return _panel(_outlined(sample.image, sample.cells, side), None, side)
 
 
 def _panel(pixels: np.ndarray, keep: np.ndarray | None, side: int = CELL) -> Image.Image:
@@ -109,9 +114,9 @@ def _panel(pixels: np.ndarray, keep: np.ndarray | None, side: int = CELL) -> Ima
     return Image.fromarray(np.where(keep[y][:, x][..., None], drawn, dimmed(drawn)).round().astype(np.uint8))
 
 
-def _outlined(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """The image with lines between tokens of different cells, at the size of a panel."""
-    scale = CELL / max(pixels.shape[:2])
+def _outlined(pixels: np.ndarray, cells: np.ndarray, side: int) -> np.ndarray:
+    """The image with lines between tokens of different cells, `side` pixels wide or high."""
+    scale = side / max(pixels.shape[:2])
     height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
     resized = Image.fromarray(np.rint(255 * pixels).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
     drawn = np.asarray(resized) / 255

@@ -35,26 +35,27 @@ class Retained:
         image: float (height, width, 3) in [0, 1]: the image, or the mosaic of its tiles; grey where tokens have no
             position in the image.
         keep: bool (rows, columns): retained tokens of the grid.
-        cells: int (rows, columns): the retained token into which each token was merged; None unless the pruner merges.
+        cells: int (rows, columns): the retained token into which each token was merged; None unless the pruner merges
+            and something was merged.
         question: the question; prompt-dependent pruners depend on it.
-        overview: image and retained tokens of the overview beside the tiles; None without one.
+        overview: the same of the overview beside the tiles; None without one.
     """
 
     image: np.ndarray
     keep: np.ndarray
     cells: np.ndarray | None = None
     question: str = ""
-    overview: tuple[np.ndarray, np.ndarray] | None = None
+    overview: Retained | None = None
 
     @property
     def kept(self) -> int:
         """Number of retained tokens, those of the overview included."""
-        return int(self.keep.sum()) + (0 if self.overview is None else int(self.overview[1].sum()))
+        return int(self.keep.sum()) + (0 if self.overview is None else self.overview.kept)
 
     @property
     def total(self) -> int:
         """Number of tokens, those of the overview included."""
-        return self.keep.size + (0 if self.overview is None else self.overview[1].size)
+        return self.keep.size + (0 if self.overview is None else self.overview.total)
 
 
 def retained_masks(model: Any, processor: Any, rows: Sequence[Mapping[str, Any]]) -> list[Retained]:
@@ -125,12 +126,13 @@ def _retained(stages: list[StageTrace], batch: dict, media: Media, image_process
     last, fields = stages[-1], [each for each in fields if each.source == fields[0].source]
     main = max(fields, key=lambda each: each.index.size)
     others = [each for each in fields if each is not main]
-    merging = pruners[last.stage].merges and len(stages) == 1 and len(last.total) == 1 and not others
+    merging = pruners[last.stage].merges and len(stages) == 1
     cells = _cells(last, pruners[last.stage]) if merging else None
-    if cells is not None:
-        cells = cells[main.index] if len(cells) == main.index.size else None
-    overview = (_pixels(others[0]), others[0].kept(last)) if len(others) == 1 else None
-    return Retained(_pixels(main), main.kept(last), cells, overview=overview)
+
+    def drawn(part: Field, overview: Retained | None = None) -> Retained:
+        return Retained(_pixels(part), part.kept(last), None if cells is None else cells[part.index], overview=overview)
+
+    return drawn(main, drawn(others[0]) if len(others) == 1 else None)
 
 
 def _pixels(drawn: Field) -> np.ndarray:
@@ -144,17 +146,32 @@ def _pixels(drawn: Field) -> np.ndarray:
 
 
 def _cells(stage: StageTrace, pruner: Any) -> np.ndarray | None:
-    """The retained token into which each token was merged: the one with the largest gradient with respect to it."""
+    """The retained token into which each token was merged: the one with the largest gradient with respect to it.
+
+    Tokens and their numbers are those of `StageTrace.retained_RV`, flattened. None if nothing was merged, or the rows
+    of the view are not those of the record.
+    """
     if stage.view is None or stage.selection is None or stage.selection.vision_BVD is None:
+        return None
+    R, V = stage.retained_RV.shape
+    if stage.view.vision_BVD.shape[:2] != (R, V):
         return None
     vision_BVD = stage.view.vision_BVD.detach().float().requires_grad_(True)
     with torch.enable_grad():
         out = pruner(dataclasses.replace(stage.view, vision_BVD=vision_BVD), torch.tensor(stage.vision_out))
         if out.vision_BVD is None or not out.vision_BVD.requires_grad:
             return None
-        kept = out.keep_BV[0].nonzero()[:, 0].tolist()
-        flow = [torch.autograd.grad(out.vision_BVD[0, k].sum(), vision_BVD, retain_graph=True)[0] for k in kept]
-    return torch.stack([f[0].abs().sum(-1) for f in flow]).argmax(0).cpu().numpy()
+        # Rows do not know each other, so one gradient is taken for the n-th retained token of all of them.
+        kept = [keep_V.nonzero()[:, 0].tolist() for keep_V in out.keep_BV]
+        best_RV, cells_RV = torch.full((R, V), -1.0), torch.zeros(R, V, dtype=torch.long)
+        for number in range(max(map(len, kept))):
+            asked = [(row, columns[number]) for row, columns in enumerate(kept) if number < len(columns)]
+            total = torch.stack([out.vision_BVD[row, column].sum() for row, column in asked]).sum()
+            flow_RV = torch.autograd.grad(total, vision_BVD, retain_graph=True)[0].abs().sum(-1).cpu()
+            flow_RV[[row for row in range(R) if number >= len(kept[row])]] = -1
+            cells_RV = torch.where(flow_RV > best_RV, number, cells_RV)
+            best_RV = torch.maximum(flow_RV, best_RV)
+    return (cells_RV + V * torch.arange(R)[:, None]).flatten().numpy()
 
 
 def _draw_retained(axes: Axes, sample: Retained) -> None:
