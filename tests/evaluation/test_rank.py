@@ -85,7 +85,7 @@ def test_budgets() -> None:
     assert read_budgets([0.25, "1/9", 7]) == {
         "0.25": Budget(keep_ratio=0.25), "1/9": Budget(keep_ratio=1 / 9), "7": Budget(keep_tokens=7)
     }  # fmt: skip
-    assert budget_of(Budget(keep_ratio=1 / 9)) == ("0.1111", Budget(keep_ratio=1 / 9))
+    assert budget_of(Budget(keep_ratio=1 / 9)) == ("1/9", Budget(keep_ratio=1 / 9))
     for value in ("x", "1/0", "1/x", "-3", "9/4", "1.5", "", "0", "8,8", "0.5,1/2"):
         with pytest.raises(ValueError, match=r"^budgets[^\n]*$"):
             read_budgets(value)

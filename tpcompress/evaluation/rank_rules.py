@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from tpcompress.errors import did_you_mean
 from tpcompress.families import Parts
-from tpcompress.insertion.budget import Budget
+from tpcompress.insertion.budget import Budget, amount_text
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.views.available import why_unavailable
 from tpcompress.pruners import Pruner, create
@@ -90,7 +90,7 @@ def budget_of(value: Budget | float | str) -> tuple[str, Budget]:
         ValueError: none of these.
     """
     if isinstance(value, Budget):
-        return (str(value.keep_tokens) if value.keep_ratio is None else f"{value.keep_ratio:.4g}"), value
+        return (str(value.keep_tokens) if value.keep_ratio is None else amount_text(value.keep_ratio)), value
     text = str(value).strip()
     try:
         if "/" in text:
@@ -112,6 +112,7 @@ def read_budgets(values: str | Sequence[Budget | float | str]) -> dict[str, Budg
     listed = [word for word in values.split(",") if word.strip()] if isinstance(values, str) else list(values)
     found: dict[str, Budget] = {}
     for label, budget in map(budget_of, listed):
+        label = repr(budget.keep_ratio) if label in found else label  # ratios that differ in the fourth decimal
         if budget.keep_tokens == 0:
             raise ValueError("budgets: 0 keeps nothing; tpcompress find-layer finds where all tokens can be withdrawn.")
         if budget in found.values():

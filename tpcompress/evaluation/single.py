@@ -103,7 +103,7 @@ def load_any(model: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 
 def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
-    """All measured metrics by family, with the interval of the task's metric.
+    """All measured metrics with their intervals, a column each; then the question families, a row each.
 
     Args:
         model: the tested model.
@@ -111,12 +111,15 @@ def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
         scores: its answers.
         counted: its vision tokens.
     """
-    rows = []
+    header, columns = ["questions"], []
     for name in [scores.metric, *(name for name in scores.sums if name != scores.metric)]:
         metric, counted_by = find_metric(name), scores.with_metric(name)
+        header.append(f"{name} ({metric.unit.title})")
         value = f"{metric.unit.number(counted_by.score)} ±{metric.unit.number(counted_by.ci95)}"
         families = [metric.unit.number(number) for number in counted_by.families.values()]
-        rows.append([f"{name} ({metric.unit.title})", value, *(families if len(families) > 1 else [])])
+        columns.append([value, *(families if len(families) > 1 else [])])
+    first = ["all", *(scores.names if len(scores.names) > 1 else [])]
+    rows = [list(line) for line in zip(first, *columns, strict=True)]
     sure = calibration(scores)
     said = "teacher-forced" if task.generation(scores.metric) is None else "generated"
     note = (
@@ -132,8 +135,7 @@ def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
             if retained is None
             else f"{retained:.1f} vision tokens retained, {average:.1f} a layer, per question with an image."
         )
-    names = list(scores.names) if len(scores.names) > 1 else []
-    return Table(task.description, ["metric", "score", *names], [rows], note)
+    return Table(task.description, header, [rows[:1], rows[1:]] if len(rows) > 1 else [rows], note)
 
 
 def _write(folder: Path, title: str, task: Task, scores: Scores) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpcompress.export.runtimes import report
+from tpcompress.insertion.budget import amount_text
 
 CARD = "README.md"
 HEAD = """---
@@ -140,7 +141,7 @@ def _all_have(trained: Sequence[dict[str, Any]], key: str) -> bool:
 
 def _budget(fields: dict[str, Any]) -> str:
     ((name, value),) = fields.items()
-    return f"{value} tokens" if name == "keep_tokens" else f"{value:g} of the tokens"
+    return f"{value} tokens" if name == "keep_tokens" else f"{amount_text(value)} of the tokens"
 
 
 def _value(value: Any) -> str:

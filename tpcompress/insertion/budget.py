@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from tpcompress.errors import counted
 from tpcompress.pruners import Pruner
+
+MAX_DENOMINATOR = 1000
+"""Largest denominator of a ratio that is written as a fraction."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,19 @@ class Budget:
         return min(max(1, round(self.keep_ratio * num_tokens)), num_tokens)
 
     def __str__(self) -> str:
-        return f"{self.keep_tokens} tokens" if self.keep_tokens is not None else f"{self.keep_ratio:g} of the tokens"
+        if self.keep_tokens is not None:
+            return f"{self.keep_tokens} tokens"
+        assert self.keep_ratio is not None
+        return f"{amount_text(self.keep_ratio)} of the tokens"
+
+
+def amount_text(amount: float) -> str:
+    """A count, or a ratio as a short decimal or the fraction that was given: `64`, `0.25`, `1/9`."""
+    if amount >= 1 or float(f"{amount:.3g}") == amount:
+        return f"{amount:.6g}"
+    fraction = Fraction(amount).limit_denominator(MAX_DENOMINATOR)
+    near = fraction.numerator and abs(float(fraction) - amount) < 1e-9
+    return str(fraction) if near else f"{amount:.3g}"
 
 
 def check_budget(pruner: Pruner, budget: Budget) -> None:

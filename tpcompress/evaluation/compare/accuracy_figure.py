@@ -17,6 +17,7 @@ from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.figures.canvas import new_figure, save
 from tpcompress.evaluation.scoring.metrics import PERCENT
+from tpcompress.insertion.budget import amount_text
 
 GREY = "#555555"
 MANY = 16
@@ -114,10 +115,11 @@ def _draw_curves(axes: Axes, curves: Curves, colours: dict[str, Any], budgets: l
     """Several budgets: one line per pruner on a logarithmic axis."""
     for (arm, pruner), points in curves.items():
         x = [point.tokens * _DODGE[arm] for point in points]
-        axes.plot(x, [p.score for p in points], color=colours[pruner], markersize=6, zorder=3, **_MARKS[arm])
+        style = _MARKS[arm] | {"clip_on": False}  # a marker at 0 or at the edge is drawn whole
+        axes.plot(x, [p.score for p in points], color=colours[pruner], markersize=6, zorder=3, **style)
         _bars(axes, x, points, colours[pruner])
     axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    axes.set_xticks(budgets, [amount_text(budget) for budget in budgets])
     axes.minorticks_off()
     axes.set_xlim(min(budgets) / 1.25, max(budgets) * 1.25)
     axes.set_xlabel("vision tokens retained per question")
@@ -132,7 +134,7 @@ def _draw_columns(axes: Axes, curves: Curves, colours: dict[str, Any]) -> None:
     offset = {"training_free": -0.16, "downsample": 0.0, "dense_ft": 0.0, "training_aware": 0.16}
     for (arm, pruner), points in curves.items():
         x = [place[pruner] + offset[arm]] * len(points)
-        style = _MARKS[arm] | {"linestyle": ""}
+        style = _MARKS[arm] | {"linestyle": "", "clip_on": False}
         axes.plot(x, [p.score for p in points], color=colours[pruner], markersize=9, zorder=3, **style)
         _bars(axes, x, points, colours[pruner])
     for name, i in place.items():
@@ -145,7 +147,7 @@ def _draw_columns(axes: Axes, curves: Curves, colours: dict[str, Any]) -> None:
     axes.set_xticks(list(place.values()), list(place), rotation=20 if len(place) > 5 else 0)
     axes.set_xlim(-0.6, max(len(place), 1) - 0.4)
     tokens = next((points[0].tokens for points in curves.values()), None)
-    axes.set_xlabel("" if tokens is None else f"pruner, {tokens:g} vision tokens retained per question")
+    axes.set_xlabel("" if tokens is None else f"pruner, {amount_text(tokens)} vision tokens retained per question")
     _legend(axes, _arm_handles(curves))
 
 

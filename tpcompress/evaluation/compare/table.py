@@ -9,6 +9,7 @@ from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.scoring.metrics import Unit
 from tpcompress.evaluation.scoring.stats import Gain
 from tpcompress.evaluation.tables import UNKNOWN, Table
+from tpcompress.insertion.budget import amount_text
 
 NAMES = {
     "dense": "dense",
@@ -62,7 +63,7 @@ def tasks_table(reports: Mapping[str, Report]) -> Table:
     cells = []
     for row in sorted(rows, key=lambda row: list(NAMES).index(row.arm)):
         name = NAMES[row.arm] if row.pruner is None else f"{NAMES[row.arm]} {label(next(iter(reports.values())), row)}"
-        budget = "" if row.keep_tokens is None else f", {row.keep_tokens:g}"
+        budget = "" if row.keep_tokens is None else f", {amount_text(row.keep_tokens)}"
         line, kept = [name + budget], []
         for report in reports.values():
             found, dense = report.find(*row.key), next(iter(report.arm("dense")), None)
@@ -90,7 +91,7 @@ def beside_table(report: Report) -> Table | None:
     cells, unit = [], report.metric.unit
     for row in rows:
         name = label(report, row).removeprefix("· ") + WAYS[row.arm]
-        line = [name if row.keep_tokens is None else f"{name}, {row.keep_tokens:g}"]
+        line = [name if row.keep_tokens is None else f"{name}, {amount_text(row.keep_tokens)}"]
         line += [_share(row.flips, row.flips_ci95), _share(row.lost), _share(row.gained), _share(row.changed)]
         line += [_share(row.calibration_error, row.calibration_ci95), _share(row.overconfidence, sign=True)]
         cells.append([*line, *([_interval(unit, row.hard, row.hard_ci95)] if hard else [])])
@@ -165,7 +166,7 @@ def _index(value: float | None, ci95: float | None) -> str:
 def _cells(report: Report, row: Row, shown: list[str], only_families: bool) -> list[str]:
     unit, cells = report.metric.unit, [label(report, row)]
     if only_families and row.keep_tokens is not None:
-        cells[0] += f", {row.keep_tokens:g}"
+        cells[0] += f", {amount_text(row.keep_tokens)}"
     if not only_families:
         empty = UNKNOWN if row.arm == "training_aware" else ""
         gains = [report.gain(row), report.control_gain(row)] if row.arm == "training_aware" else [None, None]
@@ -183,7 +184,7 @@ def _blind_cells(report: Report, shown: list[str], only_families: bool) -> list[
 def _tokens(row: Row) -> str:
     if row.keep_tokens is None:
         return tokens(row.retained_tokens)
-    return " / ".join([f"{row.keep_tokens:g}", tokens(row.retained_tokens), tokens(row.layer_average)])
+    return " / ".join([f"{amount_text(row.keep_tokens)}", tokens(row.retained_tokens), tokens(row.layer_average)])
 
 
 def _sorted(rows: list[Row]) -> list[Row]:

@@ -32,8 +32,15 @@ def report_line(
     said = made.record.get("summary", "")
     if made.scores is not None:
         said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)} over all families"
-    minutes = seconds_left(cells, done, left) / 60
-    return f"{len(done)}/{len(cells)} {name}: {said}; about {minutes:.0f} min of one process left"
+    rest = "" if len(done) == len(cells) else f"; {duration(seconds_left(cells, done, left))} of one process left"
+    return f"{len(done)}/{len(cells)} {name}: {said}{rest}"
+
+
+def duration(seconds: float) -> str:
+    """A time that was estimated: `about 12 min`, `less than a minute`, or `an unknown time` for 0."""
+    if seconds < 60:
+        return "less than a minute" if seconds > 0 else "an unknown time"
+    return f"about {seconds / 60:.0f} min"
 
 
 def seconds_left(cells: Sequence[Cell], done: Mapping[str, Mapping[str, Any]], runs: Collection[str]) -> float:
