@@ -69,7 +69,18 @@ def test_a_part_may_be_a_pruner_a_name_or_a_mapping() -> None:
     ("config", "message"),
     [
         ({"type": "window", "pruner": "pool"}, "window cannot build on 'pool', which merges tokens; name another"),
-        ({"type": "quota", "pruner": "learned_gate"}, "quota cannot build on 'learned_gate', which trains gates"),
+        (
+            {"type": "quota", "pruner": {"type": "learned_gate", "applier": "merge"}},
+            "quota cannot build on 'learned_gate', which merges tokens; take another selector or applier",
+        ),
+        (
+            {"type": "merged", "pruner": {"type": "learned_gate", "selector": "threshold", "applier": "value"}},
+            "merged cannot build on 'learned_gate', which chooses its own count; take another selector",
+        ),
+        ({"type": "mix", "importance": "learned_gate", "norm": "rank"}, "mix with norm: rank passes no gradient"),
+        ({"type": "mmr", "alpha": 1.5}, "mmr needs alpha in .0, 1."),
+        ({"type": "mmr", "feature": "pixels"}, "mmr has no feature 'pixels'; choose one of tokens, keys, tower"),
+        ({"type": "mmr", "per_round": 0}, "mmr picks at least one token per round"),
         ({"type": "window", "pruner": {"type": "dart", "compat": "llava"}}, "on 'dart', which chooses its own count"),
         ({"type": "mix", "importance": "vtw"}, "mix cannot build on 'vtw', which retains nothing"),
         ({"type": "window", "pruner": "fastw"}, "No pruner 'fastw'. Known: .* Did you mean fastv?"),

@@ -76,8 +76,10 @@ def run_stage(
     check_gated(pruner, gates, call.prefix is not None)
     frame = call.frame = frame.gated(rows, *gates)
     soft_masked = view.soft and selection.gate_BV is not None
-    local_BN, cut = None, not soft_masked and (counts != rows.count or moved)
-    if cut:
+    local_BN, cut = None, moved or (not soft_masked and counts != rows.count)
+    if soft_masked:
+        call.frame = frame.calibrated(rows, selection.size_BV, place_RV)
+    elif cut:
         if hide:
             _check_hiding(attachment, settings.layers[number], frame.width)
         call.frame, local_BN = frame.calibrated(rows, selection.size_BV, place_RV).cut(

@@ -86,8 +86,9 @@ class Pruner(ViewReader, ConfigMixin):
     """In training, the selection may act inside the attention of later layers: by value gates or key biases."""
     keeps_none: ClassVar[bool] = False
     """Retains no token: the budget of its stage is 0, which no other pruner accepts."""
-    untrained_equivalent: str | None = None
-    """The training-free pruner that a learned one equals before training: its control in comparisons."""
+    untrained_equivalent: str | dict[str, Any] | None = None
+    """The training-free pruner, by name or config, that a learned one equals before training: its control in
+    comparisons."""
 
     @property
     def learned(self) -> bool:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
+from tpcompress.pruners.gate_components import Choice, Scores
+from tpcompress.pruners.gated import GatedPruner, merge_weights, reordered
 from tpcompress.pruners.registry import create
 from tpcompress.pruners.topk import on, rank
 from tpcompress.pruners.views import TOWER_FIELDS, TOWER_LAYERS
@@ -20,14 +22,16 @@ from tpcompress.pruners.views import TOWER_FIELDS, TOWER_LAYERS
 SHARES = ("equal", "proportional")
 
 
-class Composed(Pruner):
+class Composed(GatedPruner):
     """A pruner whose parts are pruners; subclasses list their arguments that name one in `part_names`.
 
     A part is given as a pruner, its name, or `{"type": name, **arguments}`; one from outside this package not by name.
+    A part that learns gives the combinator its gates: selector and applier act on what the combinator makes of its
+    scores, and its weights are saved and loaded as the combinator's own.
 
     Raises:
-        ValueError: a part is a dotted path or retains nothing; or, where parts must only rank, it merges, learns or
-            chooses its own count.
+        ValueError: a part is a dotted path or retains nothing; or, where parts must only rank, it merges, chooses its
+            own count, or learns in other ways than a `GatedPruner`.
     """
 
     part_names: tuple[str, ...] = ("pruner",)
@@ -47,12 +51,14 @@ class Composed(Pruner):
             if self.only_rank:
                 reasons |= {
                     "merges tokens": part.merges,
-                    "trains gates of its own": part.learned,
                     "chooses its own count": not part.exact_count,
+                    "learns, but is no GatedPruner": part.learned and not isinstance(part, GatedPruner),
                 }
+            # The parts of a learned gate that merge or count are its applier and its selector.
+            advice = "take another selector or applier" if hasattr(part, "applier") else "name another pruner"
             for reason, holds in reasons.items():
                 if holds:
-                    raise ValueError(f"{self.name} cannot build on '{part.name}', which {reason}; name another pruner.")
+                    raise ValueError(f"{self.name} cannot build on '{part.name}', which {reason}; {advice}.")
             self.add_module(argument, part)
 
     @property
@@ -85,13 +91,79 @@ class Composed(Pruner):
         values = super().config()
         return values | {name: part.config() for name, part in zip(self.part_names, self.parts, strict=True)}
 
+    @property
+    def learner(self) -> GatedPruner | None:
+        """The part that learns, whose gates are the combinator's: the first one of those in use."""
+        return next((part for part in self.parts if part.learned and isinstance(part, GatedPruner)), None)
+
+    @property
+    def learned(self) -> bool:
+        return self.learner is not None
+
+    def adopt(self) -> None:
+        """Take over how the learned part trains; subclasses call it at the end of `__init__`."""
+        if (part := self.learner) is None:
+            return
+        self.differentiable, self.trainable_when_cut = True, part.trainable_when_cut
+        self.trains_through_model, self.gates = part.trains_through_model, part.gates
+        if part.untrained_equivalent is not None:
+            argument = self.part_names[self.parts.index(part)]
+            self.untrained_equivalent = self.config() | {argument: {"type": part.untrained_equivalent}}
+
+    def score(self, tokens: TokenView, num_keep_B: Tensor) -> Scores:
+        assert self.learner is not None
+        scores = self.learner.score(self.view_of(self.learner, tokens), num_keep_B)
+        with torch.no_grad():
+            place_BV = self.order(tokens, scores.scores_BV.detach(), num_keep_B)
+        return replace(scores, scores_BV=reordered(scores.scores_BV, place_BV, tokens.valid_BV))
+
+    def order(self, tokens: TokenView, scores_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+        """Place (B, V) of each token by these scores of the learned part, 0 = best: theirs, unless it is overridden."""
+        return rank(scores_BV, tokens.valid_BV)
+
+    def choose(self, tokens: TokenView, scores: Scores, num_keep_B: Tensor) -> Choice:
+        assert self.learner is not None
+        return self.learner.choose(self.view_of(self.learner, tokens), scores, num_keep_B)
+
+    def apply_gates(self, tokens: TokenView, choice: Choice) -> Selection:
+        assert self.learner is not None
+        return self.learner.apply_gates(self.view_of(self.learner, tokens), choice)
+
+    def chosen(self, tokens: TokenView, num_keep_B: Tensor) -> Choice:
+        """What the one part retains, with its gates if it learns."""
+        if self.learned:
+            return self.choose(tokens, self.score(tokens, num_keep_B), num_keep_B)
+        selection = self.select_with(self.parts[0], tokens, num_keep_B)
+        return Choice(selection.keep_BV, selection.scores_BV)
+
+    def member_weights(self, tokens: TokenView, choice: Choice) -> Tensor | None:
+        """How much each token counts in its group where the merge carries the gradient of gates; None for 1."""
+        return merge_weights(choice, tokens.soft, full_length=not self.trainable_when_cut)
+
+    def with_values(self, tokens: TokenView, choice: Choice, vision_BVD: Tensor, **more: Any) -> Selection:
+        """The choice with new values of the tokens, on which its gates act where they train.
+
+        Args:
+            tokens: what the choice was made from.
+            choice: of `chosen`.
+            vision_BVD: new values.
+            **more: further fields of the selection.
+        """
+        if not self.learned:
+            return Selection(choice.keep_BV, choice.scores_BV, vision_BVD=vision_BVD, **more)
+        gated = self.apply_gates(replace(tokens, vision_BVD=vision_BVD), choice)
+        return replace(gated, vision_BVD=vision_BVD if gated.vision_BVD is None else gated.vision_BVD, **more)
+
+    def view_of(self, part: Pruner, tokens: TokenView) -> TokenView:
+        """The view of a part: with the tower layers that it reads."""
+        own = self.tower_layers
+        if not _reads_tower(part) or part.tower_layers == own:
+            return tokens
+        return replace(tokens, **_layers(tokens, [own.index(layer) for layer in part.tower_layers]))
+
     def select_with(self, part: Pruner, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         """Selection of a part, given the tower layers that it reads."""
-        own = self.tower_layers
-        if _reads_tower(part) and part.tower_layers != own:
-            index_L = [own.index(layer) for layer in part.tower_layers]
-            tokens = replace(tokens, **_layers(tokens, index_L))
-        selection: Selection = part(tokens, num_keep_B)
+        selection: Selection = part(self.view_of(part, tokens), num_keep_B)
         return selection
 
     def ranked(self, part: Pruner, tokens: TokenView) -> Tensor:

@@ -71,6 +71,7 @@ class Choice:
         gate_BV: weights in [0, 1] that carry a gradient, smooth or 0/1 in the forward pass; None if it has none.
         log_prob_B: log probability of the sampled set; None without sampling.
         expected_B: expected number of retained tokens, with a gradient; None if the count is not learned.
+        text_BSD: `Scores.text_BSD`, handed on.
     """
 
     keep_BV: Tensor
@@ -78,6 +79,7 @@ class Choice:
     gate_BV: Tensor | None = None
     log_prob_B: Tensor | None = None
     expected_B: Tensor | None = None
+    text_BSD: Tensor | None = None
 
 
 class Selector(Part):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
+from tpcompress.pruners.base import Selection, TokenView
+from tpcompress.pruners.gate_components import Applier, Choice, Part, Scorer, Scores, Selector
+from tpcompress.pruners.gated import GatedPruner
 from tpcompress.pruners.registry import KINDS, create_part
 from tpcompress.pruners.topk import central, grid_cells, standardise
 
 
-class LearnedGate(Pruner):
+class LearnedGate(GatedPruner):
     """keep = selector(standardise(scorer(x)), k), learned through an applier.
 
     Scorers, selectors and appliers are names, or mappings with `type` and arguments; `tpcompress pruners` lists them.
@@ -113,15 +114,21 @@ class LearnedGate(Pruner):
         parts = dict(zip(KINDS, self.chain, strict=True))
         return super().config() | {kind: part.config() for kind, part in parts.items()}
 
-    def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        said = self.scorer(tokens)
+    def score(self, tokens: TokenView, num_keep_B: Tensor) -> Scores:
+        said: Scores = self.scorer(tokens)
         scores_BV = standardise(said.scores_BV, tokens.valid_BV)
         if self.reserve:
             scores_BV = self._with_reserve(scores_BV, tokens, num_keep_B)
+        return replace(said, scores_BV=scores_BV)
+
+    def choose(self, tokens: TokenView, scores: Scores, num_keep_B: Tensor) -> Choice:
         explore = self.training and (tokens.soft or not self.applier.full_length)
-        choice = self.selector(replace(said, scores_BV=scores_BV), tokens.valid_BV, num_keep_B, explore)
-        chosen = self.applier(tokens, choice)
-        return replace(chosen, log_prob_B=choice.log_prob_B, expected_B=choice.expected_B, text_BSD=said.text_BSD)
+        choice: Choice = self.selector(scores, tokens.valid_BV, num_keep_B, explore)
+        return replace(choice, text_BSD=scores.text_BSD)
+
+    def apply_gates(self, tokens: TokenView, choice: Choice) -> Selection:
+        chosen: Selection = self.applier(tokens, choice)
+        return replace(chosen, log_prob_B=choice.log_prob_B, expected_B=choice.expected_B, text_BSD=choice.text_BSD)
 
     def _with_reserve(self, scores_BV: Tensor, tokens: TokenView, num_keep_B: Tensor) -> Tensor:
         """Scores in which the central tokens of a coarse grid stand above all others."""

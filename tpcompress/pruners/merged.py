@@ -21,6 +21,10 @@ class Merged(Composed):
     heads of their keys in the vision tower. With `proportional`, layers after the stage add the log of each group's
     size to the logits of its key.
 
+    A `pruner` that learns trains through it: where its gates act at full length they act on the merged values, and
+    sizes weigh keys there as well; where the sequence is cut, gates weigh the members of a group (w_v = 1 + m_v -
+    sg(m_v), as with the applier `merge`), so that even the applier `gather` trains.
+
     needs  what `pruner` needs, and tower_keys with keys.     gives  keep_BV, scores_BV of `pruner`; vision_BVD;
     size_BV with `proportional`.
     Cost: that of `pruner`, one product of retained with all tokens, and one to average.
@@ -38,6 +42,8 @@ class Merged(Composed):
     test_arguments = (
         {"weights": "similarity", "proportional": True},
         {"metric": "keys", "pruner": {"type": "random", "seed": 3, "resample": False}},
+        {"pruner": {"type": "learned_gate"}, "proportional": True},
+        {"pruner": {"type": "learned_gate", "applier": "gather"}, "weights": "similarity", "proportional": True},
     )
 
     def __init__(
@@ -53,6 +59,8 @@ class Merged(Composed):
             raise ValueError(f"merged has no weights '{weights}'; choose one of {', '.join(WEIGHTS)}.")
         self.metric, self.weights, self.proportional = metric, weights, proportional
         self.differentiable, self.uses_token_sizes = self.parts[0].differentiable, proportional
+        self.adopt()
+        self.trains_through_model = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -64,11 +72,13 @@ class Merged(Composed):
         return tuple(dict.fromkeys((*layers, *TOWER_LAYERS))) if self.metric == "keys" else layers
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        chosen, most = self.select_with(self.parts[0], tokens, num_keep_B), int(num_keep_B.max())
+        choice, most = self.chosen(tokens, num_keep_B), int(num_keep_B.max())
         layer = self.tower_layers.index(TOWER_LAYERS[0]) if self.metric == "keys" else 0
         metric_BVD = metric_of(tokens, self.metric, layer)
-        group_BV, similar_BV = nearest_kept(metric_BVD, chosen.keep_BV, tokens.valid_BV, most)
-        weight_BV = similar_BV.clamp(min=0) if self.weights == "similarity" else None
-        vision_BVD = merge_groups(tokens.vision_BVD, group_BV, chosen.keep_BV, most, weight_BV)
+        group_BV, similar_BV = nearest_kept(metric_BVD, choice.keep_BV, tokens.valid_BV, most)
+        weight_BV = self.member_weights(tokens, choice)
+        if self.weights == "similarity":
+            weight_BV = similar_BV.clamp(min=0) * (1 if weight_BV is None else weight_BV)
+        vision_BVD = merge_groups(tokens.vision_BVD, group_BV, choice.keep_BV, most, weight_BV)
         size_BV = group_sizes(group_BV).clamp(min=1).float() if self.proportional else None
-        return Selection(chosen.keep_BV, chosen.scores_BV, vision_BVD=vision_BVD, size_BV=size_BV)
+        return self.with_values(tokens, choice, vision_BVD, size_BV=size_BV)

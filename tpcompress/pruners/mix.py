@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from tpcompress.pruners.appliers.noise import noise_gate
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.combinators import Composed
+from tpcompress.pruners.gate_components import Choice, Scores
+from tpcompress.pruners.gated import GatedPruner
 from tpcompress.pruners.selectors.relaxations import soft_topk
 from tpcompress.pruners.topk import keep_topk, rank, standardise
 
@@ -33,6 +36,8 @@ class Mix(Composed):
     `alpha_end` where no training progress is set; `learned`, one number sigmoid(a) that starts at `alpha` and is
     trained through the noise gate like a learned gate, the temperature falling from `temperature_start` to
     `temperature_end`.
+    A rule that learns trains through it with its own gates, on the mixed scores; of two such rules the gates are those
+    of the importance. With `norm: rank` no gradient would reach it.
     A fixed or scheduled alpha of 1 is exactly the importance rule, of 0 exactly the uniqueness rule.
 
     needs  what its rules need, text with last_prompt; with alpha fixed at 1 or 0, only what that rule needs.
@@ -63,6 +68,8 @@ class Mix(Composed):
         {"mode": "scheduled", "alpha": 0.9, "alpha_end": 0.2},
         {"mode": "learned"},
         {"mode": "learned", "importance": {"type": "novelty"}, "uniqueness": "last_vision", "norm": "rank"},
+        {"importance": {"type": "learned_gate"}, "uniqueness": "last_vision"},
+        {"mode": "learned", "importance": "novelty", "uniqueness": {"type": "learned_gate", "scorer": "linear"}},
     )
 
     def __init__(
@@ -97,6 +104,13 @@ class Mix(Composed):
         self.differentiable = mode == "learned"
         self.progress = 1.0
         self.weight: nn.Parameter | None = None
+        self.adopt()
+        if mode == "learned":
+            self.untrained_equivalent = None  # it would have the same weight to train
+        if norm == "rank" and self.learner is not None:
+            raise ValueError(
+                f"mix with norm: rank passes no gradient to '{self.learner.name}'; take norm: minmax or standard."
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -107,12 +121,17 @@ class Mix(Composed):
         return any(rule.prompt_dependent if isinstance(rule, Pruner) else bool(VIEWS[rule]) for rule in self._used())
 
     @property
+    def learner(self) -> GatedPruner | None:
+        used = [rule for rule in self._used() if isinstance(rule, GatedPruner)]
+        return next((rule for rule in used if rule.learned), None)
+
+    @property
     def learned(self) -> bool:
-        return self.mode == "learned"
+        return self.mode == "learned" or self.learner is not None
 
     def build(self, hidden_size: int) -> None:
         super().build(hidden_size)
-        if self.learned and self.weight is None:
+        if self.mode == "learned" and self.weight is None:
             self.weight = nn.Parameter(torch.tensor([math.log(self.alpha / (1 - self.alpha))]))
 
     def set_progress(self, progress: float) -> None:
@@ -120,20 +139,39 @@ class Mix(Composed):
         self.progress = min(max(progress, 0.0), 1.0)
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        if not self.learned:
-            alpha = self._alpha_now()
-            if alpha in (0, 1):
-                return self._alone("importance" if alpha else "uniqueness", tokens, num_keep_B)
-            scores_BV = self._mixed(alpha, tokens)
-            return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
-        assert self.weight is not None, "mix has no weight yet: attach it to a model first"
-        scores_BV = self._mixed(self.weight.float().sigmoid(), tokens)
+        alpha = self._alpha_now()
+        if alpha in (0, 1):
+            return self._alone("importance" if alpha else "uniqueness", tokens, num_keep_B)
+        if self.learned:
+            return super().forward(tokens, num_keep_B)
+        scores_BV = self._mixed(alpha, tokens, num_keep_B)
+        return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
+
+    def score(self, tokens: TokenView, num_keep_B: Tensor) -> Scores:
+        alpha: float | Tensor = self._alpha_now()
+        if self.mode == "learned":
+            assert self.weight is not None, "mix has no weight yet: attach it to a model first"
+            alpha = self.weight.float().sigmoid()
+        return Scores(self._mixed(alpha, tokens, num_keep_B))
+
+    def choose(self, tokens: TokenView, scores: Scores, num_keep_B: Tensor) -> Choice:
+        scores_BV = scores.scores_BV
+        standard_BV = standardise(scores_BV, tokens.valid_BV)
+        if self.learner is not None:
+            return super().choose(tokens, replace(scores, scores_BV=standard_BV), num_keep_B)
         keep_BV = keep_topk(scores_BV, tokens.valid_BV, num_keep_B)
         if not (self.training and tokens.soft):
-            return Selection(keep_BV, scores_BV)
+            return Choice(keep_BV, scores_BV)
         temperature = self.temperature_start * (self.temperature_end / self.temperature_start) ** self.progress
-        gate_BV = soft_topk(standardise(scores_BV, tokens.valid_BV) / temperature, tokens.valid_BV, num_keep_B)
-        return Selection(keep_BV, scores_BV, gate_BV, noise_gate(tokens.vision_BVD, gate_BV, tokens.valid_BV))
+        return Choice(keep_BV, scores_BV, soft_topk(standard_BV / temperature, tokens.valid_BV, num_keep_B))
+
+    def apply_gates(self, tokens: TokenView, choice: Choice) -> Selection:
+        if self.learner is not None:
+            return super().apply_gates(tokens, choice)
+        if choice.gate_BV is None:
+            return Selection(choice.keep_BV, choice.scores_BV)
+        noised_BVD = noise_gate(tokens.vision_BVD, choice.gate_BV, tokens.valid_BV)
+        return Selection(choice.keep_BV, choice.scores_BV, choice.gate_BV, noised_BVD)
 
     def _rule(self, name: str) -> Pruner | str:
         rule: Pruner | str = getattr(self, name)
@@ -145,7 +183,7 @@ class Mix(Composed):
         return [self._rule(name) for name, never in (("importance", {0}), ("uniqueness", {1})) if ends != never]
 
     def _alpha_now(self) -> float:
-        if self.mode == "fixed":
+        if self.mode != "scheduled":
             return self.alpha
         # Not a + p (b - a), which may miss its end by rounding.
         return (1 - self.progress) * self.alpha + self.progress * self.alpha_end
@@ -158,18 +196,20 @@ class Mix(Composed):
         scores_BV = unlike_last(tokens, rule)
         return Selection(keep_topk(scores_BV, tokens.valid_BV, num_keep_B), scores_BV)
 
-    def _mixed(self, alpha: float | Tensor, tokens: TokenView) -> Tensor:
+    def _mixed(self, alpha: float | Tensor, tokens: TokenView, num_keep_B: Tensor) -> Tensor:
+        # A rule without a weight is left out: its views may not be there.
+        terms = [("importance", alpha), ("uniqueness", 1 - alpha)]
+        parts = [(name, share) for name, share in terms if isinstance(share, Tensor) or share]
+        scores = [normalise(self._scores(name, tokens, num_keep_B), tokens.valid_BV, self.norm) for name, _ in parts]
+        return torch.stack([share * one_BV for (_, share), one_BV in zip(parts, scores, strict=True)]).sum(0)
+
+    def _scores(self, name: str, tokens: TokenView, num_keep_B: Tensor) -> Tensor:
+        """Scores of one of the two rules; a gradient reaches them if it learns."""
+        rule = self._rule(name)
+        if isinstance(rule, GatedPruner) and rule.learned:
+            return rule.score(self.view_of(rule, tokens), num_keep_B).scores_BV
         with torch.no_grad():
-            rules = (self._rule("importance"), self._rule("uniqueness"))
-            first_BV, second_BV = (
-                normalise(
-                    self.ranked(rule, tokens) if isinstance(rule, Pruner) else unlike_last(tokens, rule),
-                    tokens.valid_BV,
-                    self.norm,
-                )
-                for rule in rules
-            )
-        return alpha * first_BV + (1 - alpha) * second_BV
+            return self.ranked(rule, tokens) if isinstance(rule, Pruner) else unlike_last(tokens, rule)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.combinators import SHARES, Composed, quotas
+from tpcompress.pruners.topk import rank
 
 GROUPS = ("tile", "frame", "image")
 
@@ -22,6 +23,7 @@ class Quota(Composed):
     number of tokens to within one (see `quotas`). Unlike a budget per image, the total stays the row's own.
 
     needs  what the inner rule needs.     gives  keep_BV, scores_BV = - place in the order of the quotas.
+    An inner rule that learns trains through its own gates, on its scores in the order of the quotas.
     Cost: two runs of the inner rule, one of them at full budget (a greedy rule then makes V picks), and sorts of V.
     The inner rule ranks all tokens of the row together: `divprune` still looks at other tiles.
     """
@@ -41,6 +43,7 @@ class Quota(Composed):
         {"share": "proportional"},
         {"per": "image"},
         {"per": "frame", "pruner": {"type": "novelty"}},
+        {"pruner": {"type": "learned_gate", "selector": "straight_through", "applier": "value"}},
     )
 
     def __init__(
@@ -52,9 +55,17 @@ class Quota(Composed):
         if share not in SHARES:
             raise ValueError(f"quota has no share '{share}'; choose one of {', '.join(SHARES)}.")
         self.per, self.share = per, share
+        self.adopt()
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
-        group_BV = tokens.image_BV if self.per == "image" else tokens.tile_BV
+        if self.learned:
+            return super().forward(tokens, num_keep_B)
         with torch.no_grad():
-            place_BV = self.ranking(self.parts[0], tokens, num_keep_B)
-            return quotas(place_BV, group_BV, tokens.valid_BV, num_keep_B, self.share)
+            return self._quotas(self.ranking(self.parts[0], tokens, num_keep_B), tokens, num_keep_B)
+
+    def order(self, tokens: TokenView, scores_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+        return -self._quotas(rank(scores_BV, tokens.valid_BV), tokens, num_keep_B).scores_BV.long()
+
+    def _quotas(self, place_BV: Tensor, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        group_BV = tokens.image_BV if self.per == "image" else tokens.tile_BV
+        return quotas(place_BV, group_BV, tokens.valid_BV, num_keep_B, self.share)

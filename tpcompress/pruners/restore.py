@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.combinators import Composed
+from tpcompress.pruners.combinators import Composed, places
+from tpcompress.pruners.gate_components import Choice
 from tpcompress.pruners.greedy import cosines
 from tpcompress.pruners.merging import group_sizes, merge_groups, nearest_kept
 from tpcompress.pruners.topk import keep_topk, rank
@@ -26,6 +27,9 @@ class Restore(Composed):
       merge      x_s = mean of its group (`weights: mean`), or weighted by max(0, cos) (`similarity`);
       position   that of the group's median token (`place: median`) or its own (`own`);
       attention  log(size of the group) added to the logits of its key after the stage, with `proportional`.
+
+    A `pruner` that learns trains through it as through `merged`; its scores are put in the order own choice, anchors,
+    rest, so that its gates close around what is retained.
 
     needs  what `pruner` needs.     gives  keep_BV, scores_BV, vision_BVD, place_BV with median, size_BV with
     proportional.
@@ -58,6 +62,8 @@ class Restore(Composed):
         {"anchors": 0.0},
         {"anchors": 0.25},
         {"anchors": 0.9, "pruner": {"type": "random", "seed": 3, "resample": False}},
+        {"pruner": {"type": "learned_gate", "scorer": "linear"}},
+        {"anchors": 0.25, "pruner": {"type": "learned_gate", "applier": "gather"}},
     )
 
     def __init__(
@@ -77,29 +83,55 @@ class Restore(Composed):
         self.differentiable = self.parts[0].differentiable
         self.uses_token_sizes = proportional or place == "median"
         self.anchors, self.weights, self.place, self.proportional = anchors, weights, place, proportional
+        self.adopt()
+        self.trains_through_model = True
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
         x_BVD, valid_BV, most = tokens.vision_BVD, tokens.valid_BV, int(num_keep_B.max())
-        own_B = (num_keep_B * (1 - self.anchors) + 1e-4).long().clamp(min=1)
-        chosen = self.select_with(self.parts[0], tokens, own_B)
-        keep_BV, scores_BV, target_BV = chosen.keep_BV, chosen.scores_BV, chosen.keep_BV
-        if self.anchors:
-            rest_BV = valid_BV & ~keep_BV
-            anchor_scores_BV = distinctive(x_BVD, rest_BV)
-            anchor_BV = keep_topk(anchor_scores_BV, rest_BV, num_keep_B - own_B)
-            keep_BV = keep_BV | anchor_BV
-            target_BV = torch.where(anchor_BV.any(1, keepdim=True), anchor_BV, keep_BV)
-            above_B1 = scores_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True) + 1
-            scores_BV = torch.where(anchor_BV, above_B1 + anchor_scores_BV, scores_BV)
+        own_B = self._own(num_keep_B)
+        if self.learned:
+            choice = self.chosen(tokens, num_keep_B)
+            own_BV = keep_topk(choice.scores_BV.detach(), valid_BV, own_B)
+            # Noise of a selector in training may leave an anchor out.
+            anchor_BV = self._anchors(tokens, own_BV, num_keep_B - own_B)[0] & choice.keep_BV
+        else:
+            own = self.select_with(self.parts[0], tokens, own_B)
+            anchor_BV, worth_BV = self._anchors(tokens, own.keep_BV, num_keep_B - own_B)
+            above_B1 = own.scores_BV.masked_fill(~valid_BV, -torch.inf).amax(1, keepdim=True) + 1
+            choice = Choice(own.keep_BV | anchor_BV, torch.where(anchor_BV, above_B1 + worth_BV, own.scores_BV))
+        keep_BV = choice.keep_BV
+        target_BV = torch.where(anchor_BV.any(1, keepdim=True), anchor_BV, keep_BV)
         group_BV, similar_BV = nearest_kept(x_BVD, target_BV, valid_BV & (target_BV | ~keep_BV), most)
-        weight_BV = similar_BV.clamp(min=0) if self.weights == "similarity" else None
-        return Selection(
-            keep_BV,
-            scores_BV,
-            vision_BVD=merge_groups(x_BVD, group_BV, keep_BV, most, weight_BV),
+        weight_BV = self.member_weights(tokens, choice)
+        if self.weights == "similarity":
+            weight_BV = similar_BV.clamp(min=0) * (1 if weight_BV is None else weight_BV)
+        return self.with_values(
+            tokens,
+            choice,
+            merge_groups(x_BVD, group_BV, keep_BV, most, weight_BV),
             size_BV=group_sizes(group_BV).clamp(min=1).float() if self.proportional else None,
             place_BV=median_member(group_BV) if self.place == "median" else None,
         )
+
+    def order(self, tokens: TokenView, scores_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+        """The learned part's own share first, then the anchors, then the rest."""
+        own_B = self._own(num_keep_B)
+        own_BV = keep_topk(scores_BV, tokens.valid_BV, own_B)
+        anchor_BV, worth_BV = self._anchors(tokens, own_BV, num_keep_B - own_B)
+        place_BV = rank(torch.where(anchor_BV, worth_BV, scores_BV), tokens.valid_BV)
+        return places(2 - 2 * own_BV.long() - anchor_BV.long() + 2 * (~tokens.valid_BV).long(), place_BV)
+
+    def _own(self, num_keep_B: Tensor) -> Tensor:
+        """The share of the budget that the inner rule has."""
+        return (num_keep_B * (1 - self.anchors) + 1e-4).long().clamp(min=1)
+
+    def _anchors(self, tokens: TokenView, own_BV: Tensor, num_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The best `num` anchors beside the inner rule's own choice, bool (B, V), and what each token is worth."""
+        if not self.anchors:
+            return torch.zeros_like(own_BV), torch.zeros(own_BV.shape, device=own_BV.device)
+        rest_BV = tokens.valid_BV & ~own_BV
+        worth_BV = distinctive(tokens.vision_BVD.detach(), rest_BV)
+        return keep_topk(worth_BV, rest_BV, num_B), worth_BV
 
 
 @torch.no_grad()

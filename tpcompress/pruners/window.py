@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
 from tpcompress.pruners.combinators import Composed, place_inside, quotas
+from tpcompress.pruners.topk import rank
 
 
 class Window(Composed):
@@ -20,6 +21,7 @@ class Window(Composed):
 
     needs  what the inner rule needs.     gives  keep_BV, scores_BV = - place in the order above.
     Paper: FastV before layer 2; the size of its windows is not published.
+    An inner rule that learns trains through its own gates, on its scores in the order of the quotas.
     Cost: two runs of the inner rule, one of them at full budget (a greedy rule then makes V picks), and sorts of V.
     Unlike the official code: none was found. Ours: 4 x 4 windows (6 x 6 tokens on LLaVA-1.5), inner rules other
     than FastV, and what becomes of a budget that the windows do not divide.
@@ -38,6 +40,7 @@ class Window(Composed):
     test_arguments = (
         {"pruner": {"type": "novelty"}, "rows": 2, "cols": 3},
         {"pruner": {"type": "uniform"}, "rows": 1, "cols": 1},
+        {"pruner": {"type": "learned_gate"}, "rows": 2, "cols": 2},
     )
 
     def __init__(self, pruner: Pruner | str | dict[str, Any] = "fastv", rows: int = 4, cols: int = 4) -> None:
@@ -45,11 +48,19 @@ class Window(Composed):
         if rows < 1 or cols < 1:
             raise ValueError(f"window cuts into rows and cols of at least 1, got {rows} x {cols}.")
         self.rows, self.cols = rows, cols
+        self.adopt()
 
     def forward(self, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        if self.learned:
+            return super().forward(tokens, num_keep_B)
         with torch.no_grad():
-            place_BV = self.ranking(self.parts[0], tokens, num_keep_B)
-            return quotas(place_BV, windows(tokens, self.rows, self.cols), tokens.valid_BV, num_keep_B)
+            return self._quotas(self.ranking(self.parts[0], tokens, num_keep_B), tokens, num_keep_B)
+
+    def order(self, tokens: TokenView, scores_BV: Tensor, num_keep_B: Tensor) -> Tensor:
+        return -self._quotas(rank(scores_BV, tokens.valid_BV), tokens, num_keep_B).scores_BV.long()
+
+    def _quotas(self, place_BV: Tensor, tokens: TokenView, num_keep_B: Tensor) -> Selection:
+        return quotas(place_BV, windows(tokens, self.rows, self.cols), tokens.valid_BV, num_keep_B)
 
 
 def windows(tokens: TokenView, rows: int, cols: int) -> Tensor:

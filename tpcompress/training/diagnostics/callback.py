@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from rich.console import Console
 
+from tpcompress.insertion.plan import PruningPlan
 from tpcompress.pruners.learned_gate import LearnedGate
 from tpcompress.training.diagnostics.estimator_results import DOES_NOT_LEARN, mark_of, training_of
 from tpcompress.training.diagnostics.probe import Snapshot, take_snapshot
@@ -108,15 +109,30 @@ def known_not_to_learn(module: PruningModule) -> list[str]:
 
     Empty for recipes with `reproduction: true`, which repeat published settings including their defects.
     """
-    gates = [s.pruner for s in module.plan.stages if isinstance(s.pruner, LearnedGate)] if module.plan else []
+    gates = estimators_of(module.plan) if module.plan else []
     found = [
-        f"{gate.selector.name} with {gate.applier.name}, {training_of(phase.full_every)}, did not train a scorer in "
+        f"{selector} with {applier}, {training_of(phase.full_every)}, did not train a scorer in "
         f"`tpcompress estimators`; use another selector or applier, or set model.reproduction: true."
         for phase in module.phases
-        for gate in gates
-        if phase.pruner and mark_of(gate.selector.name, gate.applier.name, phase.full_every) == DOES_NOT_LEARN
+        for selector, applier in gates
+        if phase.pruner and mark_of(selector, applier, phase.full_every) == DOES_NOT_LEARN
     ]
     return [] if module.reproduction else found
+
+
+def estimators_of(plan: PruningPlan) -> list[tuple[str, str]]:
+    """Selector and applier of every learned gate of a plan, also of one inside a combinator.
+
+    Where a combinator merges and the gates do not act at full length, they act as those of the applier `merge`.
+    """
+    gates = [(stage.pruner, m) for stage in plan.stages for m in stage.pruner.modules() if isinstance(m, LearnedGate)]
+    return [
+        (
+            gate.selector.name,
+            "merge" if outer.merges and gate.trainable_when_cut and outer is not gate else gate.applier.name,
+        )
+        for outer, gate in gates
+    ]
 
 
 def _has_val(trainer: L.Trainer) -> bool:
