@@ -319,8 +319,8 @@ def test_gate_is_exact_and_differentiable(config: dict[str, Any]) -> None:
     pruner = make_pruner(config).train()
     counts = list(range(1, 13))
     selection = pruner(make_view(pruner, features(12, 12), GRIDS[12], soft=True), torch.tensor(counts))
-    # One that merges learns through the new values, hidden or cut, unless its gates act at full length.
-    assert (selection.gate_BV is not None) == (pruner.learned and not (pruner.merges and pruner.trainable_when_cut))
+    # One that trains on cut sequences does so on hidden ones, too, without gates that keep the full length.
+    assert (selection.gate_BV is not None) == (pruner.learned and not pruner.trainable_when_cut)
     if selection.gate_BV is None:
         return
     gate = selection.gate_BV
