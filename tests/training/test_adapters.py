@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import tpcompress as tp
-from tpcompress.export.adapters import merged_copy
+from tpcompress.export.adapters import merged_view
 from tpcompress.families import resolve
 from tpcompress.training.adapters import add_lora
 
@@ -74,7 +74,7 @@ def test_what_a_user_tuned_on_tied_embeddings_is_not_merged_away(make):
     model = tp.attach(make(tied=True), "pool", keep_tokens=16)
     tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="^lora: lm_head shares its weight"):
-        merged_copy(tuned)
+        merged_view(tuned)
 
 
 def test_untied_weights_under_a_config_that_ties_them_are_not_exported(make, tmp_path):

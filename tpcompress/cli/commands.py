@@ -56,6 +56,8 @@ def export(
     allow_unfinished: bool = False,
     budgets: str | None = None,
     task: dict[str, Any] | str | None = None,
+    stock: str | None = None,
+    max_shard_size: str = "5GB",
 ) -> int:
     """Write a folder that loads with its pruner, from a trained run or from a base and a plan without training.
 
@@ -74,7 +76,10 @@ def export(
         allow_unfinished: export a run that stopped before its last step.
         budgets: measure accuracy at these budgets for the model card: 9,16,36 or 0.1,0.25; 32/8,16/4 for two stages.
         task: task for `budgets`, name or mapping; default: the benchmark for tiny_llava, else the validation rows.
+        stock: also write the weights, adapters merged, as an unpruned stock checkpoint to this folder.
+        max_shard_size: largest weight file, such as 5GB.
     """
+    from tpcompress.export.memory import PeakMemory, weight_bytes
     from tpcompress.export.runtimes import runtime_lines
     from tpcompress.training.recipe.export import export_free, export_run
 
@@ -85,11 +90,17 @@ def export(
         from tpcompress.evaluation.budget_curve import BudgetCurve
 
         measure = BudgetCurve(budgets, console, ckpt, task)
+    peak = PeakMemory()
     if ckpt is not None:
-        folder = export_run(ckpt, out, overwrite, allow_unfinished, measure)
+        folder = export_run(ckpt, out, overwrite, allow_unfinished, measure, stock, max_shard_size)
     else:
         assert base is not None and plan is not None
-        folder = export_free(base, plan, out, overwrite, measure)
+        folder = export_free(base, plan, out, overwrite, measure, stock, max_shard_size)
+    memory = peak.line(weight_bytes(folder))
+    if memory is not None:
+        console.print(f"{memory[0].upper()}{memory[1:]}.", highlight=False)
+    if stock is not None:
+        console.print(f"Unpruned weights in {stock}.", soft_wrap=True)
     following = f" Next: tpcompress verify {shlex.quote(str(folder))}" if (folder / "manifest.json").is_file() else ""
     console.print(f"Exported to {folder}.{following}", soft_wrap=True)
     for line in runtime_lines(folder):

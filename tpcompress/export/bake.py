@@ -1,34 +1,36 @@
 """`export`: writes an attached model, trained or not, to a folder with the plan, its weights and a probe.
 
-The caller's model is left unchanged. Its weights are shared, not copied, except those of layers with adapters, whose
-copies receive the merged weights.
+The caller's model is left unchanged and its weights are shared, not copied: adapters are merged layer by layer.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tpcompress.export.adapters import merged_copy
+from tpcompress.export.adapters import merged_view
 from tpcompress.export.budgets import CurvePoint, Range, own_budgets, probed_budgets, with_budgets
 from tpcompress.export.card import CARD, card
 from tpcompress.export.classes import stock_class
 from tpcompress.export.folder import MANIFEST, check_free, file_records, new_folder, write_json
 from tpcompress.export.loaded_precision import as_loaded, is_rounded
 from tpcompress.export.manifest import describe
+from tpcompress.export.patch import write_merged
 from tpcompress.export.probe import Probe, check_probe_prunes, first_probe, record_probe
 from tpcompress.export.probe_diff import ProbeDiff
 from tpcompress.export.registry import config_class, register_model
 from tpcompress.export.remote_code import code_or_reason
+from tpcompress.export.stock import check_apart, stock_card, weights_of, with_weights, write_stock
 from tpcompress.export.trained_probe import check_reload
+from tpcompress.export.weights import MAX_SHARD_SIZE
 from tpcompress.families import family_of
 from tpcompress.insertion.attach import attachment_of
 from tpcompress.insertion.budget import Budget
@@ -56,6 +58,8 @@ def export(
     measure: Measure | None = None,
     overwrite: bool = False,
     trained_probe: Mapping[str, Any] | None = None,
+    stock: str | Path | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a folder that loads with its plan attached, and only so.
 
@@ -77,6 +81,8 @@ def export(
         overwrite: replace an earlier export at `out`.
         trained_probe: answer of the model in another process, which trained it (`TrainedProbe.to_dict()`), that the
             written weights must repeat.
+        stock: a second folder, for the same weights as an unpruned stock checkpoint.
+        max_shard_size: largest weight file, in bytes or as text such as 5GB.
 
     Returns:
         The folder.
@@ -90,6 +96,9 @@ def export(
     """
     out = Path(out).expanduser()
     check_free(out, overwrite)
+    stock = None if stock is None else Path(stock).expanduser()
+    if stock is not None:
+        check_apart(out, stock, overwrite)
     attached = attachment_of(model)
     base, plan = attached.parts.model, with_budgets(attached.plan, budgets)
     check_writable(base, processor)
@@ -97,7 +106,7 @@ def export(
     values = own_budgets(plan)
     probe = first_probe(base, processor, probe_inputs, values)
     inputs = probe.inputs
-    merged = base if model is base else merged_copy(model)
+    merged = base if model is base else merged_view(model)
     conversion, changed = None, merged is not base or is_rounded(base)
     with as_loaded(merged):
         if changed:
@@ -108,8 +117,9 @@ def export(
         probe = probe.beside([record_probe(merged, inputs, end) for end in ends])
     check_probe_prunes(probe)
     baked = bake(merged, plan)
-    with new_folder(out, overwrite) as folder:
-        baked.save_pretrained(folder)
+    with new_folder(out, overwrite) as folder, nullcontext() if stock is None else new_folder(stock, overwrite) as twin:
+        baked.save_pretrained(folder, max_shard_size=max_shard_size)
+        write_merged(baked, merged, folder)
         processor.save_pretrained(folder)
         probe.save(folder)
         if recipe_yaml is not None:
@@ -126,7 +136,16 @@ def export(
         points = [] if measure is None else measure(folder, manifest)
         manifest["budget_curve"] = [point.to_dict() for point in points]
         (folder / CARD).write_text(card(manifest, out.name), encoding="utf-8")
-        write_json(folder / MANIFEST, manifest | {"files": file_records(folder)})
+        if stock is not None:
+            manifest["stock"] = stock.name
+        files = file_records(folder)
+        write_json(folder / MANIFEST, manifest | {"files": files})
+        if twin is not None and stock is not None:
+            about = {"export": out.name, "export_files": weights_of(files)}
+            about |= {"base": manifest["base"], "trained_with": manifest["trained_with"]}
+            write_stock(
+                twin, base, merged, processor, stock_card(manifest, stock.name, out.name), about, max_shard_size
+            )
     return out
 
 
@@ -159,26 +178,6 @@ def bake(base: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     return with_weights(baked, base)
 
 
-def with_weights(made: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
-    """A model without weights that gets those of another, shared, and its generation config.
-
-    Raises:
-        ValueError: they do not fit, or differ where the class shares one.
-    """
-    weights = base.state_dict()
-    odd = sorted(set(weights) ^ set(made.state_dict()))
-    if odd:
-        adapted = any(part in name for name in odd for part in (".base_layer.", ".lora_", ".modules_to_save."))
-        stock = getattr(base.config, "base_model_type", None) or base.config.model_type
-        hint = "pass the PEFT model around it" if adapted else f"export a plain {stock_class(stock).__name__}"
-        raise ValueError(f"The model has {len(odd)} weights more or less than its class, '{odd[0]}' first; {hint}.")
-    made.load_state_dict(weights, assign=True)
-    made.tie_weights()
-    _check_tied(weights, made.state_dict())
-    made.generation_config = copy.deepcopy(base.generation_config)
-    return made
-
-
 def exported_config(config: PretrainedConfig, plan: PruningPlan, dtype: torch.dtype) -> PretrainedConfig:
     """Exported config of a stock or exported config."""
     stock = getattr(config, "base_model_type", None) or config.model_type
@@ -205,20 +204,6 @@ def _conversion(trained: Probe, exported: Probe, merged: bool) -> dict[str, Any]
         logger.warning("%s; train with dtype=float32, or load the base in its dtype instead of casting it.", message)
     positions = [{"agree": stage.agree, "retained": stage.trained} for stage in found.stages]
     return {"adapters_merged": merged, "logit_gap": found.logit_gap, "positions": positions}
-
-
-def _check_tied(weights: Mapping[str, Tensor], tied: Mapping[str, Tensor]) -> None:
-    """Check that no weight is lost where the config lets two modules share one.
-
-    Raises:
-        ValueError: the model has different weights there.
-    """
-    for name, value in weights.items():
-        if tied[name].data_ptr() != value.data_ptr() and not torch.equal(tied[name], value):
-            raise ValueError(
-                f"The config shares '{name}' with another weight (tie_word_embeddings), but the model has different "
-                f"ones, so one would be lost; train both alike (lora.ensure_weight_tying), or untie the config."
-            )
 
 
 def check_writable(base: PreTrainedModel, processor: Any) -> None:

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 from torch import nn
 
-from tpcompress.export.adapters import merged_copy
-from tpcompress.export.bake import check_writable, recipe_text, with_weights
-from tpcompress.export.folder import DENSE, MANIFEST, SCHEMA, check_free, file_records, new_folder, write_json
+from tpcompress.export.adapters import merged_view
+from tpcompress.export.bake import check_writable, recipe_text
+from tpcompress.export.folder import check_free, new_folder
+from tpcompress.export.stock import write_stock
 from tpcompress.export.trained_probe import check_reload
+from tpcompress.export.weights import MAX_SHARD_SIZE
 from tpcompress.insertion.attach import base_of, is_attached
-from tpcompress.version import __version__
 
 CARD = """---
 library_name: transformers
@@ -53,6 +52,7 @@ def export_dense(
     trained_with: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     trained_probe: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a model without a plan to a folder that every loader of transformers reads.
 
@@ -64,6 +64,7 @@ def export_dense(
         trained_with: facts about the training, for the manifest and the model card.
         overwrite: replace an earlier export at `out`.
         trained_probe: see `tpcompress.export.export`.
+        max_shard_size: largest weight file, in bytes or as text such as 5GB.
 
     Returns:
         The folder.
@@ -79,25 +80,15 @@ def export_dense(
         raise ValueError("The model has a plan; write it with tpcompress.export, or detach the plan first.")
     base: Any = base_of(model)
     check_writable(base, processor)
-    merged: Any = base if model is base else merged_copy(model)
+    merged: Any = base if model is base else merged_view(model)
     reload = None if trained_probe is None else check_reload(trained_probe, merged, "The exported model")
-    with torch.device("meta"):
-        stock = type(base)(base.config)
-    text = recipe_text(recipe)
     facts = dict(trained_with or {})
+    shown = yaml.safe_dump(facts, sort_keys=False)
+    card = CARD.format(name=out.name, kind=type(base).__name__, facts=shown)
+    text = recipe_text(recipe)
     with new_folder(out, overwrite) as folder:
-        with_weights(stock, merged).save_pretrained(folder)
-        processor.save_pretrained(folder)
         if text is not None:
             (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        shown = yaml.safe_dump(facts, sort_keys=False)
-        card = CARD.format(name=out.name, kind=type(base).__name__, facts=shown)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        versions = {
-            "tpcompress": __version__,
-            "transformers": transformers.__version__,
-            "torch": str(torch.__version__),
-        }
-        manifest = {"format": DENSE, "schema": SCHEMA, "versions": versions, "reload": reload, "trained_with": facts}
-        write_json(folder / MANIFEST, manifest | {"files": file_records(folder)})
+        about = {"reload": reload, "trained_with": facts}
+        write_stock(folder, base, merged, processor, card, about, max_shard_size)
     return out

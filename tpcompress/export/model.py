@@ -11,7 +11,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tpcompress.export.weights import VARIANT, find_weights, reading, rename_written
+from tpcompress.export.weights import MAX_SHARD_SIZE, VARIANT, find_weights, reading, rename_written
 from tpcompress.families import family_of
 from tpcompress.insertion.attach import PRUNERS, attach_plan, is_attached, plan_of
 from tpcompress.insertion.plan import PruningPlan
@@ -109,6 +109,7 @@ class ExportedModel:
         this.config.token_pruning = plan_of(this).to_dict()
         saver: Any = super()
         hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
+        kwargs = {"max_shard_size": MAX_SHARD_SIZE} | kwargs
         saver.save_pretrained(save_directory, **kwargs | {"variant": VARIANT})
         if kwargs.get("is_main_process", True):
             rename_written(Path(save_directory))

@@ -22,6 +22,8 @@ STEM, WRITTEN = "tpcompress", f"model.{VARIANT}"
 """Start of the names of weight files, and the start under which transformers writes them."""
 WEIGHTS, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 WRITTEN_INDEX = f"model.safetensors.index.{VARIANT}.json"
+MAX_SHARD_SIZE = "5GB"
+"""Largest weight file; larger models are written as several. One tensor alone may be larger."""
 HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 """Arguments of `from_pretrained` that say where files are."""
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tpcompress.export.budgets import Range
 from tpcompress.export.trained_probe import check_reload
+from tpcompress.insertion.attach import base_of
 from tpcompress.training.checkpoint_content import KEY, check_weights
 from tpcompress.training.checkpoints.read import checkpoint_file, read_checkpoint
 from tpcompress.training.checkpoints.run_folder import final_ranges, manifest_entry, read_recipe
@@ -52,7 +53,7 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
         ValueError: a checkpoint that is damaged, of an unfinished run, or not of tpcompress; or a model that behaves
             otherwise than in the training process.
     """
-    path, saved = checkpoint_file(checkpoint), read_checkpoint(checkpoint)
+    path, saved = checkpoint_file(checkpoint), read_checkpoint(checkpoint, mapped=True)
     done, steps, settings = saved[KEY]["step"], saved[KEY]["steps"], saved[KEY]["settings"]
     if done < steps and not allow_unfinished:
         resume = f"tpcompress fit ... --ckpt_path {shlex.quote(str(path))}"
@@ -64,8 +65,8 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
     module = PruningModule(**settings | ({"quantize": None} if unquantised else {}))
     module.configure_model()
     check_weights(module, module.trainable, saved["state_dict"])
-    module.load_state_dict(saved["state_dict"], strict=False)
     assert module.model is not None
+    _put_weights(module, saved["state_dict"])
     recipe = saved[KEY].get("recipe") or read_recipe(path.parent.parent / "recipe.yaml")
     probe = saved[KEY].get("probe", {"reason": "the checkpoint holds no probe"})
     if quantised is not None:
@@ -83,3 +84,15 @@ def load_trained(checkpoint: str | Path, allow_unfinished: bool = False, unquant
     ranges = final_ranges(module, recipe, steps) if recipe is not None else None
     trained_with |= manifest_entry(path.parent.parent, recipe)
     return TrainedModel(module.model.eval(), module.processor, recipe, trained_with, ranges, probe)
+
+
+def _put_weights(module: PruningModule, state: dict[str, Tensor]) -> None:
+    """Give a module the trained weights in place of the base's, which are freed one by one: never both as a whole."""
+    own = module.state_dict()
+    same = all(own[name].dtype == value.dtype for name, value in state.items() if name in own)
+    del own
+    module.load_state_dict(state, strict=False, assign=same)
+    assert module.model is not None
+    base: Any = base_of(module.model)
+    if same:
+        base.tie_weights()  # a weight that was replaced is another tensor than its twin's

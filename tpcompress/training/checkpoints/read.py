@@ -14,11 +14,12 @@ from tpcompress.training.checkpoint_content import KEY
 from tpcompress.training.checkpoints.storage import recover
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint.
 
     Args:
         path: a .ckpt file, a folder written by DeepSpeed, or the folder of a run (its last checkpoint).
+        mapped: map the weights of a file into memory, instead of reading them.
 
     Raises:
         FileNotFoundError: no checkpoint.
@@ -26,7 +27,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     found = checkpoint_file(path)
     try:
-        saved = _from_deepspeed(found) if found.is_dir() else _from_file(found)
+        saved = _from_deepspeed(found) if found.is_dir() else _from_file(found, mapped)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, BadZipFile) as error:
         raise ValueError(f"{found} is damaged ({type(error).__name__}); use an earlier checkpoint.") from error
     if not isinstance(saved, dict) or KEY not in saved:
@@ -53,11 +54,11 @@ def _is_deepspeed(path: Path) -> bool:
     return (path / "checkpoint").is_dir()
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(path: Path, mapped: bool) -> Any:
     with ZipFile(path) as archive:
         if archive.testzip() is not None:  # torch does not check the checksums itself
             raise BadZipFile(f"{path} has wrong checksums.")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
 
 
 def _from_deepspeed(path: Path) -> dict[str, Any]:

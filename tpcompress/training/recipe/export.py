@@ -7,6 +7,7 @@ from pathlib import Path
 from tpcompress.export import export
 from tpcompress.export.bake import Measure
 from tpcompress.export.dense import export_dense
+from tpcompress.export.weights import MAX_SHARD_SIZE
 from tpcompress.insertion.attach import attach
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.models import load_base, load_processor
@@ -19,6 +20,8 @@ def export_run(
     overwrite: bool = False,
     allow_unfinished: bool = False,
     measure: Measure | None = None,
+    stock: str | Path | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Export a trained run: LoRA merged, schedule at its end, pruner baked in.
 
@@ -31,6 +34,8 @@ def export_run(
         overwrite: replace an existing export.
         allow_unfinished: accept a run that was stopped before its last step.
         measure: see `tpcompress.export.export`.
+        stock: a second folder, for the trained weights as an unpruned stock checkpoint.
+        max_shard_size: largest weight file.
 
     Raises:
         ValueError: a run that is unfinished, a damaged checkpoint, a model that behaves otherwise than in the training
@@ -41,6 +46,8 @@ def export_run(
     if trained.trained_with["arm"] != "training_aware":
         if measure is not None:
             raise ValueError("This run has no pruning plan, so there are no budgets to measure; leave out --budgets.")
+        if stock is not None:
+            raise ValueError("This run has no pruning plan, so its export is a stock checkpoint; leave out --stock.")
         return export_dense(
             trained.model,
             trained.processor,
@@ -49,6 +56,7 @@ def export_run(
             trained_with=trained.trained_with,
             overwrite=overwrite,
             trained_probe=trained.probe,
+            max_shard_size=max_shard_size,
         )
     return export(
         trained.model,
@@ -60,11 +68,19 @@ def export_run(
         measure=measure,
         overwrite=overwrite,
         trained_probe=trained.probe,
+        stock=stock,
+        max_shard_size=max_shard_size,
     )
 
 
 def export_free(
-    base: str, plan: str | Path | PruningPlan, out: str | Path, overwrite: bool = False, measure: Measure | None = None
+    base: str,
+    plan: str | Path | PruningPlan,
+    out: str | Path,
+    overwrite: bool = False,
+    measure: Measure | None = None,
+    stock: str | Path | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """Export a base with a plan that was never trained.
 
@@ -74,6 +90,8 @@ def export_free(
         out: output folder.
         overwrite: replace an existing export.
         measure: see `tpcompress.export.export`.
+        stock: a second folder, for the base itself as a stock checkpoint.
+        max_shard_size: largest weight file.
 
     Raises:
         ValueError: the plan has a pruner that must be trained first.
@@ -85,4 +103,7 @@ def export_free(
         raise ValueError(f"Pruner '{untrained[0]}' has weights to train; run `tpcompress fit` and export with --ckpt.")
     model = attach(load_base(base), chosen).eval()
     facts = {"arm": "training_free", "base": base}
-    return export(model, load_processor(base), out, trained_with=facts, measure=measure, overwrite=overwrite)
+    return export(
+        model, load_processor(base), out, trained_with=facts, measure=measure, overwrite=overwrite, stock=stock,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
