@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tpcompress.pruners.base import Pruner, Selection, TokenView
-from tpcompress.pruners.topk import SAME, keep_topk, take
+from tpcompress.pruners.frames import cell_before, cell_change
+from tpcompress.pruners.topk import keep_topk, take
 
 LEVELS = ("feature", "pixel")
 
@@ -113,47 +113,6 @@ class DTD(Pruner):
         return Selection(tokens.valid_BV & (~exists_BV | (change_BV >= least)), scores_BV)
 
 
-def cell_before(
-    row_BV: Tensor, col_BV: Tensor, tile_BV: Tensor, image_BV: Tensor, valid_BV: Tensor, canvas: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """The token of the same cell in the frame before.
-
-    Rows count on from frame to frame. Frames of a video are equally high: with h rows each, a token of frame t lies in
-    a row below (t + 1) h, so the largest row // (t + 1) is h - 1. That holds after an earlier stage, too, as long as
-    some frame has a token of its last row left; of several videos in a row, each but the first must still have
-    one of its very first row.
-
-    Args:
-        row_BV: canvas row of each token, int64 (B, V).
-        col_BV: its column.
-        tile_BV: its frame, counted in the row of the batch.
-        image_BV: its video, counted in the row of the batch.
-        valid_BV: bool (B, V).
-        canvas: (rows, columns) that hold every row of the batch.
-
-    Returns:
-        int64 (B, V), the index of that token, and bool (B, V): whether there is one. Tokens of one cell must follow
-        each other in the order of their frames, as in a sequence.
-    """
-    B, V = row_BV.shape
-    images = max(canvas[0], V)  # every image has a row of its own on the canvas
-    image_BV = image_BV.masked_fill(~valid_BV, images)
-    none_BI = row_BV.new_full((B, images + 1), torch.iinfo(torch.long).max)
-    none_BI[:, 0] = 0  # the first video starts at row 0, whatever was dropped of it
-    row_BV, tile_BV = (
-        x_BV - none_BI.scatter_reduce(1, image_BV, x_BV, "amin").gather(1, image_BV) for x_BV in (row_BV, tile_BV)
-    )
-    last_BI = torch.zeros_like(none_BI).scatter_reduce(1, image_BV, row_BV // (tile_BV + 1), "amax")
-    height_BV = last_BI.gather(1, image_BV) + 1
-    cell_BV = (image_BV * canvas[0] + row_BV - tile_BV * height_BV) * canvas[1] + col_BV
-    order_BV = cell_BV.masked_fill(~valid_BV, torch.iinfo(torch.long).max).argsort(dim=1, stable=True)
-    previous_BV = order_BV.roll(1, dims=1)
-    same_BV = (cell_BV.gather(1, order_BV) == cell_BV.gather(1, previous_BV)) & valid_BV.gather(1, order_BV)
-    same_BV &= tile_BV.gather(1, order_BV) == tile_BV.gather(1, previous_BV) + 1
-    before_BV = torch.empty_like(order_BV).scatter(1, order_BV, previous_BV)
-    return before_BV, torch.zeros_like(valid_BV).scatter(1, order_BV, same_BV)
-
-
 def change(x_BVD: Tensor, before_BV: Tensor, level: str) -> Tensor:
     """fp32 (B, V): how far each token is from the one before it: 1 - cosine ("feature"), mean |difference| ("pixel").
 
@@ -166,9 +125,7 @@ def change(x_BVD: Tensor, before_BV: Tensor, level: str) -> Tensor:
     """
     if level == "pixel":
         return pixel_change(x_BVD, before_BV)
-    x_BVD = F.normalize(x_BVD.float(), dim=-1)
-    similar_BV = (x_BVD * take(x_BVD, before_BV)).sum(-1)
-    return 1 - similar_BV.masked_fill(similar_BV > 1 - SAME, 1.0)
+    return cell_change(x_BVD, before_BV)
 
 
 def pixel_change(pixels_BVC: Tensor, before_BV: Tensor, images: int = 1, std: Sequence[float] = ()) -> Tensor:
