@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from export.helpers import make_base, make_inputs, make_processor, two_stages
+from export.helpers import FRESH, STOCK, make_base, make_inputs, make_processor, run_python, two_stages
 from transformers import LlavaProcessor
 from transformers.utils import logging
 
@@ -39,6 +40,13 @@ def trained() -> Any:
 def exported(trained: Any, processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its folder; tests must not change it."""
     return export(trained, processor, tmp_path_factory.mktemp("exports") / "two_stages")
+
+
+@pytest.fixture(scope="session")
+def fresh(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """One process of its own for all that needs one: first without tpcompress, then with it, and its answer."""
+    path = tmp_path_factory.mktemp("fresh") / "answer.pt"
+    return run_python(STOCK + FRESH, exported, path, root=None), path
 
 
 @pytest.fixture

@@ -75,6 +75,29 @@ def two_stages() -> PruningPlan:
     return PruningPlan([Stage(GATE, keep_tokens=32), Stage("divprune", 3, keep_tokens=8)])
 
 
+STOCK = """
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModel, LlavaConfig, LlavaForConditionalGeneration
+for cls in (AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration):
+    try:
+        cls.from_pretrained(sys.argv[1], trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        print(cls.__name__, str(error).splitlines()[0])
+    else:
+        raise SystemExit(f"{cls.__name__} loaded it, unpruned")
+"""
+"""What transformers says of an export without this package."""
+
+FRESH = f"""
+del sys.modules['tpcompress']
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+from export.helpers import answer, make_inputs
+import tpcompress as tp
+torch.save(answer(tp.load(sys.argv[1]), make_inputs()), sys.argv[2])
+"""
+"""The answer of the export in a process that has not written it."""
+
+
 def run_python(code: str, *arguments: object, root: Path | None = ROOT) -> subprocess.CompletedProcess[str]:
     """Run code in a Python of its own, with tpcompress importable or (root=None) not."""
     block = (

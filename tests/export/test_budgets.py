@@ -14,7 +14,7 @@ from export.test_verify import forget
 from safetensors.torch import load_file, save_file
 
 import tpcompress as tp
-from tpcompress.export import VerifyReport, load, verify, verify_in_fresh_process
+from tpcompress.export import VerifyReport, load, verify
 
 
 def counts(*tokens: int) -> list[tp.Budget]:
@@ -82,7 +82,7 @@ def test_a_difference_at_another_budget_is_found(any_budget: Path, tmp_path: Pat
     assert not torch.equal(retained, retained.flip(-1))
     save_file(tensors, folder / "probe.tensors")
     forget(folder)
-    report = verify_in_fresh_process(folder)
+    report = verify(folder)
     assert isinstance(report, VerifyReport)
     assert not report.ok
     line = str(report)

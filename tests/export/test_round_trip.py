@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 import tpcompress as tp
 from tpcompress.export import load, verify
 from tpcompress.insertion.attach import attachment_of
-
-FRESH = """
-import torch
-from export.helpers import answer, make_inputs
-import tpcompress as tp
-model = tp.load(sys.argv[1])
-torch.save(answer(model, make_inputs()), sys.argv[2])
-"""
 
 ASKING = {"type": "learned_gate", "scorer": {"type": "local_global", "question": True}}
 
@@ -45,11 +38,10 @@ def names(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_fresh_process_is_bit_equal(trained: Any, exported: Path, tmp_path: Path) -> None:
-    code = "sys.path[:0] = [" + repr(str(Path(__file__).parents[1])) + "]\n" + FRESH
-    run = run_python(code, exported, tmp_path / "answer.pt")
+def test_fresh_process_is_bit_equal(trained: Any, fresh: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    run, saved = fresh
     assert run.returncode == 0, run.stderr
-    for theirs, ours in zip(torch.load(tmp_path / "answer.pt"), answer(trained, make_inputs()), strict=True):
+    for theirs, ours in zip(torch.load(saved), answer(trained, make_inputs()), strict=True):
         assert torch.equal(theirs, ours)
 
 

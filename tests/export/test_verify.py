@@ -61,7 +61,6 @@ def test_good_folder(exported: Path) -> None:
     assert "same vision tokens (32 of 64, then 8 of 64 in the probe)" in str(report)
 
 
-@pytest.mark.slow
 def test_fresh_process(folder: Path) -> None:
     edit_plan(folder, lambda stages: stages[1].update(keep_tokens=7))
     report = verify_in_fresh_process(folder)

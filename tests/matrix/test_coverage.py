@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from forked import forked
 from structure import PREFERRED, READ, Structure, first_variants, representatives, structure
 from support import case_id, model_cases, tiny_model
-from ways import Way
+from ways import Way, declared
 
 from tpcompress.families import Family, resolve
 
@@ -37,33 +35,29 @@ REQUIRED = {
 NOT_STRUCTURE = {"name", "layouts", "tower", "tokens_per_image", "patches_per_token", "one_size"}
 """Fields of `Family` that insertion reads and that every family's own tests cover."""
 
-PLUGIN = """
-import json
-from structure import structure
-from ways import declared
 
-def pytest_collection_finish(session):
-    found = []
-    for item in session.items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("subject")
-        if case:
-            found.append([item.originalname, case, [list(way) for way in declared(item, structure(case))]])
-    with open({out!r}, "w") as file:
-        json.dump(found, file)
-"""
+class Collected:
+    """Writes function, class and declared ways of every collected test of a family into a file."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        found = []
+        for item in session.items:
+            case = getattr(item, "callspec", None) and item.callspec.params.get("subject")
+            if case:
+                found.append([item.originalname, case, [list(way) for way in declared(item, structure(case))]])
+        self.out.write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
 def default_tests(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Structure, set[Way]]]:
     """Function, class and declared ways of every test of the matrix that runs by default."""
     folder = tmp_path_factory.mktemp("collected")
-    (folder / "collected.py").write_text(PLUGIN.format(out=str(folder / "items.json")))
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "collected", "-p", "no:cacheprovider"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [*command, "tests/matrix"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests/matrix")]
+    code, said = forked(lambda: pytest.main(command, [Collected(folder / "items.json")]), folder / "said.txt")
+    assert code == 0, said
     items = json.loads((folder / "items.json").read_text())
     return [(name, structure((case[0], tuple(case[1]))), {Way(*way) for way in ways}) for name, case, ways in items]
 
