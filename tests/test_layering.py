@@ -58,6 +58,9 @@ MAY_IMPORT = {
         "torch", "transformers", "datasets", "torchmetrics", "evaluation", "training", "data", "export", "insertion",
         "pruners", "families",
     },
+    "harness": {
+        "torch", "transformers", "evaluation", "data", "export", "insertion", "pruners", "families",
+    },
     "compress": {"torch", "evaluation", "training", "export", "data", "insertion", "pruners", "families"},
     "cli": {
         "torch", "transformers", "lightning", "datasets", "jsonargparse", "compress", "lab", "evaluation", "training",

@@ -32,7 +32,11 @@ HINT = "give a folder, a hub id that can be reached, or tiny_llava."
 
 
 def load_base(
-    base: str, dtype: str = "float32", attention: str | None = None, quantize: dict[str, Any] | None = None
+    base: str,
+    dtype: str = "float32",
+    attention: str | None = None,
+    quantize: dict[str, Any] | None = None,
+    device_map: Any = None,
 ) -> nn.Module:
     """Load a vision-language model.
 
@@ -41,6 +45,7 @@ def load_base(
         dtype: weight dtype.
         attention: attention implementation; None for the default of transformers.
         quantize: fields of transformers' BitsAndBytesConfig; None disables quantisation.
+        device_map: how transformers places the weights; None leaves them on the CPU.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -49,6 +54,8 @@ def load_base(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if device_map is not None:
+        options["device_map"] = device_map
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize)
     path = model_path(base)

@@ -132,14 +132,14 @@ class _Writer:
     def __init__(self, model: Any, processor: Any, pad_id: int, settings: Generation, watch: Watch | None) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.settings, self.pad_id, self.watch = settings, pad_id, watch
-        self.ends = _end_tokens(model, processor)
+        self.ends = end_tokens(model, processor)
 
     def __call__(self, batch: dict[str, Any], asked: Sequence[Asked]) -> tuple[list[str], np.ndarray]:
         """Texts, and the probability of each."""
         settings, best = self.settings, _BestProbability()
         options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens or self._longest(asked)}
         if settings.stop:
-            stops = _Stops(self.tokenizer, settings.stop, batch["input_ids"].shape[1])
+            stops = Stops(self.tokenizer, settings.stop, batch["input_ids"].shape[1])
             options["stopping_criteria"] = StoppingCriteriaList([stops])
         call = {
             **moved(batch, self.model), **options, "do_sample": False, "num_beams": 1, "pad_token_id": self.pad_id,
@@ -157,16 +157,17 @@ class _Writer:
         ended = torch.isin(new, torch.tensor(sorted(self.ends), device=new.device))
         said = (ended.cumsum(1) - ended.long()) == 0  # up to the end token, which counts
         logs = torch.stack(best.logs, 1)[:, : new.shape[1]]
-        return [self._cut(text) for text in texts], (logs * said.cpu()).sum(1).exp().numpy()
+        return [cut(text, settings.stop) for text in texts], (logs * said.cpu()).sum(1).exp().numpy()
 
     def _longest(self, asked: Sequence[Asked]) -> int:
         references = [text for question in asked for text in question.references]
         return max(len(ids) for ids in self.tokenizer(references, add_special_tokens=False)["input_ids"]) + 2
 
-    def _cut(self, text: str) -> str:
-        """An answer up to the first text that ends it."""
-        places = [place for stop in self.settings.stop if (place := text.find(stop)) >= 0]
-        return text[: min(places)].strip() if places else text.strip()
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """An answer up to the first text that ends it, without blanks around it."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)].strip() if places else text.strip()
 
 
 class _BestProbability(LogitsProcessor):
@@ -181,7 +182,7 @@ class _BestProbability(LogitsProcessor):
         return scores
 
 
-class _Stops(StoppingCriteria):
+class Stops(StoppingCriteria):
     """Ends answers that contain a text. That of transformers (`stop_strings`) refuses tokenizers of whole words."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: int) -> None:
@@ -193,7 +194,7 @@ class _Stops(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
 
 
-def _end_tokens(model: Any, processor: Any) -> set[int]:
+def end_tokens(model: Any, processor: Any) -> set[int]:
     """Tokens that end an answer: those of the model, of the tokenizer, and the last label of a training sequence."""
     ends = {processor.tokenizer.eos_token_id}
     configured = getattr(model, "generation_config", None)
