@@ -125,6 +125,11 @@ def test_pruner_from_outside(base: Any, processor: Any, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, __name__, sys.modules[OutsidePruner.__module__])
     model = tp.attach(base, tp.PruningPlan([tp.Stage(OutsidePruner(), keep_tokens=9)]))
     out = tp.export(model, processor, tmp_path / "out")
+    reason = json.loads((out / "manifest.json").read_text())["code"]["reason"]
+    assert reason.endswith("OutsidePruner' is not part of tpcompress")
+    assert f"It loads with tpcompress only: {reason}." in (out / "README.md").read_text()
+    assert not list(out.glob("*.py"))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
     with pytest.raises(ValueError, match="is outside tpcompress; load with allow_outside=True"):
         load(out)
     assert "is outside tpcompress" in str(verify(out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def forget(folder: Path) -> None:
     """Let the manifest agree with the files as they are now, so that only the replay can tell."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = file_records(folder)
+    with suppress(ValueError, FileNotFoundError):
+        manifest["plan"] = json.loads((folder / "config.json").read_text()).get("token_pruning")
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -63,6 +66,8 @@ def test_good_folder(exported: Path) -> None:
 
 def test_fresh_process(folder: Path) -> None:
     edit_plan(folder, lambda stages: stages[1].update(keep_tokens=7))
+    assert "manifest.json and config.json disagree: they hold different plans" in one_line(verify(folder))
+    forget(folder)
     report = verify_in_fresh_process(folder)
     assert "first at stage 1 (layer 3): 7 vision tokens retained instead of 8" in one_line(report)
     assert report == verify(folder)

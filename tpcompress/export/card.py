@@ -15,6 +15,15 @@ pipeline_tag: image-text-to-text
 tags: [tpcompress, token-pruning]
 """
 
+WITHOUT = """Without tpcompress, transformers runs the Python files of this folder, which tpcompress generated:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+```"""
+
 
 def card(manifest: dict[str, Any], name: str) -> str:
     """Render the model card.
@@ -48,7 +57,8 @@ def _usage(manifest: dict[str, Any], name: str) -> str:
         for key, values in asked.items():
             shown = values[0] if len(values) == 1 else values
             lines.append(f'model = tp.load("{name}", {key}={shown})  # any budget in its range')
-    return "\n".join(["```python", *lines, "```"])
+    code = "\n".join(["```python", *lines, "```"])
+    return code if not manifest.get("code", {}).get("files") else f"{code}\n\n{WITHOUT.format(name=name)}"
 
 
 def _plan(manifest: dict[str, Any]) -> str:
@@ -128,6 +138,8 @@ def _caveats(manifest: dict[str, Any]) -> str:
     if manifest.get("untrained_pruners"):
         names = ", ".join(manifest["untrained_pruners"])
         lines.append(f"- The pruner was not trained: {names} has the weights that it was built with.")
+    if manifest.get("code", {}).get("reason"):
+        lines.append(f"- It loads with tpcompress only: {manifest['code']['reason']}.")
     conversion = manifest["conversion"]
     if conversion is not None:
         lines.append(f"- Writing the weights moved the first logits of the probe by {conversion['logit_gap']:.2g}.")

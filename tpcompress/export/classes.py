@@ -64,8 +64,10 @@ def exported_model(config: type[Any], module: str, mixin: type[Any] | None = Non
 
     model_type = config.base_model_type
     stock = stock_class(model_type)
-    fp32 = sorted({*(stock._keep_in_fp32_modules_strict or ()), FP32})
-    fields = {"config_class": config, "_keep_in_fp32_modules_strict": fp32}
+    fields: dict[str, Any] = {"config_class": config}
+    # Strict: in bfloat16 too. Quantisers read the other list for what they leave alone.
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        fields[name] = sorted({*(getattr(stock, name) or ()), FP32})
     made = derived(stock, mixin or ExportedModel, module, fields)
     for known, ours in ((stock.__name__, made.__name__), (model_type, PREFIX + model_type)):
         rules = get_checkpoint_conversion_mapping(known)

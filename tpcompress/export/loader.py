@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tpcompress.errors import first_line
 from tpcompress.export.budgets import own_budgets, ranges_of, was_trained, with_budgets, words
-from tpcompress.export.folder import MANIFEST, damaged_files, exported_type, read_manifest, unusable_files
+from tpcompress.export.contents import MANIFEST, check_contents, read_manifest
+from tpcompress.export.folder import exported_type
 from tpcompress.export.model import stored_plan
 from tpcompress.export.registry import PREFIX, register_model
 from tpcompress.export.replay import check
@@ -53,7 +54,7 @@ def load(
     folder = Path(folder).expanduser() if str(folder).startswith("~") else folder
     local = Path(folder).is_dir()
     if local:
-        _check_local(Path(folder))
+        check_contents(Path(folder), exported_type(Path(folder)))
     elif verify or Path(folder).is_absolute() or str(folder).count("/") != 1 or str(folder).startswith("."):
         raise FileNotFoundError(f"No folder {folder}; give one that tpcompress.export wrote.")
     hub = {k: from_pretrained[k] for k in ("revision", "token", "cache_dir", "subfolder") if k in from_pretrained}
@@ -87,10 +88,12 @@ def load_processor(folder: str | Path) -> Any:
     """Load the processor of an export.
 
     Raises:
-        ValueError: none in the folder, or it is damaged.
+        ValueError: none in the folder, it is damaged, or the folder holds files that `load` refuses.
     """
     from transformers import AutoProcessor  # loads tokenizers and image processing, too slow for `import tpcompress`
 
+    if (Path(folder) / MANIFEST).is_file():
+        check_contents(Path(folder))
     try:
         return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,13 +107,3 @@ def _warn_untrained(manifest: dict[str, Any], asked: Sequence[Budget]) -> None:
         return
     spans = ", then ".join(f"{low} to {high}" if low != high else str(low) for low, high in ranges)
     logger.warning("Loaded with %s, but trained at %s.", words(asked), spans)
-
-
-def _check_local(folder: Path) -> None:
-    """Check file sizes; hashes are checked by `verify` only. A folder that was saved again has no manifest."""
-    exported_type(folder)
-    if (folder / MANIFEST).is_file():
-        damaged = unusable_files(damaged_files(folder, read_manifest(folder), hashes=False), folder)
-        if damaged:
-            name, what = next(iter(damaged.items()))
-            raise ValueError(f"{folder / name} {what}; copy or export the folder again.")

@@ -17,6 +17,7 @@ from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
 from tpcompress.export.probe import Probe
 from tpcompress.export.runtimes import runtimes_of
 from tpcompress.families import family_of, resolve
+from tpcompress.insertion.attach import plan_of
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.version import __version__
 
@@ -51,6 +52,23 @@ def describe(
         "trained_budgets": describe_ranges(trained_budgets, total),
         "plan": plan.to_dict(),
     }
+
+
+FACTS = ("vision_tokens", "layer_average", "decoder_layers", "positions", "scope", "prompt_dependent", "merges")
+"""Entries of the manifest that follow from the model and its probe; `verify` compares them."""
+
+
+def differing_facts(manifest: dict[str, Any], model: PreTrainedModel, probe: Probe) -> dict[str, str]:
+    """Whether a manifest states something else than the loaded model shows: `manifest.json`, and what."""
+    found = describe(model, plan_of(model), probe)
+    odd = [name for name in FACTS if name in manifest and manifest[name] != found[name]]
+    keys = ("stage", "layer", "pruner", "budget", "retained")
+    listed = [[stage.get(key) for key in keys] for stage in manifest.get("stages", [])]
+    if listed != [[stage[key] for key in keys] for stage in found["stages"]]:
+        odd.append("stages")
+    if manifest["base"].get("class") != found["base"]["class"]:
+        odd.append("base")
+    return {MANIFEST: f"states {', '.join(odd)} that the model does not have"} if odd else {}
 
 
 def stages(plan: PruningPlan, total: int) -> list[dict[str, Any]]:

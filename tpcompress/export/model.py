@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,8 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tpcompress.export.weights import MAX_SHARD_SIZE, VARIANT, find_weights, reading, rename_written
+from tpcompress.export.contents import check_contents
+from tpcompress.export.weights import MAX_SHARD_SIZE, VARIANT, find_weights, has_file, reading, rename_written
 from tpcompress.families import family_of
 from tpcompress.insertion.attach import PRUNERS, attach_plan, is_attached, plan_of
 from tpcompress.insertion.plan import PruningPlan
@@ -55,9 +57,11 @@ class ExportedModel:
                 tpcompress.
 
         Raises:
-            ValueError: weights are damaged, missing, unexpected or of another shape; or the plan cannot be read.
+            ValueError: weights are damaged, missing, unexpected or of another shape; the plan cannot be read; or the
+                folder holds what `check_contents` refuses.
             OSError: no weights.
         """
+        check_source(pretrained_model_name_or_path, kwargs, cls)
         weights = find_weights(pretrained_model_name_or_path, kwargs)
         kwargs["variant"] = VARIANT if weights is None else None
         if weights is not None and not isinstance(kwargs.get("config", ""), str | os.PathLike):
@@ -117,6 +121,24 @@ class ExportedModel:
             repo = hub.pop("repo_id", Path(save_directory).resolve().name)
             return saver.push_to_hub(repo, **hub)
         return None
+
+
+def check_source(source: str | os.PathLike[str], options: Mapping[str, Any], cls: type[Any]) -> None:
+    """Check a local folder before it is loaded, and that no adapter would be put on the model.
+
+    Args:
+        source: local folder or hub id.
+        options: arguments of `from_pretrained`.
+        cls: the model class.
+
+    Raises:
+        ValueError: see `check_contents`, or an adapter beside the model.
+    """
+    folder = Path(source) / (options.get("subfolder") or "")
+    if folder.is_dir():
+        check_contents(folder, cls.config_class.model_type, cls.__name__)
+    elif has_file(source, "adapter_config.json", options):
+        raise ValueError(f"{source} holds an adapter beside the export, which would change it; load a folder without.")
 
 
 def stored_plan(config: Any, allow_outside: bool) -> PruningPlan:

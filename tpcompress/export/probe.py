@@ -121,7 +121,16 @@ class Probe:
     def _of(cls, tensors: dict[str, Tensor], prefix: str, inputs: dict[str, Tensor], about: dict[str, Any]) -> Probe:
         """The inverse of `_outcome`."""
         retained = [tensors[f"{prefix}stage.{n}.retained"].bool() for n in range(len(about["stages"]))]
+        if not tensors[f"{prefix}logits"].isfinite().all():
+            raise TypeError("its logits are not finite")
         return cls(inputs, retained, tensors[f"{prefix}logits"], tensors[f"{prefix}tokens"], about)
+
+
+def tolerance(about: Mapping[str, Any]) -> float:
+    """The largest logit gap that counts as equal, as a share of the largest: never more than that of the dtype."""
+    most = LOGIT_TOLERANCE.get(str(about.get("dtype")), LOGIT_TOLERANCE["float32"])
+    given = about.get("tolerance", most)
+    return min(given, most) if isinstance(given, int | float) and given >= 0 else most
 
 
 def first_probe(

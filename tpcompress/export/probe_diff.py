@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcompress.export.probe import Probe
+from tpcompress.export.probe import Probe, tolerance
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ProbeDiff:
         return cls(
             tuple(_stage(n, trained, now) for n in number),
             (now.logits - trained.logits).abs().max().item(),
-            trained.about["tolerance"] * largest,
+            tolerance(trained.about) * largest,
             same or not exact,
         )
 

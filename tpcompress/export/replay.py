@@ -34,6 +34,7 @@ class VerifyReport:
         others: the same at the other budgets of the probe, by budget; empty if `replay` differs.
         suspects: likely reasons of a difference.
         model: what the probe was recorded from: the trained model, or the model that was exported untrained.
+        note: what else is to be said about an intact folder, a sentence after a space; or empty.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class VerifyReport:
     others: dict[str, ProbeDiff] = field(default_factory=dict)
     suspects: tuple[str, ...] = ()
     model: str = "the exported model"
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -83,7 +85,7 @@ class VerifyReport:
         also = f", also at {' and '.join(self.others)}" if self.others else ""
         return (
             f"{self.folder} behaves as {self.model}: its stages retain the same vision tokens ({kept} in the "
-            f"probe{also}), max logit gap {self.replay.logit_gap:.2g}, all {self.files} files are intact."
+            f"probe{also}), max logit gap {self.replay.logit_gap:.2g}, all {self.files} files are intact.{self.note}"
         )
 
     @classmethod

@@ -6,17 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tpcompress.errors import first_line
-from tpcompress.export.folder import damaged_files, read_manifest, unusable_files
-from tpcompress.export.loader import load
+from tpcompress.export.contents import damaged_files, read_json, read_manifest, unnamed_files, unusable_files
+from tpcompress.export.loader import load, load_processor
+from tpcompress.export.manifest import differing_facts
 from tpcompress.export.probe import Probe
+from tpcompress.export.remote_code.folder import check_code
 from tpcompress.export.replay import VerifyReport, check
+from tpcompress.insertion.attach import plan_of
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent
 """Folder that tpcompress is imported from."""
@@ -24,6 +28,8 @@ PACKAGE = Path(__file__).resolve().parent.parent.parent
 
 def verify(folder: str | Path, *, allow_outside: bool = False, device: str | None = None) -> VerifyReport:
     """Check every file of an export and replay its probe, in the dtype and attention implementation of training.
+
+    The manifest must name every file, agree with the model, and list the code that this version generates.
 
     Args:
         folder: local folder.
@@ -46,9 +52,14 @@ def verify(folder: str | Path, *, allow_outside: bool = False, device: str | Non
         name, what = next(iter(broken.items()))
         rest = f" ({len(damaged)} files are damaged)" if len(damaged) > 1 else ""
         return failed(f"{folder / name} {what}{rest}; copy or export the folder again.")
+    damaged |= dict.fromkeys(unnamed_files(folder, manifest), "is not named in the manifest")
     try:
         probe = Probe.read(folder)
-        return check(_load(folder, probe, allow_outside, device), folder, damaged, probe)
+        model = _load(folder, probe, allow_outside, device)
+        code, note = check_code(folder, manifest, read_json(folder / "config.json"), plan_of(model))
+        _check_processor(folder)
+        damaged |= code | differing_facts(manifest, model, probe)
+        return replace(check(model, folder, damaged, probe), note=note)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         changed = f" Changed since the export: {', '.join(damaged)}." if damaged else ""
         return failed(f"{folder} cannot be replayed: {first_line(error)}.{changed}")
@@ -62,7 +73,8 @@ def verify_in_fresh_process(folder: str | Path, *, allow_outside: bool = False) 
         ValueError: not an export, or its manifest is damaged.
     """
     read_manifest(folder)
-    command = [sys.executable, "-m", "tpcompress.export", str(folder), "--json"]
+    # -P: without it, files of the current folder, which may be the one to verify, would hide Python's own modules.
+    command = [sys.executable, "-P", "-m", "tpcompress.export", str(folder), "--json"]
     if allow_outside:
         command.append("--allow-outside")
     path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -91,6 +103,16 @@ def main(arguments: list[str]) -> int:
 def _attention(probe: Probe) -> str | dict[str, str | None]:
     """What `from_pretrained` takes; probes of earlier versions name the implementation of the language model alone."""
     return probe.about.get("attention_by_part") or probe.about["attention"]
+
+
+def _check_processor(folder: Path) -> None:
+    """Check that the processor can be read, where the packages that it needs are installed.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    with suppress(ImportError):
+        load_processor(folder)
 
 
 def _load(folder: Path, probe: Probe, allow_outside: bool, device: str | None) -> Any:

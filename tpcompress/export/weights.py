@@ -37,14 +37,21 @@ def find_weights(folder: str | os.PathLike[str], options: Mapping[str, Any]) -> 
         folder: local folder or hub id.
         options: arguments of `from_pretrained`, of which `HUB` are read.
     """
+    return next((name for name in (WEIGHTS, INDEX) if has_file(folder, name, options)), None)
+
+
+def has_file(folder: str | os.PathLike[str], name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a local folder or hub repository has a file.
+
+    Args:
+        folder: local folder or hub id.
+        name: of the file.
+        options: arguments of `from_pretrained`, of which `HUB` are read.
+    """
     given = {name: options[name] for name in HUB if options.get(name) is not None}
-    for name in (WEIGHTS, INDEX):
-        if Path(folder).is_dir():
-            if (Path(folder) / given.get("subfolder", "") / name).is_file():
-                return name
-        elif cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **given) is not None:
-            return name
-    return None
+    if Path(folder).is_dir():
+        return (Path(folder) / given.get("subfolder", "") / name).is_file()
+    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **given) is not None
 
 
 @contextmanager
