@@ -13,7 +13,9 @@ from tpcompress.cli.compress import compress
 from tpcompress.cli.console import console
 from tpcompress.cli.evaluate import evaluate
 from tpcompress.cli.lab import cache_teacher, estimators, study
+from tpcompress.cli.push import push
 from tpcompress.cli.rank import rank
+from tpcompress.cli.serve import serve
 
 
 def fit(args: list[str]) -> int:
@@ -297,8 +299,8 @@ def families(name: str | None = None) -> int:
 
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {
     "Train and ship": {
-        "compress": compress, "fit": fit, "validate": validate, "export": export, "verify": verify,
-        "quickstart": quickstart,
+        "compress": compress, "fit": fit, "validate": validate, "export": export, "verify": verify, "serve": serve,
+        "push": push, "quickstart": quickstart,
     },
     "Measure": {
         "evaluate": evaluate, "compare": compare, "rank": rank, "inspect": inspect_model, "find-layer": find_layer,

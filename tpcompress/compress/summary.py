@@ -49,17 +49,15 @@ def sentence(report: Report, choice: Mapping[str, Any], keep: str, verified: boo
 
 
 def next_commands(folder: Path, export: Path) -> list[str]:
-    """Commands that go on from the files of the folder, with a heading; those of other packages are marked."""
+    """Commands that go on from the files of the folder, with a heading."""
     own, quoted = shlex.quote(str(folder)), shlex.quote(str(export))
-    load = f"import tpcompress as tp; model = tp.from_pretrained({str(export)!r})"
-    load = shlex.quote(load) if set('"$`\\') & set(load) else f'"{load}"'
     return [
         "next:",
-        f"  serve      python -i -c {load}",
+        f"  serve      tpcompress serve {quoted}",
         f"  look       tpcompress inspect {quoted} --image IMAGE --prompt QUESTION",
         f"  evaluate   tpcompress compare {own}/compare.yaml --out {own}/compare",
         f"  repeat     tpcompress fit --config {own}/recipe.yaml",
-        f"  push       hf upload USER/NAME {quoted}   (command of huggingface_hub)",
+        f"  push       tpcompress push {quoted} USER/NAME --private",
     ]
 
 
