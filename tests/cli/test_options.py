@@ -70,7 +70,16 @@ def test_the_usage_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
         assert listed == list(commands)
 
 
-EXPORT = {"ckpt": "run", "base": None, "plan": None, "allow_unfinished": False, "budgets": None, "task": None}
+EXPORT = {
+    "ckpt": "run",
+    "base": None,
+    "plan": None,
+    "allow_unfinished": False,
+    "budgets": None,
+    "task": None,
+    "stock": None,
+    "max_shard_size": "5GB",
+}
 
 
 @pytest.mark.parametrize(

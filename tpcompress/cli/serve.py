@@ -32,7 +32,7 @@ def serve(
         dtype: weight dtype: auto, float32, bfloat16 or float16.
         attention: attention implementation of transformers.
     """
-    from tpcompress.export.folder import read_manifest
+    from tpcompress.export.contents import read_manifest
     from tpcompress.export.serve import choose_engine, serve_transformers, serve_vllm
 
     path = Path(folder).expanduser()

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tpcompress.errors import counted, first_line
-from tpcompress.export.folder import DENSE, FORMAT, MANIFEST, damaged_files, read_json
+from tpcompress.export.contents import DENSE, FORMAT, MANIFEST, damaged_files, read_json
 from tpcompress.hub import reachable
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tpcompress.export.classes import stock_class
-from tpcompress.export.folder import damaged_files, exported_type, read_manifest
+from tpcompress.export.contents import check_contents, read_manifest
+from tpcompress.export.folder import exported_type
 from tpcompress.export.registry import PREFIX, register_model
 
 ENGINES = ("auto", "transformers", "vllm")
@@ -32,16 +33,13 @@ def choose_engine(folder: Path, engine: str = "auto") -> str:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not an export, damaged files, an unknown engine, or a plan that vLLM cannot run.
+        ValueError: not an export, damaged or foreign files, an unknown engine, or a plan that vLLM cannot run.
         ModuleNotFoundError: a package is missing.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     manifest = read_manifest(folder)
-    damaged = damaged_files(folder, manifest, hashes=False)
-    if damaged:
-        name, what = next(iter(damaged.items()))
-        raise ValueError(f"{folder / name} {what}; copy or export the folder again.")
+    check_contents(folder)
     reason = manifest.get("runtimes", {}).get(
         "vllm", "the export does not say that vLLM runs its plan; export it again"
     )
