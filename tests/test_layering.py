@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "insertion": {"torch", "transformers", "pruners", "families"},
     "data": {"torch", "transformers", "datasets", "matplotlib"},
     "export": {"torch", "transformers", "safetensors", "huggingface_hub", "insertion", "pruners", "families", "peft"},
+    "serving": {"torch", "transformers", "export", "insertion", "pruners", "families"},
     "training": {
         "torch", "transformers", "lightning", "peft", "deepspeed", "torchmetrics", "datasets", "jsonargparse",
         "safetensors", "data", "insertion", "export", "pruners", "families",

@@ -10,7 +10,7 @@ import pytest
 
 import tpcompress as tp
 from tpcompress.export.runtimes import Runtime, list_runtimes, report, runtime_lines, runtimes_of, vllm
-from tpcompress.export.runtimes.vllm import served_families
+from tpcompress.export.runtimes.vllm import served_types
 from tpcompress.families import list_families
 from tpcompress.pruners import list_pruners
 from tpcompress.pruners.catalogue import unserved
@@ -34,7 +34,7 @@ def config_of(family: str) -> Any:
 
 @pytest.mark.parametrize("what", PLANS)
 def test_engines_take_plans_of_the_encoder(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "served_families", lambda: ("llava",))
+    monkeypatch.setattr(vllm, "served_types", lambda: ("llava",))
     source, policies, reason = PLANS[what]
     plan = tp.PruningPlan.from_dict(tp.PruningPlan.of(source).to_dict() | {"positions": "compact"} | policies)
     found = runtimes_of(plan, config_of("llava"))
@@ -50,11 +50,11 @@ def test_engines_take_plans_of_the_encoder(what: str, monkeypatch: pytest.Monkey
 def test_vllm_names_families_without_an_adapter(family: str) -> None:
     plan = tp.PruningPlan.of("divprune:8@0")
     reason = list_runtimes()["vllm"].refuses(plan, config_of(family))
-    if family in served_families():
+    if config_of(family).model_type in served_types():
         assert reason is None or "has no vLLM class" not in reason
     else:
         assert reason is not None
-        assert reason.startswith(f"family {family} has no vLLM class")
+        assert reason.startswith(f"model type {config_of(family).model_type} has no vLLM class")
 
 
 def test_vllm_needs_no_view_of_the_tower() -> None:

@@ -16,13 +16,21 @@ from tpcompress.families import family_of
 from tpcompress.insertion.plan import PruningPlan
 
 ADAPTERS = Path(__file__).parents[2] / "serving" / "vllm" / "families"
-"""One file per family that the plug-in serves; listed without importing vLLM."""
+"""One file per model type that the plug-in serves; listed without importing it."""
 
 
 @cache
-def served_families() -> tuple[str, ...]:
-    """Names of the families that the plug-in serves."""
+def served_types() -> tuple[str, ...]:
+    """Model types that the plug-in serves."""
     return tuple(sorted(found.name for found in pkgutil.iter_modules([str(ADAPTERS)])))
+
+
+def _variant(config: Any) -> str | None:
+    """Reason why vLLM's class does not fit a variant of its model type, or None."""
+    aspect = getattr(config, "vision_aspect_ratio", "anyres_max_9")
+    if aspect != "anyres_max_9":
+        return f"vLLM counts the tokens of vision_aspect_ratio anyres_max_9, this model has {aspect}"
+    return None
 
 
 class VLLM(Runtime):
@@ -44,7 +52,8 @@ class VLLM(Runtime):
                 f"compact positions of {family.name} depend on which tokens are retained, and vLLM sets them before; "
                 f"use positions: original"
             )
-        if family.name not in served_families():
-            known = ", ".join(served_families()) or "none"
-            return f"family {family.name} has no vLLM class in this plug-in (families: {known})"
-        return None
+        model_type = getattr(config, "base_model_type", None) or config.model_type
+        if model_type not in served_types():
+            known = ", ".join(served_types())
+            return f"model type {model_type} has no vLLM class in this plug-in (those that have: {known})"
+        return _variant(config)
