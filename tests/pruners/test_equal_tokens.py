@@ -15,7 +15,10 @@ from torch import Tensor
 from tpcompress.pruners import TokenView
 
 D = 16
-RULES = ("dart", "mix", "divprune", "cdpruner", "scope", "tops", "eadp", "sieve", "dtd", "novelty")
+RULES = (
+    "dart", "mix", "divprune", "cdpruner", "scope", "tops", "eadp", "sieve", "dtd", "novelty", "mmr", "vidcom2",
+    "hired", "globalcom2", "mustdrop",
+)  # fmt: skip
 CONFIGS = [config for config in pruner_configs() if config["type"] in RULES]
 
 
