@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from tpcompress.errors import first_line
 from tpcompress.export.contents import damaged_files, read_json, read_manifest, unnamed_files, unusable_files
@@ -20,6 +20,8 @@ from tpcompress.export.manifest import differing_facts
 from tpcompress.export.probe import Probe
 from tpcompress.export.remote_code.folder import check_code
 from tpcompress.export.replay import VerifyReport, check
+from tpcompress.families import family_of
+from tpcompress.families.packages import missing_packages
 from tpcompress.insertion.attach import plan_of
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent
@@ -57,7 +59,7 @@ def verify(folder: str | Path, *, allow_outside: bool = False, device: str | Non
         probe = Probe.read(folder)
         model = _load(folder, probe, allow_outside, device)
         code, note = check_code(folder, manifest, read_json(folder / "config.json"), plan_of(model))
-        _check_processor(folder)
+        _check_processor(folder, model.config)
         damaged |= code | differing_facts(manifest, model, probe)
         return replace(check(model, folder, damaged, probe), note=note)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -105,13 +107,13 @@ def _attention(probe: Probe) -> str | dict[str, str | None]:
     return probe.about.get("attention_by_part") or probe.about["attention"]
 
 
-def _check_processor(folder: Path) -> None:
+def _check_processor(folder: Path, config: PretrainedConfig) -> None:
     """Check that the processor can be read, where the packages that it needs are installed.
 
     Raises:
         ValueError: it cannot.
     """
-    with suppress(ImportError):
+    if not missing_packages(family_of(config)):
         load_processor(folder)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from export.remote_code.child import answers
 from safetensors.torch import load_file, save_file
-from support import batch, family_folder, stir
+from support import batch, family_folder, stir, tiny_model
 
 import tpcompress as tp
 from tpcompress.families import list_families
-from tpcompress.models import load_base, load_processor
+from tpcompress.models import load_processor
 
 CHILD = Path(__file__).with_name("child.py")
 GATE = {"type": "learned_gate", "scorer": {"type": "local_global", "width": 8}}
@@ -59,11 +59,15 @@ class Exported:
 
 @cache
 def exported(family: str, plan: str) -> Exported:
+    """Export a tiny model of a family with one of `PLANS`."""
+    return export_tiny(family, [tp.Stage(pruner, layer, keep_ratio=ratio) for pruner, layer, ratio in PLANS[plan]])
+
+
+def export_tiny(family: str, stages: Sequence[tp.Stage]) -> Exported:
     """Export a tiny model of a family."""
     root = Path(tempfile.mkdtemp(prefix=f"exported_{family}_"))
-    base = load_base(str(family_folder(family)))
-    stages = [tp.Stage(pruner, layer, keep_ratio=ratio) for pruner, layer, ratio in PLANS[plan]]
-    stir(tp.attach(base, tp.PruningPlan(stages)))
+    base = tiny_model(family, *list_families()[family].tiny.variants[0])
+    stir(tp.attach(base, tp.PruningPlan(list(stages))))
     kinds = [kind for kind in list_families()[family].tiny.kinds if kind == "image"]
     inputs = batch([(5, kinds, 9), (4, 1, 7)], family=family, config=base.config)
     folder = tp.export(base, load_processor(str(family_folder(family))), root / "out", probe_inputs=inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import tpcompress as tp
 from tpcompress.export.remote_code import ENTRY, CannotCarryCode, Code, code_of, source
 from tpcompress.export.remote_code.closure import ALLOWED, Closure
+from tpcompress.export.remote_code.generate import REQUIRES
 from tpcompress.export.remote_code.left_out import MEMBERS
 from tpcompress.export.remote_code.source import file_of, parse, read_module
 from tpcompress.export.remote_code.writing import flat
@@ -90,7 +92,15 @@ def test_every_family(family: str) -> None:
         assert_whole(code_of(plan("uniform"), model_type))
 
 
-@pytest.mark.parametrize("config", [*pruner_configs(), *inexact_configs()], ids=config_id)
+def configs() -> list[Any]:
+    """Every pruner with its defaults; with other arguments where slow tests run."""
+    return [
+        pytest.param(config, marks=[] if len(config) == 1 else [pytest.mark.slow], id=config_id(config))
+        for config in [*pruner_configs(), *inexact_configs()]
+    ]
+
+
+@pytest.mark.parametrize("config", configs())
 def test_every_pruner(config: dict[str, Any]) -> None:
     layer = 2 if "layer" in str(config) else 0
     assert_whole(code_of(plan(config, layer), "llava"))
@@ -200,3 +210,10 @@ def test_a_copied_definition_is_that_of_the_package() -> None:
 def test_generation_is_cached_and_repeats() -> None:
     assert code_of(plan("divprune"), "llava") == code_of(plan("divprune", 3), "llava")
     assert file_of("tpcompress.no_such_module") is None
+
+
+def test_the_code_needs_the_versions_that_the_package_needs() -> None:
+    project = tomllib.loads((source.ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert set(REQUIRES) <= set(project["dependencies"])
+    code = code_of(plan("divprune"), "llava")
+    assert f"for needed in {REQUIRES!r}:".replace("'", '"') in code.files[f"{ENTRY}.py"]

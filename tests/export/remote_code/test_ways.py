@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, pipeline
 
 import tpcompress as tp
-from tpcompress.families import list_families
+from tpcompress.families import list_families, resolve
 
 Auto = AutoModelForImageTextToText
 
 
 def offloaded(folder: Path) -> Any:
-    """Tower and language model partly on disk, read by hooks of accelerate; the rest on the CPU."""
-    places = {name: "cpu" for name, _ in tp.load(folder).named_children()}
-    inner = {f"model.{name}": "cpu" for name, _ in tp.load(folder).model.named_children()}
-    places = {name: place for name, place in places.items() if name != "model"} | inner
-    places["model.language_model"] = "disk"
+    """The decoder layers on disk, from where hooks of accelerate read them for each call; the rest on the CPU."""
+    whole = tp.load(folder)
+    layers = next(name for name, module in whole.named_modules() if module is resolve(whole).layers)
+    names = {name for name, _ in whole.named_parameters()} | {name for name, _ in whole.named_buffers()}
+    places = {name: "cpu" for name in names if not name.startswith(f"{layers}.")} | {layers: "disk"}
     return tp.load(folder, device_map=places, offload_folder=folder.parent / "offload")
 
 
@@ -83,8 +83,8 @@ def test_a_pipeline_answers_a_question_about_an_image(family: str) -> None:
     """The task `image-text-to-text` finds the processor and prunes: its trace has a stage."""
     export = exported(family, next(iter(PLANS)))
     ask = pipeline("image-text-to-text", model=str(export.folder), device="cpu")
-    if ask.processor.chat_template is None:
-        pytest.skip("its processor has no chat template")
+    if ask.processor.chat_template is None or family == "got_ocr2":
+        pytest.skip("its processor takes no chat with an image")
     image = Image.effect_noise((48, 48), 80).convert("RGB")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]}]
     with tp.record(ask.model) as trace:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from export.remote_code.child import answers
-from export.remote_code.folders import CHEAP, Exported, exported, pairs, run_child
+from export.remote_code.folders import CHEAP, Exported, export_tiny, exported, pairs, run_child
 from safetensors.torch import load_file, save_file
+from support import placed_configs
 
 import tpcompress as tp
 
@@ -68,6 +69,20 @@ def test_some_families(tmp_path: Path) -> None:
 def test_every_family(way: str, tmp_path: Path) -> None:
     folders, again = run(pairs(), tmp_path, [way])
     check_copies(folders, again, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_pruner(tmp_path: Path) -> None:
+    """Each with its defaults, and the first that a tiny LLaVA offers its views at of the layers 0 and 2."""
+    layers: dict[str, int] = {}
+    for config, layer in sorted(placed_configs(0, 2), key=lambda pair: pair[1]):
+        layers.setdefault(config["type"], layer)
+    assert len(layers) > 25
+    folders = [export_tiny("llava", [tp.Stage(name, layer, keep_tokens=9)]) for name, layer in layers.items()]
+    found, _, errors = run_child([(e.folder, e.inputs) for e in folders], tmp_path, again=False)
+    assert errors == {}
+    for each, answer in zip(folders, found, strict=True):
+        assert_same(answer, each.expected)
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from tpcompress.pruners.views import VIEWS
 
 ENTRY = "modeling_tpcompress"
 """The generated module that `auto_map` in config.json names."""
+REQUIRES = ("torch>=2.9", "transformers>=5.23,<6")
+"""Versions that the package and its exports run with."""
 CLASSES = "tpcompress.export.classes"
 OPEN_SET = "tpcompress.open_set"
 
@@ -39,7 +41,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .{classes} import exported_config, exported_model
+from transformers.utils.versions import require_version
+
+for needed in {requires}:  # before the imports below, which may fail under others
+    require_version(needed)
+
+from .{classes} import exported_config, exported_model  # noqa: E402
 
 if TYPE_CHECKING:  # transformers copies the files that lines of this form name
 {copied}
@@ -128,6 +135,7 @@ def _files(sets: tuple[tuple[str, tuple[Name, ...]], ...], model_type: str) -> M
     entry = ENTRY_TEXT.format(
         stock=stock.__name__,
         classes=flat(CLASSES),
+        requires=repr(REQUIRES).replace("'", '"'),
         copied="\n".join(f"    from .{name.removesuffix('.py')} import *  # noqa: F403" for name in found),
         config=class_name(stock.config_class),
         model=class_name(stock),
