@@ -14,7 +14,8 @@ from support import family_folder
 import tpcompress as tp
 from tpcompress.cli.main import main
 from tpcompress.compress import run
-from tpcompress.compress.summary import sentence
+from tpcompress.compress.recipe import RunChoices, make_recipe
+from tpcompress.compress.summary import sentence, serving_sentence
 from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
@@ -50,6 +51,9 @@ def test_from_a_data_file_to_a_verified_export(
 
     choice = json.loads((out / "choice.json").read_text())
     assert choice["rule"] == "pool"
+    assert choice["not_servable"] is None
+    assert serving_sentence(choice) in (out / "recipe.yaml").read_text().splitlines()[1]
+    assert serving_sentence(choice) in printed
     model = tp.load(out / "export")
     assert tp.plan_of(model).to_dict() == choice["plan"] == PruningPlan.of(out / "recipe.yaml").to_dict()
     recipe, control = (yaml.safe_load((out / f"{name}.yaml").read_text()) for name in ("recipe", "control"))
@@ -120,6 +124,35 @@ def test_mistakes_are_one_line(
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()  # so that the corrected command is not refused
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("merged", "'merged' returns sizes or positions"),
+        ("fastv", "'fastv' reads layers of the language model"),
+        ("cdpruner", "'cdpruner' reads the prompt"),
+        ("fastervlm", "'fastervlm' reads tower"),
+    ],
+)
+def test_a_rule_that_no_engine_takes_is_refused_at_once(
+    rule: str, reason: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["compress", "tiny_llava", str(data), "--servable", "--rules", f"pool,{rule}"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    assert f"error: --servable with --rules {rule}: {reason}" in capsys.readouterr().err
+    choices = RunChoices("tiny_llava", str(data), f"{rule}:9@{int(rule == 'fastv')}", "out", servable=True)
+    with pytest.raises(ValueError, match="No serving engine can run this plan"):
+        make_recipe(choices, 100)
+
+
+def test_the_sentence_says_who_can_serve_the_plan() -> None:
+    assert serving_sentence({"not_servable": "'x' reads the prompt", "engines": []}).startswith(
+        "No serving engine can run it: 'x' reads the prompt; --servable"
+    )
+    assert serving_sentence({"not_servable": None, "engines": ["vLLM", "SGLang"]}) == "Servable with vLLM and SGLang."
+    assert "no engine that this version knows" in serving_sentence({"not_servable": None, "engines": []})
+    assert "tpcompress export prints" in serving_sentence({})
 
 
 def test_a_folder_of_something_else_is_left_alone(

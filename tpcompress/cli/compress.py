@@ -32,7 +32,7 @@ def compress(
         data: chat data in any format that training takes; a part is held out.
         keep: budget per image: tokens (64), a fraction (1/9) or a ratio (0.11).
         out: folder of all results; the same command continues there after an interruption.
-        servable: choose among rules that a serving engine can run as part of the image encoder.
+        servable: train only a plan that a serving engine can run on this model.
         rules: pruners to choose among, such as divprune,pool; default: all that run without training.
         lora: rank of LoRA; 0 trains all weights.
         steps: optimizer steps of each of the two runs; default: one epoch, at least 100.

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from tpcompress.auto_register import PREFIX
+from tpcompress.export.runtimes import not_servable
 from tpcompress.families.catalogue import find
 from tpcompress.insertion.plan import PruningPlan
 from tpcompress.models import load_config
@@ -45,6 +46,7 @@ class RunChoices:
         batch_size: rows per batch; None for that of the family's recipe.
         val: validation data.
         val_fraction: share of `data` for validation.
+        servable: refuse a plan that no serving engine can run.
     """
 
     model: str
@@ -57,6 +59,7 @@ class RunChoices:
     batch_size: int | None = None
     val: str | None = None
     val_fraction: float = 0.0
+    servable: bool = False
 
 
 def family_of_base(model: str) -> str:
@@ -80,12 +83,15 @@ def make_recipe(choices: RunChoices, num_rows: int, gpu: bool | None = None) -> 
         gpu: train in bfloat16 with gradient checkpointing; None if there is an accelerator.
 
     Raises:
-        FileNotFoundError, ValueError: no such model, one of no known family, or a plan that cannot be read.
+        FileNotFoundError, ValueError: no such model, one of no known family, a plan that cannot be read, or one that no
+            engine can run if the run is to be servable.
     """
     check_amounts(choices.lora, choices.steps, choices.batch_size)
     values = merge_recipes(read_recipe(PRESETS.get(family_of_base(choices.model), SHARED)), {})
     gpu = torch.accelerator.is_available() if gpu is None else gpu
     plan = None if choices.plan is None else PruningPlan.of(choices.plan)
+    if choices.servable and plan is not None:
+        check_servable(plan, choices.model)
     batch = choices.batch_size or values["data"]["init_args"]["batch_size"]
     accumulate = max(1, min(values["trainer"]["accumulate_grad_batches"], num_rows // (batch * MIN_STEPS)))
     steps = choices.steps or max(MIN_STEPS, num_rows // (batch * accumulate))
@@ -103,6 +109,17 @@ def make_recipe(choices: RunChoices, num_rows: int, gpu: bool | None = None) -> 
     data |= {"val": choices.val, "val_fraction": choices.val_fraction, "num_workers": 4 if gpu else 0}
     over = {"trainer": trainer, "model": model, "checkpoints": {"every": min(500, max(1, steps // 2))}}
     return merge_recipes(values, over | {"data": {"init_args": data}})
+
+
+def check_servable(plan: PruningPlan, model: str) -> None:
+    """Refuse a plan that no serving engine can run on a model.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = not_servable(plan, load_config(model))
+    if reason is not None:
+        raise ValueError(f"No serving engine can run this plan: {reason}; choose another, or leave out --servable.")
 
 
 def check_amounts(lora: int, steps: int | None, batch_size: int | None) -> None:

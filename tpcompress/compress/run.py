@@ -20,17 +20,20 @@ from rich.markup import escape
 from tpcompress.compress.recipe import RunChoices, family_of_base, make_recipe
 from tpcompress.compress.settings import CompressSettings, forget_settings, keep_settings
 from tpcompress.compress.split import Split, split_data
-from tpcompress.compress.summary import next_commands, sentence
+from tpcompress.compress.summary import next_commands, sentence, serving_sentence
 from tpcompress.data.encode import ChatEncoder
 from tpcompress.evaluation.compare.run import ComparisonRun
 from tpcompress.evaluation.compare.table import layout
 from tpcompress.evaluation.scoring.metrics import find_metric
 from tpcompress.evaluation.tables import rich_table
 from tpcompress.export import verify_in_fresh_process
+from tpcompress.export.runtimes import not_servable, served_by
 from tpcompress.files import write_atomic
 from tpcompress.insertion.plan import PruningPlan
-from tpcompress.models import load_processor
-from tpcompress.pruners import pruner_class
+from tpcompress.insertion.plan_source import read_keep
+from tpcompress.models import load_config, load_processor
+from tpcompress.pruners import create, pruner_class
+from tpcompress.pruners.catalogue import unserved
 from tpcompress.training.recipe.export import export_run
 
 RECIPE, CONTROL, COMPARE, CHOICE = "recipe.yaml", "control.yaml", "compare.yaml", "choice.json"
@@ -73,6 +76,8 @@ def run_compress(settings: CompressSettings, folder: Path, console: Console) -> 
     family = family_of_base(settings.model)
     for rule in settings.rules:
         pruner_class(rule, allow_outside=False)
+    if settings.servable and settings.rules:
+        _check_rules(settings)
     if settings.metric is not None:
         find_metric(settings.metric)
     keep_settings(settings, folder)
@@ -124,10 +129,11 @@ def write_files(settings: CompressSettings, folder: Path, split: Split, choice: 
     for name, own in ((RECIPE, plan), (CONTROL, None)):
         choices = RunChoices(
             settings.model, split.file("train"), own, str(folder / Path(name).stem), settings.lora, settings.steps,
-            None, settings.batch_size,
+            None, settings.batch_size, servable=settings.servable,
         )  # fmt: skip
         values = {"seed_everything": settings.seed, **make_recipe(choices, split.rows["train"])}
-        _write(folder / name, values, f"{command}/{name}")
+        served = "" if own is None else f"\n# {serving_sentence(choice)}"
+        _write(folder / name, values, f"{command}/{name}{served}")
     task: dict[str, Any] = {"type": "chat", "data": split.file("table")}
     free = [{"pruner": choice["pruner"], "layer": choice["layer"], "label": choice["rule"]}]
     free += [{"pruner": name, "layer": layer} for name, layer in choice["references"]]
@@ -140,6 +146,21 @@ def write_files(settings: CompressSettings, folder: Path, split: Split, choice: 
     _write(folder / COMPARE, comparison, f"tpcompress compare --config {folder}/{COMPARE}")
 
 
+def _check_rules(settings: CompressSettings) -> None:
+    """Refuse rules of a servable run that no engine takes, before hours of ranking.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for rule in settings.rules:
+        reason = unserved(create(rule, allow_outside=False))
+        if reason is None:
+            plan = PruningPlan.of({"stages": [{"pruner": rule, "layer": 0, **read_keep(settings.keep)}]})
+            reason = not_servable(plan, load_config(settings.model))
+        if reason is not None:
+            raise ValueError(f"--servable with --rules {rule}: {reason}; leave out one of them.")
+
+
 def _choose(settings: CompressSettings, folder: Path, split: Split, console: Console) -> dict[str, Any]:
     """The best rule on the rows to choose on, as plain values."""
     path = folder / CHOICE
@@ -148,6 +169,7 @@ def _choose(settings: CompressSettings, folder: Path, split: Split, console: Con
 
         task = {"type": "chat", "data": split.file("choose")}
         more: dict[str, Any] = {"rules": settings.rules or None, "metric": settings.metric, "batch_size": 8}
+        more["servable"] = settings.servable
         ranking = run_rank(settings.model, task, settings.keep, folder / "rank", console, **more)
         best = ranking.best(settings.keep, served=settings.servable)
         stage = best.plan.stages[0]
@@ -156,6 +178,8 @@ def _choose(settings: CompressSettings, folder: Path, split: Split, console: Con
         choice = {
             "rule": best.rule, "layer": best.layer, "pruner": stage.pruner.config(), "plan": best.plan.to_dict(),
             "score": best.score, "ranked": len(ranking.at(settings.keep)), "references": others,
+            "engines": served_by(best.plan, load_config(settings.model)),
+            "not_servable": not_servable(best.plan, load_config(settings.model)),
         }  # fmt: skip
         write_atomic(path, json.dumps(choice, indent=1, allow_nan=False))
     found: dict[str, Any] = json.loads(path.read_text())

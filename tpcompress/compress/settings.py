@@ -24,7 +24,7 @@ class CompressSettings:
         model: base model: folder, hub id or bundled name.
         data: chat data in any format that training takes.
         keep: budget of the plan: tokens per image (64), a fraction (1/9) or a ratio (0.11).
-        servable: choose among rules that a serving engine can run as part of the image encoder.
+        servable: choose among rules that a serving engine can run on this model.
         rules: pruners to choose among; empty for all that run without training.
         lora: rank of LoRA; 0 trains all weights.
         steps: optimizer steps of each run; None for one epoch, of at least 100 steps.

@@ -44,8 +44,23 @@ def sentence(report: Report, choice: Mapping[str, Any], keep: str, verified: boo
         f"{choice['rule']} at layer {choice['layer']}, the best of {choice['ranked']} rules at {keep}, trained in the "
         f"loop, scores {_score(trained, unit)} with {tokens(trained.retained_tokens)} of "
         f"{tokens(trained.vision_tokens)} vision tokens per question on {trained.num_images} held-out rows, against "
-        f"{against}; the export is {'verified' if verified else 'NOT verified, see above'}."
+        f"{against}; the export is {'verified' if verified else 'NOT verified, see above'}. {serving_sentence(choice)}"
     )
+
+
+def serving_sentence(choice: Mapping[str, Any]) -> str:
+    """Which serving engines can run the chosen plan, or why none can.
+
+    Args:
+        choice: the chosen rule, with `engines` and `not_servable`; a choice of an earlier version has neither.
+    """
+    if choice.get("not_servable"):
+        return f"No serving engine can run it: {choice['not_servable']}; --servable chooses among plans that one can."
+    if choice.get("engines"):
+        return f"Servable with {' and '.join(choice['engines'])}."
+    if "engines" in choice:
+        return "Servable as part of an image encoder; no engine that this version knows has a class for this model yet."
+    return "tpcompress export prints which engines can run it."
 
 
 def next_commands(folder: Path, export: Path) -> list[str]:

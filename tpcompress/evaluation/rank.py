@@ -27,13 +27,13 @@ from tpcompress.evaluation.rank_cost import CostCell, attached, prompts_of
 from tpcompress.evaluation.rank_report import Ranking, RankRow, write_ranking
 from tpcompress.evaluation.rank_rules import Refusal, Rule, read_budgets, rules_for
 from tpcompress.evaluation.tasks import Task, create_task
+from tpcompress.export.runtimes import not_servable
 from tpcompress.families import resolve
 from tpcompress.inference import default_device, inference, inputs_for
 from tpcompress.insertion.attach import is_attached, record
 from tpcompress.insertion.budget import Budget
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.insertion.trace import Trace
-from tpcompress.pruners.catalogue import unserved
 
 IMAGES = 64
 """Default number of rows."""
@@ -55,6 +55,7 @@ def run_rank(
     batch_size: int = 16,
     dtype: str = "float32",
     device: str | None = None,
+    servable: bool = False,
 ) -> Ranking:
     """Score every untrained rule at every budget, print the table, and write it with a contact sheet.
 
@@ -72,6 +73,7 @@ def run_rank(
         batch_size: sequences per call.
         dtype: dtype of the model's weights.
         device: device; default: the accelerator if there is one.
+        servable: rank only rules that a serving engine can run.
 
     Raises:
         FileNotFoundError, ValueError: an argument is invalid, a file is missing, a budget prunes nothing on these rows,
@@ -80,7 +82,7 @@ def run_rank(
     """
     run = RankRun.open(
         model, _task(model, data, image_folder, num_images), read_budgets(budgets), Path(out), console, rules, metric,
-        batch_size, dtype, device,
+        batch_size, dtype, device, servable,
     )  # fmt: skip
     return run.finish()
 
@@ -141,6 +143,7 @@ class RankRun:
         batch_size: int,
         dtype: str,
         device: str | None,
+        servable: bool,
     ) -> RankRun:
         """Load the model and choose the rules and their layers; nothing is measured yet."""
         bench = Bench(
@@ -148,7 +151,7 @@ class RankRun:
         )
         if is_attached(bench.model):
             raise ValueError(f"{model} is an export, which has a plan; rank its base model.")
-        rules, refused = rules_for(resolve(bench.model), names)
+        rules, refused = rules_for(resolve(bench.model), names, servable)
         cells = {}
         for label, budget in budgets.items():
             for rule in rules:
@@ -219,13 +222,12 @@ class RankRun:
             answers = bench.scores(cell)
             assert answers is not None and cell.plan is not None
             answers = answers.with_learnt(learnt)
-            stage = cell.plan.stages[0]
             rows.append(
                 RankRow(
                     rule=rule.name, layer=rule.layer, budget=label, plan=cell.plan, score=answers.score,
                     ci95=answers.ci95, gain=answers.difference(dense), vision_tokens=found["vision_tokens"],
                     retained_tokens=found["retained_tokens"], cost=measured.get("costs", {}).get(cell.name),
-                    served=stage.layer == 0 and unserved(stage.pruner) is None,
+                    served=not_servable(cell.plan, bench.model.config) is None,
                 )
             )  # fmt: skip
         return Ranking(

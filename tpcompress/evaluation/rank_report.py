@@ -32,7 +32,7 @@ class RankRow:
         gain: score minus the dense model's on the same rows, with a paired interval.
         vision_tokens, retained_tokens: vision tokens of a prompt before and after pruning, mean over prompts.
         cost: cost relative to dense: `time`, `time_low`, `time_high`, `flops`; None if it could not be measured.
-        served: a serving engine can run it as part of the image encoder.
+        served: a serving engine can run it on this model.
     """
 
     rule: str
@@ -113,7 +113,7 @@ class Ranking:
 
         Args:
             budget: as it was given.
-            served: only rules that a serving engine can run as part of the image encoder.
+            served: only rules that a serving engine can run.
 
         Raises:
             ValueError: no such budget, or no rule ran at it.
@@ -142,8 +142,8 @@ class Ranking:
         lines = [
             "tokens: vision tokens of a prompt after the last stage, mean. time: whole prefill (vision tower, "
             f"selection, language model) relative to dense, median of interleaved rounds on {self.measured_on}. "
-            "FLOPs: decoder layers by formula, relative to dense, without the selection. served: the rule can run "
-            "inside an image encoder."
+            "FLOPs: decoder layers by formula, relative to dense, without the selection. served: a serving "
+            "engine can run it."
         ]
         lines += [self.counted] if self.counted else []
         blind = self.unit.text(self.blind)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from tpcompress.errors import did_you_mean
+from tpcompress.export.runtimes import not_servable
 from tpcompress.families import Parts
 from tpcompress.insertion.budget import Budget, amount_text
 from tpcompress.insertion.plan import PruningPlan, Stage
@@ -52,7 +53,9 @@ class Refusal:
         return f"{self.rule}{at}: {self.reason}"
 
 
-def rules_for(parts: Parts, names: Sequence[str] | None = None) -> tuple[list[Rule], list[Refusal]]:
+def rules_for(
+    parts: Parts, names: Sequence[str] | None = None, servable: bool = False
+) -> tuple[list[Rule], list[Refusal]]:
     """The untrained rules that run on a model, and the others with the reason.
 
     A rule acts at layer 0 where it runs there. Otherwise it acts at the layer of its paper, or at the nearest layer at
@@ -61,6 +64,7 @@ def rules_for(parts: Parts, names: Sequence[str] | None = None) -> tuple[list[Ru
     Args:
         parts: parts of the dense model.
         names: pruners to rank; None for all.
+        servable: only rules that a serving engine can run on this model.
 
     Raises:
         ValueError: an unknown name, a name given twice, or no rule that runs.
@@ -75,7 +79,11 @@ def rules_for(parts: Parts, names: Sequence[str] | None = None) -> tuple[list[Ru
     for name in names or known:
         found = _placed(parts, create(name))
         if isinstance(found, int):
-            rules.append(Rule(name, found))
+            rule = Rule(name, found)
+            reason = not_servable(rule.plan(Budget(keep_tokens=1)), parts.model.config) if servable else None
+            found = rule if reason is None else f"no serving engine can take it: {reason}"
+        if isinstance(found, Rule):
+            rules.append(found)
         else:
             refused.append(Refusal(name, found))
     if not rules:

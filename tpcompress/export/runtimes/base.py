@@ -20,6 +20,8 @@ class Runtime:
     """Key in manifests: lower case."""
     title: ClassVar[str]
     """Name in printed lines."""
+    serves: ClassVar[bool] = False
+    """Whether it is a serving engine, which `tpcompress compress --servable` chooses plans for."""
 
     def refuses(self, plan: PruningPlan, config: Any) -> str | None:
         """Reason why the runtime cannot run a plan on a model, in one line that starts in lower case; None if it can.

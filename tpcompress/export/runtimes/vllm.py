@@ -38,6 +38,7 @@ class VLLM(Runtime):
 
     name = "vllm"
     title = "vLLM"
+    serves = True
 
     def refuses(self, plan: PruningPlan, config: Any) -> str | None:
         reason = outside_encoder(plan)
