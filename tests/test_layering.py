@@ -25,6 +25,7 @@ LEAVES = {
     "inference",
     "models",
     "open_set",
+    "paths",
     "recipe_files",
     "version",
 }
@@ -32,15 +33,18 @@ LEAVES = {
 
 MAY_IMPORT = {
     "errors": set(),
-    "open_set": set(),
+    "open_set": {"errors"},
     "version": set(),
     "files": set(),
     "bundled": set(),
     "auto_register": set(),
     "hub": {"huggingface_hub"},
+    "paths": {"errors", "bundled", "hub"},
     "recipe_files": {"errors", "bundled"},
     "inference": {"torch"},
-    "models": {"torch", "transformers", "safetensors", "errors", "bundled", "hub", "auto_register", "families"},
+    "models": {
+        "torch", "transformers", "safetensors", "errors", "bundled", "hub", "paths", "auto_register", "families",
+    },
     "pruners": {"torch"},
     "families": {"torch", "transformers"},
     "insertion": {"torch", "transformers", "pruners", "families"},

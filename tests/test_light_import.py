@@ -32,8 +32,17 @@ QUICK = (
     ["validate", "--help"],
     ["fitt"],
     ["export", "--ovrwrite"],
+    ["compress", "tiny_llava", "gone.json"],
+    ["compress", "./gone", "rows.json"],
+    ["fit", "tiny_llava", "./gone"],
+    ["fit", "--config", "recipes/tiny_llava/pool_full.yaml", "--model.base", "./gone"],
+    ["fit", "--config", "recipes/shared/lora.yaml"],
+    ["fit", "--config", "recipes/qwen2_5_vl/divprune_lora.yaml", "--data.init_args.train=gone.json"],
+    ["evaluate", "tiny_llava", "gone.json"],
+    ["rank", "tiny_llava", "gone.json", "--image-folder", "gone"],
+    ["verify", "gone"],
 )
-"""Command lines that are answered from signatures and docstrings alone."""
+"""Command lines that are answered from signatures, docstrings and the file system alone."""
 
 
 def test_help_loads_no_framework() -> None:

@@ -25,10 +25,10 @@ from tpcompress.bundled import base_path
 from tpcompress.errors import first_line, missing_extra
 from tpcompress.families import family_of
 from tpcompress.families.packages import missing_line
-from tpcompress.hub import looks_like_path, offline_if_unreachable, why_absent
+from tpcompress.hub import offline_if_unreachable, why_absent
+from tpcompress.paths import MODEL_HINT, check_model, near_path
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-HINT = "give a folder, a hub id that can be reached, or tiny_llava."
 
 
 def load_base(
@@ -148,10 +148,9 @@ def model_path(base: str) -> str:
     path = str(Path(base_path(base)).expanduser()) if base.startswith("~") else base_path(base)
     if Path(path).is_dir():
         return path
-    if looks_like_path(path):
-        raise FileNotFoundError(f"No folder {path}; {HINT}")
+    check_model(base)
     if reason := why_absent(path):
-        raise ValueError(f"No model at '{base}': {reason}. Give another base: {HINT}")
+        raise ValueError(f"No model at '{base}': {reason}. Give another base: {MODEL_HINT}{near_path(path)}")
     return path
 
 
@@ -163,4 +162,4 @@ def _load(load: Callable[[], Any], what: str, base: str) -> Any:
         # The hub client, file formats and missing kernels raise unrelated types, most with several lines.
         if isinstance(error, ImportError) and (hint := missing_extra(error)):
             raise ValueError(f"The {what} of '{base}' cannot be loaded: {hint}") from error
-        raise ValueError(f"No {what} at '{base}': {first_line(error)}. Give another base: {HINT}") from error
+        raise ValueError(f"No {what} at '{base}': {first_line(error)}. Give another base: {MODEL_HINT}") from error

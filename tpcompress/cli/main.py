@@ -16,6 +16,7 @@ from tpcompress.cli.commands import COMMANDS, GROUPS, RECIPE_COMMANDS
 from tpcompress.cli.console import console
 from tpcompress.cli.fit_short import fit_model, is_short, split_options
 from tpcompress.cli.help import show_command, show_recipe_command, show_usage
+from tpcompress.cli.mistyped import check_options, check_recipe
 from tpcompress.cli.options import HELP, normalized, underscored
 from tpcompress.errors import did_you_mean, missing_extra
 from tpcompress.version import __version__
@@ -106,6 +107,7 @@ def parse_for(command: Callable[..., object], name: str, args: list[str]) -> dic
     if given[-1:] == ["--help"]:
         show_command(name, command, console)
         raise SystemExit(0)
+    check_options(given)
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False)
@@ -125,11 +127,12 @@ def _run_recipe(name: str, args: list[str]) -> int:
         raise SystemExit(0)
     if args[-2:] in ([word, "all"] for word in HELP):  # every option of the recipe, which the parser prints
         args = args[:-1]
-    _quieten(name)
     if args and args[0].endswith((".yaml", ".yml")):
         raise ValueError(f"A recipe is given by its option: tpcompress {name} --config {args[0]}.")
-    if name == "fit" and is_short(args):
-        own, args = split_options(fit_model, args)
+    own, args = split_options(fit_model, args) if name == "fit" and is_short(args) else ([], args)
+    check_options(normalized(fit_model, name, own)) if own else check_recipe(args)
+    _quieten(name)
+    if own:
         args = [*fit_model(**parse_for(fit_model, name, own)), *args]
     return command([name, *map(underscored, args)])
 

@@ -13,6 +13,7 @@ import datasets
 import fsspec
 
 from tpcompress.data.formats import READERS, kind_of
+from tpcompress.paths import missing_data
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def find_source(source: str | Path, split: str = "train", config_name: str | Non
             raise ValueError(f"{given} has no config {config_name!r}: it is one file or pattern; give its folder.")
         return replace(found, files=tuple(_files_of_pattern(given)))
     if path.is_absolute() or str(source).startswith((".", "~")):
-        raise FileNotFoundError(f"No file or folder {source}; give {_known()} files, a folder, or a name on the hub.")
+        raise missing_data(source)
     return found
 
 
@@ -184,7 +185,9 @@ def _files_of_pattern(source: str) -> list[str]:
         raise FileNotFoundError(f"No files match {source}; give another pattern.")
     missing = [name for name in names if "://" not in name and not Path(name).is_file()]
     if missing:
-        of = f"; it is one of the {len(names)} files of {source}" if len(names) > 1 else ""
+        if len(names) == 1:
+            raise missing_data(missing[0])
+        of = f"; it is one of the {len(names)} files of {source}"
         raise FileNotFoundError(f"No file or folder {missing[0]}{of}. Give files that exist.")
     return names
 

@@ -20,11 +20,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from tpcompress.data.arrow_rows import completed
 from tpcompress.data.bad_rows import BadRow, OnBadRow, bad_row_error, check_on_bad_row
-from tpcompress.data.chat import folder_of_images
 from tpcompress.data.lengths import Rates, count_characters, count_media
 from tpcompress.data.records import Record, Row, clean, read_record
 from tpcompress.data.shards import Shards
 from tpcompress.errors import first_line
+from tpcompress.paths import check_image_folder
 
 GIVE_UP_AFTER = 10_000  # consecutive bad rows
 Place = dict[str, int]
@@ -95,7 +95,7 @@ class ChatStream(IterableDataset):
     ) -> None:
         check_on_bad_row(on_bad_row)
         self.shards, self.collator, self.batch_size, self.on_bad_row = shards, collator, batch_size, on_bad_row
-        self.base = str(shards.folder if image_folder is None else folder_of_images(image_folder))
+        self.base = str(shards.folder if image_folder is None else check_image_folder(image_folder))
         self.shuffle_buffer, self.bucket, self.rates, self.seed = shuffle_buffer, bucket, rates or Rates(), seed
         pool = max(1, bucket * batch_size)
         self.block_rows = -(-max(shuffle_buffer, 1) // pool) * pool
