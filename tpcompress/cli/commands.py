@@ -13,6 +13,7 @@ from tpcompress.cli.compress import compress
 from tpcompress.cli.console import console
 from tpcompress.cli.evaluate import evaluate
 from tpcompress.cli.lab import cache_teacher, estimators, study
+from tpcompress.cli.look_up import families, pruners, show_list
 from tpcompress.cli.push import push
 from tpcompress.cli.rank import rank
 from tpcompress.cli.serve import serve
@@ -243,58 +244,6 @@ def find_layer(
 
     run_find_layer(model, data, image_folder, num_samples, threshold, layers, out, seed, dtype, device, console, task)
     return 0
-
-
-def show_list(kind: str = "kinds", name: str | None = None) -> int:
-    """List pruners, families, losses, teachers, schedules, scorers, selectors, appliers, tasks, metrics or recipes.
-
-    Example:
-        tpcompress list pruners
-
-    Example:
-        tpcompress list losses KL
-
-    Args:
-        kind: what to list; default: the kinds with their sizes.
-        name: one member, which is shown in full.
-    """
-    from tpcompress.cli.lists import print_list
-
-    print_list(kind, name, console)
-    return 0
-
-
-def pruners(name: str | None = None, plan: bool = False) -> int:
-    """List the pruners and the components of learned ones, or show one in full: short for `list pruners`.
-
-    Example:
-        tpcompress pruners dart --plan
-
-    Args:
-        name: pruner, scorer, selector or applier, or the dotted path of a pruner outside the package.
-        plan: print the pruner's plan with the settings of its paper, as YAML.
-
-    Raises:
-        ValueError: plan without a name, or a pruner without such a plan.
-    """
-    if not plan:
-        return show_list("pruners", name)
-    from tpcompress.cli.lists import paper_plan
-
-    print(paper_plan(name), end="")
-    return 0
-
-
-def families(name: str | None = None) -> int:
-    """List the model families, their limits and refused ones, or show one in full: short for `list families`.
-
-    Example:
-        tpcompress families llava
-
-    Args:
-        name: family, or model type.
-    """
-    return show_list("families", name)
 
 
 GROUPS: dict[str, dict[str, Callable[..., int]]] = {

@@ -39,16 +39,15 @@ def fit_model(
         Arguments of `fit` that run the recipe.
     """
     from tpcompress.compress.recipe import RunChoices, family_of_base, make_recipe, write_recipe
-    from tpcompress.data import load_chat
     from tpcompress.evaluation.engine.cell import slug
+    from tpcompress.training.datamodules.chat import read_ahead
 
     wanted = None if plan in ("none", "null") else plan
     out = out or f"runs/{slug(f'{Path(model).name}-{wanted}'.lower() if wanted else f'{Path(model).name}-dense')}"
     choices = RunChoices(model, data, wanted, out, lora, steps, image_folder, batch_size, val, val_fraction)
     family_of_base(model)  # a wrong model is reported before the data are read
-    rows, _ = load_chat(data, image_folder, check_images=False)
     path = Path(out) / "fit.yaml"
-    write_recipe(make_recipe(choices, len(rows)), path, f"tpcompress fit --config {path}")
+    write_recipe(make_recipe(choices, read_ahead(data, image_folder)), path, f"tpcompress fit --config {path}")
     return ["--config", str(path)]
 
 
