@@ -57,4 +57,12 @@ def missing_extra(error: ImportError) -> str | None:
         package = next((name for name in named if find_spec(name) is None), "")
     if not package:
         return None
-    return f"{package} is not installed; install it with: pip install 'tpcompress[{EXTRAS[package]}]'."
+    return f"{package} is not installed; install it with: {install_command([package])}."
+
+
+def install_command(packages: Iterable[str]) -> str:
+    """The command that installs packages: by the extras of tpcompress that contain them, others by name."""
+    names = list(packages)
+    extras = sorted({EXTRAS[name] for name in names if name in EXTRAS})
+    others = [name for name in names if name not in EXTRAS]
+    return " ".join(["pip install", *([f"'tpcompress[{','.join(extras)}]'"] if extras else []), *others])

@@ -7,6 +7,8 @@ import pkgutil
 from types import ModuleType
 from typing import TypeVar
 
+from tpcompress.errors import first_line
+
 T = TypeVar("T")
 
 
@@ -38,6 +40,32 @@ def named_classes(package: str, base: type[T], kind: str) -> dict[str, type[T]]:
                 raise ValueError(f"Two {kind}s are named '{name}': {found[name]} and {value}; rename one.")
             found[name] = value
     return dict(sorted(found.items()))
+
+
+def class_at(path: str, base: type[T], kind: str, public: str) -> type[T]:
+    """A class outside the package by its dotted path, `package.module.Class` or `package.module:Class`.
+
+    Args:
+        path: dotted path.
+        base: class that it must be derived from.
+        kind: singular noun for error messages.
+        public: dotted path of `base` for users.
+
+    Raises:
+        ValueError: there is no such class, or it is not of this kind.
+    """
+    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ValueError(f"{kind.capitalize()} '{path}' is neither a name nor a dotted path.")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{kind.capitalize()} '{path}' cannot be imported ({first_line(error)}); give the dotted path of its class."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"'{path}' is not a {base.__name__}; subclass {public}.")
+    return found
 
 
 def classes_by_type(package: str, base: type[T]) -> dict[str, type[T]]:

@@ -14,6 +14,7 @@ from support import family_folder
 from tpcompress.cli.fit_short import fit_model, split_options
 from tpcompress.cli.main import main
 from tpcompress.compress.recipe import MIN_STEPS, PRESETS, RunChoices, make_recipe, write_recipe
+from tpcompress.training.datamodules import chat
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,16 @@ def choices(**changes: Any) -> RunChoices:
     return RunChoices(**values)
 
 
-def test_a_run_from_model_and_data(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
+def test_a_run_from_model_and_data(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, reads = tmp_path / "run", list[str]()
+    read = chat.load_chat
+    monkeypatch.setattr(chat, "load_chat", lambda source, *a, **k: reads.append(source) or read(source, *a, **k))
     given = ["fit", "tiny_llava", data, "--plan", "pool:1/9", "--lora", "4", "--out", str(out)]
     given += ["--trainer.max_steps", "2", "--trainer.logger=false", "--batch-size", "2", "--trainer.accelerator", "cpu"]
     assert main(given) == 0
+    assert reads == [data], "the data are read once"
     assert f"tpcompress export --ckpt {out}" in capsys.readouterr().out.replace("\n", " ")
     written = yaml.safe_load((out / "fit.yaml").read_text())
     assert written["model"]["plan"]["stages"][0]["keep_ratio"] == pytest.approx(1 / 9)

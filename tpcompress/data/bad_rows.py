@@ -1,7 +1,11 @@
 """Rows that cannot be used: the exception, the counts of a data set, and the setting what to do about them."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+log = logging.getLogger(__name__)
+_SAID: set[str] = set()
 
 OnBadRow = Literal["skip", "raise"]
 MAX_SHOWN = 80  # characters of a value or file name in a message
@@ -52,6 +56,14 @@ class BadRows:
         reasons = [f"{reason} {count} (e.g. {shown[reason]})" for reason, count in self.counts.items()]
         of = f" of {self.total}" if self.total else ""
         return f"{len(self)}{of} rows left out: {'; '.join(reasons)}"
+
+
+def say_once(source: str, report: BadRows) -> None:
+    """Log what was left out of a source: a warning if anything was, once a process for the same report."""
+    line = f"{source}: {report}"
+    if line not in _SAID:
+        _SAID.add(line)
+        log.log(logging.WARNING if len(report) else logging.INFO, "%s", line)
 
 
 def check_on_bad_row(on_bad_row: str) -> None:

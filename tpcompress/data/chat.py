@@ -28,6 +28,7 @@ from tpcompress.data.records import COLUMNS, Record, Row, columns_error, has_con
 from tpcompress.data.sources import Source, find_source, load_saved
 from tpcompress.data.tables import first_reason, load_table, undecoded
 from tpcompress.data.video import check_video
+from tpcompress.paths import check_image_folder
 
 SCAN_BATCH = 64  # rows whose image bytes are in memory at once during the scan for broken rows
 GIVE_UP_AFTER = 100  # records without a conversation after which text files are rejected
@@ -72,7 +73,7 @@ def load_chat(
     """
     check_on_bad_row(on_bad_row)
     found = find_source(source, split, config_name)
-    base = found.folder if image_folder is None else folder_of_images(image_folder)
+    base = found.folder if image_folder is None else check_image_folder(image_folder)
     table, read = _open_table(found, None if cache_dir is None else str(cache_dir))
     if not len(table):
         raise ValueError(f"{source} holds no rows; give a data set with at least one conversation.")
@@ -84,18 +85,6 @@ def load_chat(
     if read is read_record:
         table = table.select_columns([name for name in table.column_names if name in COLUMNS])
     return table.with_transform(partial(_rows_of, read=read, base=str(base), family=default_family)), report
-
-
-def folder_of_images(folder: str | Path) -> Path:
-    """The folder of images, with `~` expanded.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(f"No image folder {folder}; give the folder that image paths are relative to.")
-    return path
 
 
 def _open_table(source: Source, cache_dir: str | None) -> tuple[datasets.Dataset, Callable[[Record], Row]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
-from tpcompress.errors import EXTRAS
+from tpcompress.errors import install_command
 
 
 class Requiring(Protocol):
@@ -47,7 +47,5 @@ def missing_line(family: Requiring) -> str | None:
     missing = missing_packages(family)
     if not missing:
         return None
-    extras = sorted({EXTRAS[name] for name in missing if name in EXTRAS})
-    names = " and ".join(missing)
-    command = f"'tpcompress[{','.join(extras)}]'" if extras else " ".join(missing)
-    return f"the processor of {family.name} needs {names}, not installed here; run: pip install {command}"
+    names, command = " and ".join(missing), install_command(missing)
+    return f"the processor of {family.name} needs {names}, not installed here; run: {command}"

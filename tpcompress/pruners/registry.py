@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tpcompress.errors import did_you_mean
-from tpcompress.open_set import named_classes
+from tpcompress.open_set import class_at, named_classes
 from tpcompress.pruners.base import Pruner
 from tpcompress.pruners.config_mixin import ConfigMixin, wrong_type
 from tpcompress.pruners.gate_components import Applier, Part, Scorer, Selector
@@ -111,19 +110,11 @@ def _nested(name: str, value: Any, allow_outside: bool) -> Any:
 def _class(name: str, known: Mapping[str, Any], base: type[ConfigMixin], kind: str, allow_outside: bool) -> Any:
     if name in known:
         return known[name]
-    noun = kind.capitalize()
     if "." not in name:
         hint = did_you_mean(name, known)
         raise ValueError(f"No {kind} '{name}'. Known: {', '.join(known)}.{hint}")
     if not allow_outside:
-        raise ValueError(f"{noun} '{name}' is outside tpcompress; load with allow_outside=True if you trust it.")
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"{noun} '{name}' is neither a name nor a dotted path. Known: {', '.join(known)}.")
-    path, _, attribute = name.rpartition(".")
-    try:
-        value = getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{noun} '{name}' cannot be imported ({error}); give the dotted path of its class.") from error
-    if not (isinstance(value, type) and issubclass(value, base)):
-        raise ValueError(f"'{name}' is not a {base.__name__}; subclass tpcompress.{base.__name__}.")
-    return value
+        raise ValueError(
+            f"{kind.capitalize()} '{name}' is outside tpcompress; load with allow_outside=True if you trust it."
+        )
+    return class_at(name, base, kind, f"tpcompress.{base.__name__}")

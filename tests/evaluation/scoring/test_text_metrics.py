@@ -151,9 +151,9 @@ def test_a_metric_comes_by_dotted_path() -> None:
     for path in (f"{__name__}:Longest", f"{__name__}.Longest"):
         assert find_metric(path).of_reply(Reply("abc", ("ab",))) == (3, 2)
     for path, message in (
-        ("no.such:Thing", "No metric at 'no.such:Thing'"),
-        (f"{__name__}:Missing", "give package.module:Class"),
-        ("builtins:dict", "'builtins:dict' is not a metric; derive a class"),
+        ("no.such:Thing", "Metric 'no.such:Thing' cannot be imported"),
+        (f"{__name__}:Missing", "give the dotted path of its class"),
+        ("builtins:dict", "'builtins:dict' is not a Metric; subclass"),
         ("cider", "No metric 'cider': torchmetrics has no CIDEr"),
     ):
         with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):

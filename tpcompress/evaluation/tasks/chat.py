@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
+from tpcompress.data.bad_rows import say_once
 from tpcompress.data.chat import load_chat
 from tpcompress.data.rows import OnBadRow
 from tpcompress.data.video import VideoSampling
 from tpcompress.evaluation.scoring.batches import Rows
 from tpcompress.evaluation.tasks.base import Task
-
-log = logging.getLogger(__name__)
 
 FAMILY = "all"
 """Family of questions for which the data has none."""
@@ -71,8 +68,7 @@ class Chat(Task):
             config_name=self.config_name,
         )  # fmt: skip
         self.left_out = dict(report.counts)
-        if len(report):
-            log.warning("%s: %s", self.data, report)
+        say_once(str(self.data), report)
         return rows if self.num_images is None else rows.select(range(min(self.num_images, len(rows))))
 
     @property

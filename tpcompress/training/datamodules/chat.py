@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from tpcompress.data import BadRows, ChatCollator, load_chat
+from tpcompress.data.bad_rows import say_once
 from tpcompress.data.lengths import measure_rates
 from tpcompress.data.rows import OnBadRow
 from tpcompress.data.shards import Shards, open_shards
@@ -22,6 +24,8 @@ from tpcompress.training.datamodules.loader import ResumableLoader
 from tpcompress.training.datamodules.stream_loader import StreamLoader, StreamPosition
 
 log = logging.getLogger(__name__)
+
+_READ: dict[tuple[Any, ...], tuple[datasets.Dataset, BadRows]] = {}
 
 LOOK_AT = 64
 """Rows of a stream of which one should hold an image if the run has a plan."""
@@ -163,8 +167,9 @@ class ChatData(RowsData):
 
     def _load(self, source: str, split: str) -> tuple[datasets.Dataset, BadRows]:
         """Read whole data, and say what was left out."""
+        known = _READ.pop((source, self.image_folder, split, self.on_bad_row, self.config_name, _stamp(source)), None)
         options: dict[str, Any] = {"split": split, "on_bad_row": self.on_bad_row, "config_name": self.config_name}
-        rows, report = load_chat(source, self.image_folder, **options)
+        rows, report = known or load_chat(source, self.image_folder, **options)
         _report(source, report)
         return rows, report
 
@@ -210,9 +215,34 @@ class ChatData(RowsData):
         return self._opened(StreamLoader(stream, self._stream_position, self._count, **self._options()))
 
 
+def read_ahead(source: str, image_folder: str | None) -> int:
+    """Read training data as `ChatData` does by default, for the next `ChatData` that reads it in this process.
+
+    Args:
+        source: `train` of the data.
+        image_folder: folder that relative image paths start from.
+
+    Returns:
+        number of usable rows.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_chat`.
+    """
+    _READ.clear()
+    found = load_chat(source, image_folder)
+    _READ[source, image_folder, "train", "skip", None, _stamp(source)] = found
+    return len(found[0])
+
+
+def _stamp(source: str) -> tuple[int, int] | None:
+    """Size and time of a file, so that an edited one is read again."""
+    path = Path(source).expanduser()
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
+
+
 @rank_zero_only
 def _report(source: str, report: BadRows) -> None:
-    log.log(logging.WARNING if len(report) else logging.INFO, "%s: %s", source, report)
+    say_once(source, report)
 
 
 @rank_zero_only

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 
-from tpcompress.errors import first_line
 from tpcompress.evaluation.create import create_from
 from tpcompress.evaluation.scoring.metrics.base import PERCENT, Answers, Metric, Reply, Unit
-from tpcompress.open_set import named_classes
+from tpcompress.open_set import class_at, named_classes
 
 __all__ = ["PERCENT", "Answers", "Metric", "Reply", "Unit", "find_metric", "list_metrics", "name_of"]
 
@@ -39,7 +37,7 @@ def find_metric(name: str) -> Metric:
                 f"No metric '{name}': {reason}; name a class of your own by its dotted path, or use rouge_l."
             )
         if ":" in name or "." in name:
-            return _imported(name)()
+            return class_at(name, Metric, "metric", "tpcompress.evaluation.Metric")()
     return create_from(list_metrics(), Metric, "metric", name)
 
 
@@ -49,16 +47,3 @@ def name_of(metric: Metric) -> str:
     return (
         metric.name if list_metrics().get(getattr(cls, "name", "")) is cls else f"{cls.__module__}:{cls.__qualname__}"
     )
-
-
-@cache
-def _imported(path: str) -> type[Metric]:
-    """A metric class by its dotted path."""
-    module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"No metric at '{path}': {first_line(error)}; give package.module:Class.") from error
-    if not (isinstance(found, type) and issubclass(found, Metric)):
-        raise ValueError(f"'{path}' is not a metric; derive a class from tpcompress.evaluation.Metric.")
-    return found
