@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import tpcompress as tp
 from tpcompress.families import list_families
-from tpcompress.insertion.cost import has_formula
+from tpcompress.insertion.cost import decoder_flops, has_formula, head_size, key_width, kv_bytes, layer_configs
 from tpcompress.models import load_base
 
 VARIANTS = [(name, variant) for name, family in list_families().items() for variant in family.tiny.variants]
@@ -126,3 +126,18 @@ def test_costs_without_a_formula_are_not_stated() -> None:
     assert found.flops is None
     assert found.kv_bytes is None
     assert "no formula for this architecture" in str(found)
+
+
+@pytest.mark.parametrize("family", list(list_families()))
+def test_costs_of_every_family_add_up_over_its_layers(family: str) -> None:
+    for variant in list_families()[family].tiny.variants:
+        config = list_families()[family].tiny.config(*variant)
+        if not has_formula(config):
+            continue
+        text = config.get_text_config()
+        depth = text.num_hidden_layers
+        apart = [[int(layer == one) for layer in range(depth)] for one in range(depth)]
+        assert sum(decoder_flops(config, one, 0) for one in apart) == decoder_flops(config, [1] * depth, 0) > 0
+        assert sum(kv_bytes(config, one) for one in apart) == kv_bytes(config, [1] * depth) > 0
+        heads = {(head_size(layer), key_width(layer)) for layer in layer_configs(text)}
+        assert (len(heads) > 1) == (family == "gemma4_unified")

@@ -76,15 +76,30 @@ def check_image_folder(folder: str | Path) -> Path:
     return path
 
 
+def check_checkpoint(given: str) -> None:
+    """Refuse a checkpoint or run that does not exist.
+
+    Raises:
+        FileNotFoundError: with the path that was probably meant.
+    """
+    if not Path(given).expanduser().exists():
+        raise FileNotFoundError(
+            f"No checkpoint at {given}; give a .ckpt file or the folder of a run.{near_path(given)}"
+        )
+
+
 def check_model(base: str) -> None:
-    """Refuse a model that is meant as a path and is none; names on the hub pass.
+    """Refuse a model, export or checkpoint that is meant as a path and is none; names on the hub pass.
 
     Raises:
         FileNotFoundError: with the path that was probably meant.
     """
     path = str(Path(base_path(base)).expanduser()) if base.startswith("~") else base_path(base)
+    if path.endswith(".ckpt"):
+        return check_checkpoint(path)
     if not Path(path).exists() and looks_like_path(path):
         raise FileNotFoundError(f"No folder {path}; {MODEL_HINT}{near_path(path)}")
+    return None
 
 
 def check_export(folder: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tpcompress.insertion.budget import amount_text
 from tpcompress.insertion.plan import VERSION, Budget, PruningPlan, Stage
 
 
@@ -107,6 +108,14 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ratio", "tokens", "count"), [(0.111, 576, 64), (0.25, 64, 16), (0.001, 64, 1), (1.0, 7, 7)])
 def test_ratio_is_rounded_in_one_place(ratio: float, tokens: int, count: int) -> None:
     assert Budget(keep_ratio=ratio).count(tokens) == count
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(64, "64"), (1 / 9, "1/9"), (2 / 3, "2/3"), (0.25, "0.25"), (0.111, "0.111"), (0.1111, "0.111"), (1.0, "1")],
+)
+def test_amounts_are_short(amount: float, text: str) -> None:
+    assert amount_text(amount) == text
 
 
 def test_counts_and_layer_average() -> None:

@@ -89,6 +89,15 @@ def test_one_model_is_evaluated_and_its_answers_are_kept(data: str, tmp_path: Pa
     assert "vision tokens retained" in console.export_text()
 
 
+def test_a_row_for_each_question_family_fits_a_terminal() -> None:
+    console = Console(record=True, width=80)
+    task = create_task({"type": "benchmark", "num_images": 2})
+    (scores,) = run_evaluation("tiny_llava", [task], None, None, console).values()
+    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    assert [line[0] for line in lines if line[0] in ("all", *scores.names)] == ["all", *scores.names]
+    assert not any("…" in word for line in lines for word in line)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "rank", "compare"])
 @pytest.mark.parametrize(("metric", "wanted"), [("number", "a number"), ("choice_letter", "a letter or an option")])
 def test_a_metric_that_applies_to_no_question_stops_at_the_first_score(

@@ -18,6 +18,7 @@ from tpcompress.evaluation.engine import fingerprint
 from tpcompress.evaluation.engine.cell import Run, check_names
 from tpcompress.evaluation.engine.fingerprint import base_digest, code_digest, files_of
 from tpcompress.evaluation.engine.locks import claim
+from tpcompress.evaluation.engine.progress import duration
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.lab.estimators.cells import cells_of as estimator_cells
 from tpcompress.lab.estimators.config import EstimatorTable
@@ -30,6 +31,14 @@ QUIET = Console(quiet=True)
 def write(folder: Path, **values) -> str:
     (folder / "c.yaml").write_text(yaml.safe_dump(values))
     return str(folder / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "an unknown time"), (20, "less than a minute"), (89, "about 1 min"), (720, "about 12 min")],
+)
+def test_no_time_is_zero_minutes(seconds, text):
+    assert duration(seconds) == text
 
 
 # ---------------------------------------------------------------------------------------------------- names

@@ -3,12 +3,15 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 from PIL import Image
+from support import family_folder
 
 import tpcompress as tp
 from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
 from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
+from tpcompress.evaluation.figures.contact_sheet import EDGE, contact_sheet
 from tpcompress.evaluation.figures.retained import Retained, retained_figure, retained_masks
+from tpcompress.models import load_base, load_processor
 
 
 def row(arm, pruner=None, keep=None, score=0.5, **more) -> Row:
@@ -61,6 +64,33 @@ def test_cells_of_a_merging_pruner_hold_one_retained_token_each(vqa, processor, 
     assert np.bincount(cells.ravel()).tolist() == [4] * 16
     assert sorted(cells[sample.keep].tolist()) == list(range(16))
     assert (cells[0::2, 0::2] == cells[1::2, 1::2]).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "images"),
+    [
+        ("llava", 2),
+        pytest.param("internvl", 1, marks=pytest.mark.slow),
+        pytest.param("smolvlm", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_cells_of_tiles_and_of_several_images_stay_in_their_own(family, images, tmp_path):
+    folder = str(family_folder(family))
+    model = tp.attach(load_base(folder).eval(), tp.PruningPlan([tp.Stage("pool", keep_ratio=0.25)]))
+    shown = [Image.effect_noise((120 + 40 * n, 60), 80).convert("RGB") for n in range(images)]
+    talk = [{"role": "user", "content": "<image>\n" * images + "what ?"}, {"role": "assistant", "content": "a"}]
+    rows = [{"images": shown, "conversations": [talk], "families": ["chat"]}]
+    (sample,) = retained_masks(model, load_processor(folder), rows)
+    parts = [sample, *([sample.overview] if sample.overview else [])]
+    assert (family != "llava") == (sample.overview is not None)
+    for part in parts:
+        assert part.cells.shape == part.keep.shape
+        assert len(set(part.cells.ravel())) == part.keep.sum(), "one cell for each retained token"
+        assert len(set(part.cells[part.keep])) == part.keep.sum(), "each in a cell of its own"
+    contact_sheet({"budget": {"pool": [sample]}}, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        yellow = np.abs(np.asarray(sheet.convert("RGB")).astype(int) - 255 * EDGE).max(-1) < 3
+    assert yellow.any()
 
 
 def test_retained_tokens_are_drawn_side_by_side(tmp_path):
