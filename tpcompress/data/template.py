@@ -174,7 +174,7 @@ class ChatTemplate:
         return spans if rendered[0] == text and len(spans) >= num_answers else []
 
     def _header_spans(self, text: str, messages: list[dict[str, Any]], turns: list[int], prompt: bool) -> list[Span]:
-        """The answers that stand between a header and the end token as they are; empty if one does not.
+        """The answers that stand between a header (and blanks) and the end token as they are; empty if one does not.
 
         This saves the second rendering of most conversations.
         """
@@ -185,10 +185,16 @@ class ChatTemplate:
         for turn, piece in zip(turns, pieces[1:], strict=False):
             start += len(self.header)
             content = content_text(messages[turn]["content"])
-            form = next((form for form in (content, content.strip()) if piece.startswith(form + self.end)), None)
-            if form is None:
+            blank = len(piece) - len(piece.lstrip())  # that a template writes behind the header: the model learns it
+            found = [
+                at + len(form)
+                for at in (0, blank)
+                for form in (content, content.strip())
+                if piece.startswith(form + self.end, at)
+            ]
+            if not found:
                 return []
-            spans.append((start, start + len(form)))
+            spans.append((start, start + found[0]))
             start += len(piece)
         return spans
 
