@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "bundled": set(),
     "auto_register": set(),
     "hub": {"huggingface_hub"},
-    "paths": {"errors", "bundled", "hub"},
+    "paths": {"bundled", "hub"},
     "recipe_files": {"errors", "bundled"},
     "inference": {"torch"},
     "models": {

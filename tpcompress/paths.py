@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from itertools import islice
 from pathlib import Path
 
 from tpcompress.bundled import base_path
-from tpcompress.errors import did_you_mean
 from tpcompress.hub import looks_like_path
 
 DATA_SUFFIXES = (
@@ -15,6 +15,8 @@ DATA_SUFFIXES = (
 )  # fmt: skip
 """Endings of data files: names with one of them are no names on the hub."""
 MODEL_HINT = "give a folder, a hub id that can be reached, or tiny_llava."
+ALIKE = 0.75
+"""Least similarity of names, which share their endings more often than words do."""
 MOST = 5000
 """Entries of a folder that are looked at for a name that is close."""
 
@@ -33,10 +35,10 @@ def near_path(path: str | Path) -> str:
         names = [entry.name for entry in islice(base.iterdir(), MOST)] if rest and base.is_dir() else []
     except OSError:  # a folder that cannot be listed
         return ""
-    hint = did_you_mean(rest[0], names) if names else ""
-    if not hint:
+    near = difflib.get_close_matches(rest[0], names, n=1, cutoff=ALIKE) if names else []
+    if not near:
         return ""
-    found = base / hint.removeprefix(" Did you mean ").removesuffix("?")
+    found = base / near[0]
     whole = found.joinpath(*rest[1:])
     return f" Did you mean {whole if whole.exists() else found}?"
 

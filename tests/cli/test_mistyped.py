@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("photos/train/row.json", "photos/train/rows.json"),
         ("./photos/tran", "photos/train"),
         ("quite/different", None),
+        ("gone.json", None),
         ("photos", None),
     ],
 )
