@@ -129,7 +129,7 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        ("merged", "'merged' returns sizes or positions"),
+        ("tome", "'tome' returns sizes or positions"),
         ("fastv", "'fastv' reads layers of the language model"),
         ("cdpruner", "'cdpruner' reads the prompt"),
         ("fastervlm", "'fastervlm' reads tower"),
