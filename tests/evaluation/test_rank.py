@@ -214,7 +214,7 @@ def test_the_sheet_has_bands_of_equal_width(tmp_path: Path) -> None:
     image, keep = np.ones((20, 30, 3)), np.zeros((2, 3), bool)
     keep[0, 0] = True
     plain = Retained(image, keep, question="what is on the very long table over there by the window ?")
-    tiled = Retained(image, keep, overview=(np.ones((10, 10, 3)), np.ones((2, 2), bool)))
+    tiled = Retained(image, keep, overview=Retained(np.ones((10, 10, 3)), np.ones((2, 2), bool)))
     merged = Retained(image, keep, np.arange(6).reshape(2, 3) // 3)
     assert (plain.kept, plain.total, tiled.kept, tiled.total) == (1, 6, 5, 10)
     rules = {f"rule {i}\n50 %": [(plain, tiled, merged)[i % 3]] * 2 for i in range(COLUMNS + 1)}

@@ -75,6 +75,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if name in RECIPE_COMMANDS:
             return _run_recipe(name, rest)
+        check_options(normalized(COMMANDS[name], name, rest))
         values = parse(name, rest)
         _quieten(name)
         return COMMANDS[name](**values)
@@ -107,7 +108,6 @@ def parse_for(command: Callable[..., object], name: str, args: list[str]) -> dic
     if given[-1:] == ["--help"]:
         show_command(name, command, console)
         raise SystemExit(0)
-    check_options(given)
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=f"tpcompress {name}", exit_on_error=False)
