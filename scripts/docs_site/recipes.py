@@ -43,6 +43,7 @@ MEANINGS = {
 
 FOLDERS = {
     "tiny_llava": "The bundled base, on CPU",
+    "photo_llava": "Photographs on a real encoder, on CPU (built by `scripts/build_photos.py`)",
     "llava15_7b": "LLaVA-1.5-7B",
     "qwen2_5_vl": "Qwen2.5-VL-7B",
     "qwen3_vl": "Qwen3-VL-8B",

@@ -134,6 +134,7 @@ def compare(
     data: str | None = None,
     image_folder: str | None = None,
     metric: str | None = None,
+    task: str | None = None,
 ) -> int:
     """Compare dense, training-free and training-aware pruning; print a table, write report and figures.
 
@@ -143,6 +144,9 @@ def compare(
     Example:
         tpcompress compare my.yaml --base runs/my_model --data held_out.json --metric anls --out runs/mine
 
+    Example:
+        tpcompress compare recipes/photo_llava/free.yaml --task photos --base photo_llava
+
     Args:
         config: comparison file.
         out: output folder; default: that of the file.
@@ -150,13 +154,21 @@ def compare(
         data: chat data to test on, instead of the task of the file.
         image_folder: folder that relative image paths start from.
         metric: metric by name or dotted path, instead of that of the file.
+        task: name of a task, such as photos, instead of that of the file.
+
+    Raises:
+        ValueError: both data and task.
     """
     from tpcompress.evaluation.compare.run import run_comparison
 
-    given = {"base": base, "data": data, "image_folder": image_folder, "metric": metric}
+    if data is not None and task is not None:
+        raise ValueError("--data and --task both say what to test on; give one of them.")
+    given = {"base": base, "data": data, "image_folder": image_folder, "metric": metric, "task": task}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if data is not None:
         changes |= {"task": "benchmark", "tasks": ()}
+    if task is not None:
+        changes |= {"tasks": ()}
     run_comparison(config, out, console, **changes)
     return 0
 

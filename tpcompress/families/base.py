@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -120,6 +120,7 @@ class Family:
         model_types: values of `config.model_type` of the family.
         vision_tower, projector: paths of vision tower and projector; the projector is the merger if the tower has one.
         tower: access to the tower's layers for pruners; None if patches cannot be mapped to vision tokens.
+        towers: the same for towers whose layers have other names: (`vision_config.model_type`, access) pairs.
         image_layouts: layouts of the images of one call of `core.get_image_features`.
         tiny: test fixture: a tiny model and its inputs.
         core: path of the model that merges vision tokens into the sequence.
@@ -160,6 +161,7 @@ class Family:
     positions: str = "1d"
     masks_in_core: bool = False
     tower: Tower | None = None
+    towers: tuple[tuple[str, Tower], ...] = ()
     blocks: Blocks | None = None
     tiles: Tiles | None = None
     splits_tiles: bool = False
@@ -180,6 +182,11 @@ class Family:
     def layouts(self, modality: str) -> Layouts | None:
         """The layout function of images or videos; None if the modality is not supported."""
         return self.image_layouts if modality == "image" else self.video_layouts
+
+    def fitted(self, config: Any) -> Family:
+        """The family with the tower that a config has."""
+        tower = dict(self.towers).get(getattr(getattr(config, "vision_config", None), "model_type", ""))
+        return self if tower is None else replace(self, tower=tower)
 
     def tokens_per_image(self, config: Any) -> int | None:
         """Vision tokens of an image if the family resizes all images to one size, else None."""
@@ -245,7 +252,7 @@ def family_of(config: PretrainedConfig) -> Family:
             reason = family.refuse(config)
             if reason:
                 raise ValueError(f"{family.name} cannot be pruned here: {reason}")
-            return family
+            return family.fitted(config)
     check_not_refused(model_type)
     known = sorted(t for family in list_families().values() for t in family.model_types)
     hint = did_you_mean(model_type, known)

@@ -15,10 +15,9 @@ def fixed_tokens(config: Any) -> int | None:
         return int(config.mm_tokens_per_image)
     if not isinstance(side, int):
         return None
-    with_class = (
-        getattr(config, "vision_feature_select_strategy", None) == "full"
-        and config.vision_config.model_type == "clip_vision_model"
-    )
+    with_class = getattr(
+        config, "vision_feature_select_strategy", None
+    ) == "full" and config.vision_config.model_type in ("clip_vision_model", "dinov2")
     return int((side // config.vision_config.patch_size) ** 2 + with_class)
 
 

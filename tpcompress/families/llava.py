@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and similar models: CLIP or SigLIP tower, two-layer projector, one fixed grid per image."""
+"""LLaVA 1.5 and similar models: CLIP, SigLIP or DINOv2 tower, two-layer projector, one fixed grid per image."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tpcompress.families.base import Family, Tiny
 from tpcompress.families.layout import Layout, plain
 from tpcompress.families.tiny import IMAGE, fixed_pixels, run_of_64, tiny_text, tiny_vision
 from tpcompress.families.tiny_processor import image_processor, square_size, tiny_tokenizer
-from tpcompress.families.towers import CLIP_LIKE
+from tpcompress.families.towers import CLIP_LIKE, DINO, WITH_CLASS
 
-TOWERS = ("clip_vision_model", "siglip_vision_model")
+TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
 
 
 def image_layouts(config: Any, inputs: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-    """Every image has the same grid of patches; with CLIP's class token among them there is no grid."""
+    """Every image has the same grid of patches; with a class token among them there is no grid."""
     patch, pixels = config.vision_config.patch_size, inputs["pixel_values"]
     rows, cols = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     return [plain(rows, cols) if rows * cols == size else plain(1, size) for size in sizes]
@@ -41,7 +41,7 @@ def tiny_config(tower: str = "clip_vision_model", layers: int = 6) -> LlavaConfi
         vision_config=tiny_vision(tower),
         image_token_index=IMAGE,
         image_seq_length=64,
-        vision_feature_select_strategy="default" if tower == "clip_vision_model" else "full",
+        vision_feature_select_strategy="default" if tower in WITH_CLASS else "full",
     )
 
 
@@ -86,10 +86,15 @@ LLAVA = Family(
     vision_tower="model.vision_tower",
     projector="model.multi_modal_projector",
     tower=CLIP_LIKE,
+    towers=(("dinov2", DINO),),
     image_layouts=image_layouts,
     one_size=True,
     refuse=refuse,
     tiny=Tiny(
-        tiny_config, fixed_pixels, run_of_64, variants=tuple((tower,) for tower in TOWERS), processor=tiny_processor
+        tiny_config,
+        fixed_pixels,
+        run_of_64,
+        variants=(("clip_vision_model",), ("siglip_vision_model",)),
+        processor=tiny_processor,
     ),
 )

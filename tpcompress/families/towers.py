@@ -12,10 +12,13 @@ from transformers.vision_utils import get_vision_window_index
 
 from tpcompress.families.base import Tower
 
+WITH_CLASS = ("clip_vision_model", "dinov2")
+"""Towers whose first token is a class token."""
+
 
 def class_first(config: Any) -> bool:
-    """CLIP has a class token before the patches, SigLIP has none."""
-    return config.vision_config.model_type == "clip_vision_model"
+    """CLIP and DINOv2 have a class token before the patches, SigLIP has none."""
+    return config.vision_config.model_type in WITH_CLASS
 
 
 def no_class(config: Any) -> bool:
@@ -137,6 +140,9 @@ def average_pool(config: Any) -> str | None:
 
 CLIP_LIKE = Tower("encoder.layers", "self_attn", one_each, class_first, class_kept, projected=one_each)
 """CLIP or SigLIP with one vision token per patch."""
+
+DINO = Tower("encoder.layer", "attention", one_each, class_first, class_kept, projected=one_each)
+"""DINOv2 with one vision token per patch."""
 
 TILED = Tower("encoder.layers", "self_attn", packed_tiles, class_first, class_kept, projected=image_tiles)
 """CLIP or SigLIP on the tiles of LLaVA-NeXT."""

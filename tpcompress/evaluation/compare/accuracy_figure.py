@@ -73,15 +73,17 @@ Curves = dict[tuple[str, str], list[_Point]]
 
 _MARKS: dict[str, dict[str, Any]] = {
     "downsample": {"marker": "s", "markerfacecolor": "white", "linestyle": "-."},
+    "oracle": {"marker": "*", "linestyle": "-."},
     "training_free": {"marker": "o", "markerfacecolor": "white", "linestyle": "--"},
     "training_aware": {"marker": "o", "linestyle": "-"},
     "dense_ft": {"marker": "x", "linestyle": ":", "linewidth": 1.0},
 }
-_DODGE = {"downsample": 1.0, "training_free": 0.985, "dense_ft": 1.0, "training_aware": 1.015}
+_DODGE = {"downsample": 1.0, "oracle": 1.0, "training_free": 0.985, "dense_ft": 1.0, "training_aware": 1.015}
 """Horizontal offsets, as factors on a logarithmic axis, that separate the markers of one budget."""
 
 _WORDS = {
     "downsample": "smaller image, no pruner",
+    "oracle": "told which tokens",
     "training_free": "training-free",
     "dense_ft": "control: same steps, then pruned",
     "training_aware": "training-aware",
@@ -93,7 +95,7 @@ def _curves(report: Report) -> Curves:
     groups: dict[tuple[str, str], dict[float, list[tuple[float, float]]]] = {}
 
     def put(arm: str, row: Row, score: float | None, ci95: float | None) -> None:
-        pruner = "smaller image" if row.arm == "downsample" else row.pruner
+        pruner = {"downsample": "smaller image", "oracle": "oracle"}.get(row.arm, row.pruner)
         if pruner is not None and row.retained_tokens and score is not None:  # 0 is not on a logarithmic axis
             name = f"{pruner} @ layer {row.layer}" if row.layer else pruner
             points = groups.setdefault((arm, name), {})
@@ -131,7 +133,7 @@ def _draw_columns(axes: Axes, curves: Curves, colours: dict[str, Any]) -> None:
     """One budget: one column per pruner, with an arrow from training-free to training-aware."""
     best = {name: max(p.score for (_, n), ps in curves.items() if n == name for p in ps) for name in colours}
     place = {name: i for i, name in enumerate(sorted(best, key=lambda name: -best[name]))}
-    offset = {"training_free": -0.16, "downsample": 0.0, "dense_ft": 0.0, "training_aware": 0.16}
+    offset = {"training_free": -0.16, "downsample": 0.0, "oracle": 0.0, "dense_ft": 0.0, "training_aware": 0.16}
     for (arm, pruner), points in curves.items():
         x = [place[pruner] + offset[arm]] * len(points)
         style = _MARKS[arm] | {"linestyle": "", "clip_on": False}

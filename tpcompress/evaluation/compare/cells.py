@@ -9,6 +9,7 @@ from typing import Any
 
 from tpcompress.data.collate import BatchMeta
 from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.evaluation.compare.oracle import oracle_plan
 from tpcompress.evaluation.downsample import CannotDownsample, downsampled
 from tpcompress.evaluation.engine.bench import Bench
 from tpcompress.evaluation.engine.cell import Cell, Made, Run, Settings, slug
@@ -17,7 +18,9 @@ from tpcompress.evaluation.engine.model_cell import ModelCell
 from tpcompress.evaluation.engine.plans import budget_of, control_plan, key_of, recipe_plan
 from tpcompress.evaluation.position_bias import PositionBias
 from tpcompress.evaluation.scoring.degrade import degrade
+from tpcompress.evaluation.tasks import Task
 from tpcompress.families import resolve
+from tpcompress.insertion.attach import attach, detach
 from tpcompress.insertion.plan import Budget, PruningPlan
 from tpcompress.insertion.trace import Trace
 from tpcompress.recipe_files import read_recipe
@@ -105,6 +108,36 @@ class DegradedCell(Cell):
         return Made(scores=bench.task.score(bench.model, bench.processor, data, metric=bench.metric))
 
 
+@dataclass(frozen=True, eq=False)
+class OracleCell(Cell):
+    """The base with the tokens that each question rests on, and random others up to the budget.
+
+    Attributes:
+        budget: tokens or share of tokens of an image.
+    """
+
+    budget: Budget = Budget(keep_tokens=1)
+
+    def key(self, common: Mapping[str, Any]) -> dict[str, Any]:
+        """Shared settings and the budget."""
+        return {**common, "oracle": str(self.budget)}
+
+    def make(self, bench: Bench) -> Made:
+        """Test the base, one question per sequence; collated on the way, since images repeat with every question."""
+        plan, counted = oracle_plan(bench.task, self.budget), Counted()
+        attach(bench.model, plan)
+        try:
+            watch = lambda trace, _: counted.add(trace)  # noqa: E731
+            scores = bench.task.score(bench.model, bench.processor, metric=bench.metric, watch=watch)
+        finally:
+            detach(bench.model)
+        retained, average = counted.means(len(resolve(bench.model).layers))
+        leaks = ", ".join(bench.task.evidence_leaks)
+        note = f"in {leaks}, it knows the answer" if leaks else ""
+        record = {"vision_tokens": bench.vision_tokens, "retained_tokens": retained, "layer_average": average}
+        return Made(record | {"note": note}, scores)
+
+
 def cells_of(comparison: Comparison) -> list[Cell]:
     """All cells: dense, blank baseline, smaller images, training-free, control, training-aware.
 
@@ -124,6 +157,10 @@ def cells_of(comparison: Comparison) -> list[Cell]:
     for pruner, value in shared + own:
         for seed in pruner.seeds or (None,):
             cells.append(_row("training_free", pruner.plan(budget_of(value), seed), seed or 0, label=pruner.name))
+    if type(comparison.make_task()).evidence is not Task.evidence:
+        for value in dict.fromkeys([*comparison.budgets, *(v for p in comparison.training_free for v in p.budgets)]):
+            if value:
+                cells.append(OracleCell(*_identity("oracle", None, 0, value, 0), budget_of(value)))
     if comparison.control:
         run = Run("dense-seed0", _read_recipe(comparison.control), None, 0)
         plans = [control_plan(recipe_plan(entry.recipe, budget)) for entry, budget in trained]

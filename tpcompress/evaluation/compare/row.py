@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tpcompress.evaluation.scoring.scores import Scores
 from tpcompress.evaluation.scoring.stats import Gain
 
-ARMS = ("dense", "downsample", "dense_ft", "training_free", "training_aware")
+ARMS = ("dense", "downsample", "oracle", "dense_ft", "training_free", "training_aware")
 """The base; the base on smaller images; the base after the same extra steps (pruned or not); the base with a pruner;
 trained with the pruner in the loop."""
 

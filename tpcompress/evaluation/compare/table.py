@@ -14,13 +14,15 @@ from tpcompress.insertion.budget import amount_text
 NAMES = {
     "dense": "dense",
     "downsample": "smaller image",
+    "oracle": "oracle",
     "dense_ft": "dense, same steps",
     "training_free": "training-free",
     "training_aware": "training-aware",
 }
 """Name of each arm in the table."""
 WAYS = {
-    "dense": "", "downsample": "", "dense_ft": ", control", "training_free": "", "training_aware": ", trained",
+    "dense": "", "downsample": "", "oracle": "", "dense_ft": ", control", "training_free": "",
+    "training_aware": ", trained",
 }  # fmt: skip
 """What is added to the name of a row where the arm has no heading."""
 
@@ -207,6 +209,9 @@ def _caption(report: Report, families: bool) -> str:
         sentences[-1] += " without the pruner, then pruned; n.s.: inside the 95 % interval."
     if report.arm("downsample"):
         sentences.append("smaller image: the dense base on images of fewer pixels.")
+    for row in report.arm("oracle")[:1]:
+        known = f"; {row.note}" if row.note else ""
+        sentences.append(f"oracle: the tokens that each question rests on, and random others{known}.")
     if report.meta.get("blind"):
         sentences.append("blind: the dense base on blank images.")
     if families and set(report.families) - set(report.learnt):

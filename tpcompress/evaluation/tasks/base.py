@@ -61,6 +61,18 @@ class Task:
         """The data in a few words, for reports: `the built-in benchmark`."""
         raise NotImplementedError(f"{type(self).__name__} must implement description.")
 
+    def evidence(self) -> list[list[tuple[int, ...]]] | None:
+        """For every question of every row, the vision tokens of its only image that it rests on, most needed first.
+
+        None where it is not known. With it, comparisons have a row `oracle`, which keeps these tokens.
+        """
+        return None
+
+    @property
+    def evidence_leaks(self) -> tuple[str, ...]:
+        """Families in which the evidence could not be found without the answer."""
+        return ()
+
     def config(self) -> dict[str, Any]:
         """Name and arguments, without the label; `create_task` is the inverse."""
         values = {"type": self.name} | {name: getattr(self, name) for name in argument_names(type(self))}
