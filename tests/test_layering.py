@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "tpcompress"
 FRAMEWORKS = {
     "torch", "transformers", "peft", "lightning", "deepspeed", "datasets", "torchmetrics", "jsonargparse",
-    "torchvision", "safetensors", "matplotlib", "accelerate", "pytorch_lightning", "huggingface_hub",
+    "torchvision", "safetensors", "matplotlib", "accelerate", "pytorch_lightning", "huggingface_hub", "lmms_eval",
+    "vlmeval",
 }  # fmt: skip
 
 LEAVES = {
@@ -64,7 +65,8 @@ MAY_IMPORT = {
         "pruners", "families",
     },
     "harness": {
-        "torch", "transformers", "evaluation", "data", "export", "insertion", "pruners", "families",
+        "torch", "transformers", "lmms_eval", "vlmeval", "evaluation", "data", "export", "insertion", "pruners",
+        "families",
     },
     "compress": {"torch", "evaluation", "training", "export", "data", "insertion", "pruners", "families"},
     "cli": {
@@ -74,8 +76,8 @@ MAY_IMPORT = {
 }  # fmt: skip
 """Packages of tpcompress and frameworks; the standard library and small libraries are not architecture."""
 
-NEVER_AT_MODULE_LEVEL = {"export": {"peft"}}
-"""Imported inside functions only, so that loading an export stays light."""
+NEVER_AT_MODULE_LEVEL = {"export": {"peft"}, "harness": {"lmms_eval", "vlmeval"}}
+"""Imported inside functions only, so that loading an export stays light and harnesses are optional."""
 
 
 def files() -> list[Path]:

@@ -21,6 +21,8 @@ NOTES = {
     "tpcompress/insertion/README.md": "notes/insertion.md",
     "tpcompress/training/README.md": "notes/training.md",
     "tpcompress/export/README.md": "notes/export.md",
+    "tpcompress/harness/README.md": "notes/harness.md",
+    "recipes/eval/README.md": "notes/eval.md",
     "recipes/presets/README.md": "notes/presets.md",
     "recipes/studies/README.md": "notes/studies.md",
     "recipes/studies/ESTIMATORS.md": "notes/estimators.md",

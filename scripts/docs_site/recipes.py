@@ -20,6 +20,8 @@ def recipe_kind(path: Path, values: dict[str, Any]) -> str:
     """What a recipe file is for, from its folder and keys."""
     if path.parent.name == "shared":
         return "shared"
+    if path.stem == "benchmarks":
+        return "benchmarks"
     if "stages" in values:
         return "plan"
     if "contenders" in values:
@@ -35,6 +37,7 @@ MEANINGS = {
     "run": "complete run, for `tpcompress fit`",
     "overlay": "overlay, given after another recipe",
     "shared": "settings that recipes include",
+    "benchmarks": "table of benchmarks, which `tpcompress compare` reads",
     "plan": "plan without training",
     "comparison": "comparison, for `tpcompress compare`",
     "study": "grid of runs, for `tpcompress study`",
@@ -55,6 +58,7 @@ FOLDERS = {
     "shared": "Shared settings, which recipes include",
     "presets": "Published training methods (see [presets](../../notes/presets.md))",
     "own_loop": "Your own training loop",
+    "eval": "Benchmarks with lmms-eval (see [benchmarks](../../notes/eval.md))",
     "studies": "Studies (see [the study](../../notes/studies.md))",
 }
 """Headings of the index of recipes, by folder."""

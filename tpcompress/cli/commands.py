@@ -147,8 +147,11 @@ def compare(
     Example:
         tpcompress compare recipes/photo_llava/free.yaml --task photos --base photo_llava
 
+    Example:
+        tpcompress compare recipes/eval/compare.yaml
+
     Args:
-        config: comparison file.
+        config: comparison file; its `results` are result files of lmms-eval and VLMEvalKit.
         out: output folder; default: that of the file.
         base: base model instead of that of the file.
         data: chat data to test on, instead of the task of the file.

@@ -80,15 +80,15 @@ class Answering:
     def __init__(self, served: Served, batch_size: int = 1, video: VideoSampling | None = None) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
-        self.model, self.processor, self.batch_size, self.video = (
-            served.model,
-            served.processor,
-            batch_size,
-            video,
-        )
+        self.model, self.processor = served.model, served.processor
+        self.batch_size, self.video = batch_size, video
         self.prompts = PromptCollator(served.processor, video=video)
         self.marks = torch.tensor(list(resolve(base_of(served.model)).placeholder_ids.values()))
         self.ends = sorted(end_tokens(served.model, served.processor))
+
+    def use_video(self, video: VideoSampling | None) -> None:
+        """Sample videos in another way from now on."""
+        self.video = self.prompts.encoder.video = video
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> Iterator[list[Answer]]:
         """Answers, batch by batch, in the order of the prompts.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpcompress.bundled import find_config
+from tpcompress.evaluation.compare.imported import check_entry
 from tpcompress.evaluation.engine.cell import slug
 from tpcompress.evaluation.engine.config import Config
 from tpcompress.evaluation.engine.plans import FreePruner, budget_of, key_of, recipe_plan
@@ -41,6 +42,9 @@ class Comparison(Config):
         hard_subset: factor by which images lose detail (such as 4) for the questions that need it; None leaves the
             hard subset out.
         tasks: several tasks instead of one, each a name or `{type: name, metric: ..., label: ...}`.
+        results: result files of other harnesses, each `{lmms_eval: FILE}` or `{vlmevalkit: FILE}` with `metrics`, and
+            `arm`, `pruner`, `keep_tokens`, `layer`, `seed` or `label` where the file does not tell the model. A file
+            with nothing but `results` and `out` tests no model.
 
     Raises:
         ValueError: no budget, a seed twice, or rows that cannot be told apart.
@@ -55,8 +59,11 @@ class Comparison(Config):
     downsample: bool = False
     hard_subset: float | None = None
     tasks: tuple[Any, ...] = ()
+    results: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
+        for entry in self.results:
+            check_entry(entry)
         if self.hard_subset is not None and not self.hard_subset > 1:
             raise ValueError(f"hard_subset is a factor above 1, such as 4, got {self.hard_subset}.")
         if self.tasks and (self.data is not None or self.task != "benchmark" or self.metric or self.generate):
@@ -81,6 +88,12 @@ class Comparison(Config):
         """The lists of pruners and recipes."""
         return {"training_free": (FreePruner, "pruner"), "training_aware": (TrainedRecipe, "recipe")}
 
+    @property
+    def only_results(self) -> bool:
+        """There are results of other harnesses, and nothing of ours to test."""
+        asked = (self.training_free, self.training_aware, self.control, self.tasks, self.data, self.downsample)
+        return bool(self.results) and not any(asked) and self.task == "benchmark"
+
     def check_tasks(self) -> None:
         """Make every task, without reading its data."""
         if not self.tasks:
@@ -96,7 +109,7 @@ class Comparison(Config):
         """
         found: dict[str, Comparison] = {}
         for entry in self.tasks:
-            one = replace(self, tasks=(), task=entry)
+            one = replace(self, tasks=(), results=(), task=entry)
             name = slug(one.make_task().title)
             if name.casefold() in map(str.casefold, found):
                 raise ValueError(f"two tasks are named {name}; give one a label.")

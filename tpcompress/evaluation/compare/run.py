@@ -13,12 +13,14 @@ from tpcompress.evaluation.compare.accuracy_figure import accuracy_figure
 from tpcompress.evaluation.compare.beside import beside_score
 from tpcompress.evaluation.compare.cells import DegradedCell, RowCell, cells_of
 from tpcompress.evaluation.compare.config import Comparison
+from tpcompress.evaluation.compare.imported import import_rows
+from tpcompress.evaluation.compare.mixed_table import write_mixed
 from tpcompress.evaluation.compare.report import Report
 from tpcompress.evaluation.compare.row import Row
 from tpcompress.evaluation.compare.table import tasks_table
 from tpcompress.evaluation.compare.write import print_report, report_markdown, write_report
 from tpcompress.evaluation.engine.bench import Bench
-from tpcompress.evaluation.engine.cell import Cell
+from tpcompress.evaluation.engine.cell import Cell, slug
 from tpcompress.evaluation.engine.plans import control_plan
 from tpcompress.evaluation.figures.position_bias import bias_figure
 from tpcompress.evaluation.figures.retained import retained_figure, retained_masks
@@ -45,7 +47,7 @@ def run_comparison(
         changes: keys of the comparison that replace those of the file, such as `data` and `base`.
 
     Returns:
-        the report; of several `tasks`, the reports by task.
+        the report; of several `tasks`, the reports by task; none of a file with nothing but `results`.
 
     Raises:
         FileNotFoundError, ValueError: a mistake in the file, an export as base, or an output directory of other
@@ -54,8 +56,16 @@ def run_comparison(
     """
     comparison = Comparison.from_file(config) if isinstance(config, str) else config
     comparison = replace(comparison, **changes)
+    imported = import_rows(comparison.results)  # before anything is trained: mistakes in files are found here
+    if comparison.only_results:
+        write_mixed({}, imported, Path(out or comparison.out), console)
+        return {}
     if not comparison.tasks:
-        return _finished(ComparisonRun.open(comparison, out, console))
+        run = ComparisonRun.open(comparison, out, console)
+        report = _finished(run)
+        if imported:
+            write_mixed({slug(run.bench.task.title): report}, imported, run.bench.folder, console)
+        return report
     folder, reports, first = Path(out or comparison.out), dict[str, Report](), None
     for name, one in comparison.by_task().items():
         console.print(f"[bold]{name}[/bold]", highlight=False)
@@ -72,6 +82,8 @@ def run_comparison(
         *(line for n, r in reports.items() for line in (f"# {n}", "", report_markdown(r))),
     ]
     write_atomic(folder / "report.md", "\n".join(whole))
+    if imported:
+        write_mixed(reports, imported, folder, console)
     console.print(f"[bold]{folder}[/bold]: report.md, {', '.join(f'{name}/' for name in reports)}", soft_wrap=True)
     return reports
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class LmmsEval(Reader):
         """See `Reader.read`.
 
         Args:
-            path: results file.
+            path: results file, or a folder with one.
             metrics: metrics to read, without their filter.
             samples: folder of the samples files; default: that of the results.
             tasks: tasks to read; default: all.
@@ -41,8 +42,8 @@ class LmmsEval(Reader):
         """
         if other:
             raise ValueError(f"lmms_eval: unknown key {', '.join(other)}; known: samples, tasks, metrics.")
-        values = _results(path)
-        found = []
+        path = _in_folder(path) if path.is_dir() else path
+        values, found = _results(path), list[Measured]()
         for task, scores in values["results"].items():
             if tasks and task not in tasks:
                 continue
@@ -54,6 +55,19 @@ class LmmsEval(Reader):
             raise ValueError(f"{path} has no scores{f' of {missing}' if missing else ''}; it has {_listed(values)}.")
         config = values.get("config", {})
         return model_of(_arguments(config.get("model_args")), str(config.get("model", "model"))), found
+
+
+def _in_folder(folder: Path) -> Path:
+    """The only results file in a folder.
+
+    Raises:
+        ValueError: none or several.
+    """
+    files = sorted(folder.rglob(f"*{ENDING}"))
+    if len(files) != 1:
+        listed = ", ".join(str(file.relative_to(folder)) for file in files[:4])
+        raise ValueError(f"{folder} holds {len(files)} results files ({listed or 'none'}); give the path of one.")
+    return files[0]
 
 
 def _results(path: Path) -> dict[str, Any]:
@@ -122,7 +136,9 @@ def _measured(
 
 
 def _identity(row: Mapping[str, Any]) -> str:
-    return f"{row['doc_id']}:{row.get('doc_hash', '')}"
+    """A sample by its number and a hash of its document and target (the hash of lmms-eval covers tasks in part)."""
+    content = f"{row.get('doc_hash', '')} {row.get('target', '')}".encode()
+    return f"{row['doc_id']}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _answer(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""VLMEvalKit: `python -m tpcompress.harness.vlmevalkit --pretrained DIR --data MMBench_DEV_EN`, see `launcher`."""
