@@ -30,7 +30,7 @@ def lmms(folder: Path, right: Any, plan: str | None = None, task: str = "gqa", *
     arguments = "pretrained=tiny_llava" + (f",plan={plan}" if plan else "")
     values: dict[str, Any] = {
         "results": {task: {"alias": task, f"{metric},none": score, f"{metric}_stderr,none": 0.1, "submission,none": 7}},
-        "configs": {task: config | changes.pop("config", {})},
+        "configs": {task: config | {"doc_to_text": f"<function f at {id(config):#x}>"} | changes.pop("config", {})},
         "versions": {task: changes.pop("version", 1.0)},
         "n-shot": {task: 0},
         "config": {"model": "tpcompress", "model_args": arguments, "limit": changes.pop("limit", None),

@@ -13,6 +13,7 @@ from harness.lmms_eval.stub import Request
 from tpcompress.data.prompts import prompt_inputs
 from tpcompress.harness.lmms_eval import manifests
 from tpcompress.harness.lmms_eval import model as classes
+from tpcompress.harness.lmms_eval.adapter import device_of_rank
 from tpcompress.harness.served import ModelSettings, Served
 from tpcompress.insertion.attach import attach
 from tpcompress.models import load_base, load_processor
@@ -264,3 +265,11 @@ def test_clean_releases_the_model(loaded: Load) -> None:
 
 def test_dense_is_described_as_dense() -> None:
     assert Served.load(ModelSettings("tiny_llava", device="cpu")).description.endswith("it runs dense.")
+
+
+def test_processes_take_the_accelerator_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [device_of_rank(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert device_of_rank("cuda") == "cuda"

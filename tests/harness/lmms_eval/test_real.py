@@ -16,9 +16,14 @@ import torch
 import yaml
 from harness.lmms_eval.local_task import ROWS, TASK, questions, write
 from PIL import Image
+from rich.console import Console
 
+from tpcompress.bundled import recipes_folder
 from tpcompress.data.prompts import prompt_inputs
+from tpcompress.evaluation.compare.imported import import_rows
+from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.export import export
+from tpcompress.harness.generation import GenerationSettings
 from tpcompress.insertion.attach import attach
 from tpcompress.models import load_base, load_processor
 
@@ -100,3 +105,53 @@ def test_results_hold_mean_counts(outputs: dict[tuple[str, int], Path], name: st
     assert results["throughput"]["avg_retained_tokens"] == pytest.approx(kept * 12 / 11)
     assert results["results"][TASK]["exact_match,none"] >= 0.5
     print(name, json.dumps(results["results"][TASK]), json.dumps(results["throughput"]))
+
+
+def test_compare_reads_the_results(outputs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    entries = [{"lmms_eval": str(outputs[name, 4])} for name in ("dense", "free")]
+    entries.append({"lmms_eval": str(outputs["exported", 4]), "label": "exported divprune"})
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "results": entries}))
+    with open(tmp_path / "log", "w") as file:
+        run_comparison(str(config), None, Console(file=file, width=200))
+    print((tmp_path / "out" / "tasks.md").read_text())
+    records = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    assert [(r["arm"], r["pruner"], r["keep_tokens"]) for r in records] == [
+        ("dense", None, None), ("training_free", "divprune", 16), ("training_free", "exported divprune", 16),
+    ]  # fmt: skip
+    dense, free, exported = records
+    assert all(r["samples"] == ROWS and r["ci95"] is not None and r["other_settings"] is None for r in records)
+    assert free["score"] == exported["score"]
+    assert free["against_dense"] == exported["against_dense"]
+    assert free["against_dense"][0] == pytest.approx(free["score"] - dense["score"])
+    assert free["gained"] - free["lost"] == pytest.approx(free["score"] - dense["score"])
+    assert free["retained_tokens"] == pytest.approx(16 * 12 / 11)
+
+
+def test_results_of_another_limit_are_refused(outputs: dict[tuple[str, int], Path], tmp_path: Path) -> None:
+    shorter = tmp_path / outputs["free", 4].name
+    values = json.loads(outputs["free", 4].read_text())
+    values["config"]["limit"] = 6
+    shorter.write_text(json.dumps(values))
+    rows = samples(outputs["free", 4])[:6]
+    name = shorter.name.replace("_results.json", f"_samples_{TASK}.jsonl")
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="not of the same samples"):
+        import_rows([{"lmms_eval": str(outputs["dense", 4])}, {"lmms_eval": str(shorter)}])
+
+
+def test_benchmarks_are_tasks_of_the_installed_lmms_eval() -> None:
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import load_yaml_config
+
+    index = TaskManager().task_index
+    table = yaml.safe_load((recipes_folder() / "eval" / "benchmarks.yaml").read_text())
+    assert len(table) == 10
+    for name, entry in table.items():
+        assert index[entry["task"]]["type"] == "task", name
+        config = load_yaml_config(index[entry["task"]]["yaml_path"], mode="simple")
+        assert set(entry["metrics"]) <= {each["metric"] for each in config["metric_list"]}, name
+        assert config["dataset_path"] == entry["data"], name
+        unlimited = "max_new_tokens" not in config["generation_kwargs"]
+        assert unlimited == ("max_new_tokens" in entry.get("needs", "")), name
+        GenerationSettings.of(config["generation_kwargs"])  # every setting is supported

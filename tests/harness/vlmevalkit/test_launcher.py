@@ -76,7 +76,6 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         vars(module).update(values)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("MMEVAL_ROOT", raising=False)
-    monkeypatch.setattr(models, "LOADED", models.LOADED[:0])
     models.model_class.cache_clear()
     yield clone
     models.model_class.cache_clear()

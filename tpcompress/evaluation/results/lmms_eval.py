@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from tpcompress.evaluation.results.model_of import model_of
 
 SETTINGS = ("generation_kwargs", "lmms_eval_specific_kwargs", "doc_to_text", "output_type", "repeats", "filter_list")
 """Keys of a task's config that decide prompts and answers, but not the samples."""
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Where a function of a task was in memory."""
+MODEL = ("pretrained", "plan", "dense", "keep_tokens", "keep_ratio", "device", "device_map")
+"""Arguments that say which model a row is of, or where it runs; all others are settings."""
 NOT_SCORES = ("alias", "submission", "samples")
 ENDING = "_results.json"
 
@@ -125,10 +130,18 @@ def _measured(
         "documents": sorted(_identity(row) for row in rows) or values.get("task_hashes", {}).get(task),
         "data": [config.get(key) for key in ("dataset_path", "dataset_name", "test_split")],
         "limit": [run.get("limit"), run.get("offset") or 0],
+        "number of samples": (values.get("n-samples", {}).get(task) or {}).get("effective"),
     }
-    settings = {key: config.get(key) for key in SETTINGS}
-    settings |= {"shots": values.get("n-shot", {}).get(task), "gen_kwargs": run.get("gen_kwargs")}
-    settings |= {"lmms-eval": values.get("lmms_eval_version"), "backend": _kind(run.get("model_backend"))}
+    settings = {key: ADDRESS.sub("", str(config[key])) for key in SETTINGS if config.get(key) is not None}
+    settings |= {"shots": values.get("n-shot", {}).get(task), "gen_kwargs": run.get("gen_kwargs") or None}
+    settings |= {
+        "way of prompts": _kind(run.get("model_backend")),
+        "prompts": _digest(row.get("input") for row in rows),
+    }
+    version = str(values.get("lmms_eval_version") or "unknown")
+    settings |= {} if version.startswith("unknown") else {"lmms-eval": version}
+    arguments = _arguments(run.get("model_args")).items()
+    settings |= {f"model_args {key}": value for key, value in arguments if key not in MODEL}
     return Measured(
         "lmms_eval", task, name, score, known if len(known) == len(rows) else {},
         {_identity(row): _answer(row) for row in rows}, content, settings, *_tokens(rows, values, task),
@@ -136,9 +149,15 @@ def _measured(
 
 
 def _identity(row: Mapping[str, Any]) -> str:
-    """A sample by its number and a hash of its document and target (the hash of lmms-eval covers tasks in part)."""
-    content = f"{row.get('doc_hash', '')} {row.get('target', '')}".encode()
-    return f"{row['doc_id']}:{hashlib.sha256(content).hexdigest()[:12]}"
+    """A sample by its number and a hash of its document and target.
+
+    The `doc_hash` of lmms-eval 0.7.3 is that of an empty document in most tasks, so it tells no samples apart.
+    """
+    return f"{row['doc_id']}:{_digest([row.get('doc_hash', ''), row.get('target', '')])}"
+
+
+def _digest(texts: Iterable[Any]) -> str:
+    return hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()[:12]
 
 
 def _answer(row: Mapping[str, Any]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,19 @@ from tpcompress.harness.lmms_eval.results import generation_result, log_means
 from tpcompress.harness.prompts import Part, Prompt, Turn, interleaved, sorted_media
 from tpcompress.harness.served import ModelSettings, Served, plan_text
 from tpcompress.harness.tally import Tally
+from tpcompress.inference import default_device
 
 OPTIONS = ("max_new_tokens", "ignore_gen_kwargs", "num_frames", "fps", "max_frames", "system_prompt")
 """Arguments of the model beside those of `ModelSettings`."""
 
 MODEL_OPTIONS = tuple(field.name for field in fields(ModelSettings))
+
+
+def device_of_rank(device: str | None) -> str:
+    """The device of this process: of several processes, each takes the accelerator of its local rank."""
+    found = device or default_device()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and found != "cpu" and ":" not in found
+    return f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if several else found
 
 
 class Adapter:
@@ -75,6 +84,8 @@ class Adapter:
         self.ignored = tuple(name for name in str(ignore_gen_kwargs).split("+") if name)
         self.system_prompt = self._resolve_system_prompt(str(system_prompt))  # type: ignore[attr-defined]
         settings = ModelSettings(**model)
+        if not settings.device_map:
+            settings = replace(settings, device=device_of_rank(settings.device))
         self.served = Served.load(settings)
         self.answering = Answering(self.served, int(batch_size), VideoSampling(num_frames, fps, max_frames))
         log("info", self.served.description)
