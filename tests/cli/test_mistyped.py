@@ -60,7 +60,6 @@ def test_commands_name_the_path(folder: Path, capsys: pytest.CaptureFixture[str]
         (["evaluate", "./photo", "rows.jsonl"], "mean photos?"),
         (["rank", "tiny_llava", "rows.jsonl", "--image-folder", "photo"], "mean photos?"),
         (["verify", "photo"], "mean photos?"),
-        (["export", "out", "--ckpt", "photo"], "mean photos?"),
         (["evaluate", "photo/last.ckpt", "rows.jsonl"], "mean photos?"),
     ):
         assert main(args) == 2

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpcompress.cli.options import underscored
-from tpcompress.paths import check_checkpoint, check_data, check_export, check_image_folder, check_model
+from tpcompress.paths import check_data, check_export, check_image_folder, check_model
 from tpcompress.recipe_files import merge_recipes, read_recipe
 
 CHECKS: dict[str, Callable[[str], object]] = {
     "model": check_model, "base": check_model, "data": check_data, "val": check_data,
-    "image_folder": check_image_folder, "folder": check_export, "ckpt": check_checkpoint,
+    "image_folder": check_image_folder, "folder": check_export,
 }  # fmt: skip
 """What is checked of an option of a command, by its name."""
 

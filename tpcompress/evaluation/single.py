@@ -114,7 +114,7 @@ def table_of(model: Any, task: Task, scores: Scores, counted: Counted) -> Table:
     header, columns = ["questions"], []
     for name in [scores.metric, *(name for name in scores.sums if name != scores.metric)]:
         metric, counted_by = find_metric(name), scores.with_metric(name)
-        header.append(f"{name} ({metric.unit.title})")
+        header.append(f"{name}\n({metric.unit.title})")
         value = f"{metric.unit.number(counted_by.score)} ±{metric.unit.number(counted_by.ci95)}"
         families = [metric.unit.number(number) for number in counted_by.families.values()]
         columns.append([value, *(families if len(families) > 1 else [])])
