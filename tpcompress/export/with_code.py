@@ -29,8 +29,9 @@ class ModelWithCode(ExportedModel):
             ValueError: the plan was detached.
         """
         this = cast(PreTrainedModel, self)
-        code = code_or_reason(plan_of(this), this.config.base_model_type)[0] if is_attached(this) else None
-        _name_code(this.config, code)
+        config: Any = this.config
+        code = code_or_reason(plan_of(this), config.base_model_type)[0] if is_attached(this) else None
+        _name_code(config, code)
         if kwargs.get("is_main_process", True) and is_attached(this):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             remove_code(Path(save_directory))

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import transformers
 from export.remote_code.child import answers
 from safetensors.torch import load_file, save_file
 from support import batch, family_folder, stir, tiny_model
@@ -90,7 +91,8 @@ def run_child(
         where: for what the process writes; `where/hub` is its cache of the hub.
         ways: how to load them, in turn.
         again: also save each model.
-        isolated: start Python with `-I -S`, with nothing on the path but the folder of transformers.
+        isolated: start Python with `-I -S`, with nothing on the path but the packages beside transformers, without
+            tpcompress.
 
     Returns:
         The answers (None where loading failed), the folders saved again, and the errors by folder.
@@ -115,12 +117,13 @@ def run_child(
     env.pop("PYTHONPATH", None)
     command = [sys.executable, str(CHILD), str(where / "jobs.json")]
     if isolated:
-        import transformers
-
-        packages = Path(transformers.__file__).parents[1]
-        run = f"import sys, runpy; sys.path.append({str(packages)!r}); sys.argv = sys.argv[1:]; "
-        command = [sys.executable, "-I", "-S", "-c", run + "runpy.run_path(sys.argv[0], run_name='__main__')"]
-        command += [str(CHILD), str(where / "jobs.json")]
+        (where / "packages").mkdir()
+        for path in Path(transformers.__file__).parents[1].iterdir():
+            if not path.name.startswith("tpcompress"):
+                (where / "packages" / path.name).symlink_to(path)
+        start = f"import sys, runpy; sys.path.append({str(where / 'packages')!r}); sys.argv = sys.argv[1:]; "
+        start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-I", "-S", "-c", start, *command[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=where)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.strip().splitlines()[-1])

@@ -123,6 +123,11 @@ BAD: dict[str, tuple[Change, str]] = {
     "more templates": (add("additional_chat_templates/a.jinja"), r"additional_chat_templates would change what is"),
 }
 """What is done to a folder, and what its refusal says."""
+ALIKE = {
+    "a name of Windows", "training arguments", "more weights", "another tokenizer", "missing weights", "newer manifest",
+    "weights of another export", "damaged manifest", "more templates",
+}  # fmt: skip
+"""Refused by the same lines as others: slow tests."""
 IN_THE_PROCESSOR = {"another template", "another tokenizer", "more templates", "a pickle", "a name above the folder"}
 BY_TRANSFORMERS = {"an adapter": r"adapter"}
 """Where transformers reads the folder before the model class does."""
@@ -140,7 +145,7 @@ def refusal(function: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] if w in ALIKE else []) for w in BAD])
 def test_refused_with_the_package(what: str, folder: Path) -> None:
     change, words = BAD[what]
     change(folder)
@@ -179,7 +184,10 @@ def test_refused_without_the_package(tmp_path: Path) -> None:
         assert "\n" not in error.strip(), (what, error)
 
 
-@pytest.mark.parametrize("name", ["NOTES.md", "photo.png", ".gitattributes", "results/run.log"])
+@pytest.mark.parametrize(
+    "name",
+    ["NOTES.md", *(pytest.param(n, marks=pytest.mark.slow) for n in ("photo.png", ".gitattributes", "results/a.log"))],
+)
 def test_other_files_change_nothing(name: str, folder: Path) -> None:
     add(name)(folder)
     export = exported(*CHEAP[0])

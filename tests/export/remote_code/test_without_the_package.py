@@ -107,7 +107,7 @@ def in_bfloat16(export: Exported) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_with_nothing_on_the_path(tmp_path: Path) -> None:
-    """`python -I -S`: no site, no current folder, no environment; only the folder that holds transformers."""
+    """`python -I -S`: no site, no current folder, no environment; only the packages beside transformers."""
     run(list(CHEAP), tmp_path, WAYS, isolated=True)
 
 

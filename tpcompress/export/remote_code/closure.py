@@ -75,7 +75,7 @@ class Closure:
         if definition.start in needed.definitions:
             return []
         needed.definitions[definition.start] = definition
-        module, found = needed.module, []
+        module, found = needed.module, list[Name]()
         for name in definition.uses:
             if name in module.definitions:
                 found.append((module.name, name))

@@ -167,7 +167,7 @@ def _family(model_type: str) -> Name:
 def _view(name: str) -> Name:
     """Where a view is provided."""
     provider = providers()[name]
-    function = provider.capture.make if provider.capture is not None else provider.provide
+    function: Any = provider.capture.make if provider.capture is not None else provider.provide
     return function.__module__, function.__name__
 
 

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_EFFECT = {"cache", "contextmanager", "dataclass"}
 """Decorators that register nothing, so that an unused function with them is left out."""
 
+Located = ast.stmt | ast.expr | ast.keyword
+"""Nodes that know where they stand."""
 Edit = tuple[int, int, bytes]
 """Start and end in the bytes of a file, and what stands there instead."""
 
@@ -143,11 +145,14 @@ class _Offsets:
         for line in text.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
 
-    def of(self, node: ast.AST) -> tuple[int, int]:
+    def of(self, node: Located) -> tuple[int, int]:
         """First byte of a node, and the byte after its last; with decorators."""
-        first = min([node, *getattr(node, "decorator_list", [])], key=lambda n: n.lineno)
+        decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+        first = min([node, *decorators], key=lambda n: n.lineno)
         column = first.col_offset - (1 if first is not node else 0)  # the @ before a decorator
-        return self.lines[first.lineno - 1] + column, self.lines[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return self.lines[first.lineno - 1] + column, self.lines[node.end_lineno - 1] + node.end_col_offset
 
     def comments_above(self, start: int) -> int:
         """Where the comment lines begin that stand right above; rulers between sections do not count."""
@@ -184,13 +189,13 @@ def _walk(node: ast.AST, found: Definition, at: _Offsets, module: str) -> None:
         found.uses.add(node.id)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         found.members.add((node.value.id, node.attr))
-    left_out = set(MEMBERS.get(module, ()))
-    body = list(getattr(node, "body", ())) if isinstance(node, ast.ClassDef) else []
+    left_out = MEMBERS.get(module, ())
     dropped: set[int] = set()
-    for child in body:
-        if any(f"{node.name}.{name}" in left_out for name in _defined(child)):  # type: ignore[attr-defined]
-            dropped.add(id(child))
-            found.edits.append((*at.whole_lines(*at.of(child)), b""))
+    if isinstance(node, ast.ClassDef):
+        for child in node.body:
+            if any(f"{node.name}.{name}" in left_out for name in _defined(child)):
+                dropped.add(id(child))
+                found.edits.append((*at.whole_lines(*at.of(child)), b""))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         for keyword in node.keywords:
             if node.func.id in KEYWORDS.get(keyword.arg or "", ()):

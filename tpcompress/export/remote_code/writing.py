@@ -63,7 +63,7 @@ def _gap(text: bytes, before: int | None, start: int) -> bytes:
 
 def _imports(names: dict[str, Binding]) -> str:
     """Import lines: whole modules, then names of modules, then those of generated files."""
-    whole, ours = [], []
+    whole, ours = list[str](), list[str]()
     some: dict[str, list[str]] = defaultdict(list)
     for name, binding in sorted(names.items()):
         if binding.name is None and not binding.ours:
