@@ -43,7 +43,7 @@ def export(family: str, plan: str | Mapping[str, Any], out: Path, positions: str
     text = config.get_text_config()
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2, 1, 32
     if family == "gemma3":
-        text.query_pre_attn_scalar = 32
+        text.query_pre_attn_scalar, text.vocab_size = 32, 160
     if "mrope_section" in text.rope_parameters:
         text.rope_parameters["mrope_section"] = [2 * width for width in text.rope_parameters["mrope_section"]]
     torch.manual_seed(0)
@@ -73,7 +73,12 @@ def request(processor: Any, words: str, images: Sequence[str] = (), video: Seque
     media = [{"type": "image"}] * len(images) + [{"type": "video"}] * bool(video)
     turn = [{"role": "user", "content": [*media, {"type": "text", "text": words}]}]
     prompt = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return {"prompt": prompt, "images": list(images), "video": list(video)}
+    count = len(video)
+    metadata = {
+        "fps": 2.0, "total_num_frames": count, "frames_indices": list(range(count)), "duration": count / 2,
+        "video_backend": "opencv", "do_sample_frames": False,
+    }  # fmt: skip
+    return {"prompt": prompt, "images": list(images), "video": list(video), "metadata": metadata}
 
 
 def never(config: Any) -> list[int]:
@@ -94,6 +99,8 @@ def _answer(model: Any, processor: Any, asked: Request) -> dict[str, Any]:
     media: dict[str, Any] = {"images": images} if images else {}
     if frames:
         media["videos"] = [numpy.stack([numpy.asarray(frame) for frame in frames])]
+        media["video_metadata"] = [{k: v for k, v in asked["metadata"].items() if k != "do_sample_frames"}]
+        media["do_sample_frames"] = False
     inputs = processor(text=asked["prompt"], return_tensors="pt", **media)
     with tp.record(model) as trace:
         output = model.generate(
@@ -122,7 +129,9 @@ def of_vllm(
     run = run_vllm(
         [str(ANSWERS), str(folder), str(out / "requests.json"), str(out / "answers.json"), *["--processes"] * processes]
     )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+    if run.returncode:  # shown at once under -s
+        print(run.stdout[-6000:] + run.stderr[-6000:])
+    assert run.returncode == 0
     found: list[list[dict[str, Any]]] = json.loads((out / "answers.json").read_text())
     return found
 

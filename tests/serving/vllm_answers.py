@@ -28,7 +28,7 @@ def main(folder: str, requests_file: str, answers_file: str, *flags: str) -> Non
     from vllm import LLM, SamplingParams
 
     asked = json.loads(Path(requests_file).read_text())
-    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "seed": 0}
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, "block_size": 32}
     if "--processes" not in flags:
         engine["distributed_executor_backend"] = "uni"
     llm = LLM(folder, **engine | asked["engine"])
@@ -42,7 +42,8 @@ def main(folder: str, requests_file: str, answers_file: str, *flags: str) -> Non
         if request.get("images"):
             found["image"] = [Image.open(path).convert("RGB") for path in request["images"]]
         if request.get("video"):
-            found["video"] = numpy.stack([numpy.asarray(Image.open(path).convert("RGB")) for path in request["video"]])
+            frames = numpy.stack([numpy.asarray(Image.open(path).convert("RGB")) for path in request["video"]])
+            found["video"] = [(frames, request["metadata"])]
         return found
 
     answers = []

@@ -28,9 +28,10 @@ class PrunedInfo:
     ctx: Any
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Modalities that the adapter serves."""
+        """vLLM's limits, 0 for modalities that the adapter does not serve."""
         limits = super().get_supported_mm_limits()  # type: ignore[misc]
-        return {name: most for name, most in limits.items() if name in adapter_of(self.ctx.get_hf_config()).modalities}
+        served = adapter_of(self.ctx.get_hf_config()).modalities
+        return {name: most if name in served else 0 for name, most in limits.items()}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         """None: vLLM counts the placeholders of dummy items, which the processor shortens."""

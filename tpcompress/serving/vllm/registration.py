@@ -51,8 +51,12 @@ def check_model(model_config: Any) -> None:
         raise ValueError("The export has its own pruner; leave --video-pruning-rate out.")
     if multimodal is not None and multimodal.enable_mm_embeds:
         raise ValueError("The export prunes what its encoder makes; leave --enable-mm-embeds out.")
-    if plan.positions == "original" and family_of(config).positions == "1d":
+    family = family_of(config)
+    if plan.positions == "original" and family.positions == "1d":
         config.rope_parameters = dict(ONE_POSITION)
+    if family.blocks is not None:  # vLLM knows it by stock model types
+        config.is_mm_prefix_lm = True
+        model_config.model_arch_config = model_config.get_model_arch_config()
 
 
 @cache
