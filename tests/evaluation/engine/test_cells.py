@@ -15,10 +15,11 @@ from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.compare.run import run_comparison
 from tpcompress.evaluation.engine import bench as engine
 from tpcompress.evaluation.engine import fingerprint
-from tpcompress.evaluation.engine.cell import Run, check_names
+from tpcompress.evaluation.engine.cell import Made, Run, check_names
 from tpcompress.evaluation.engine.fingerprint import base_digest, code_digest, files_of
 from tpcompress.evaluation.engine.locks import claim
-from tpcompress.evaluation.engine.progress import duration
+from tpcompress.evaluation.engine.progress import duration, report_line
+from tpcompress.evaluation.scoring.metrics import find_metric
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.lab.estimators.cells import cells_of as estimator_cells
 from tpcompress.lab.estimators.config import EstimatorTable
@@ -39,6 +40,13 @@ def write(folder: Path, **values) -> str:
 )
 def test_no_time_is_zero_minutes(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_finished_cell_shows_a_short_ratio():
+    line = report_line(
+        "pool-l0-0.1111111111111111", Made({"summary": "done"}), find_metric("accuracy").unit, [], {}, ()
+    )
+    assert line == "0/0 pool-l0-1/9: done"
 
 
 # ---------------------------------------------------------------------------------------------------- names

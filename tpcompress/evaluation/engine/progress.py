@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tpcompress.evaluation.engine.cell import Cell, Made
 from tpcompress.evaluation.scoring.metrics import Unit
+from tpcompress.insertion.budget import amount_text
 
 
 def report_line(
@@ -31,9 +33,12 @@ def report_line(
     left = {run.name for cell in cells if cell.name not in done for run in cell.runs if run.name in runs}
     said = made.record.get("summary", "")
     if made.scores is not None:
-        said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)} over all families"
+        families = " over all families" if len(made.scores.names) > 1 else ""
+        said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)}{families}"
     rest = "" if len(done) == len(cells) else f"; {duration(seconds_left(cells, done, left))} of one process left"
-    return f"{len(done)}/{len(cells)} {name}: {said}{rest}"
+    # Names are those of files, which hold every digit of a ratio.
+    shown = re.sub(r"\b0\.\d{5,}", lambda found: amount_text(float(found[0])), name)
+    return f"{len(done)}/{len(cells)} {shown}: {said}{rest}"
 
 
 def duration(seconds: float) -> str:
