@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from tpcompress.errors import counted
 from tpcompress.evaluation.engine.cell import Cell, Made
 from tpcompress.evaluation.scoring.metrics import Unit
 from tpcompress.insertion.budget import amount_text
@@ -36,6 +37,8 @@ def report_line(
         families = " over all families" if len(made.scores.names) > 1 else ""
         said = f"{unit.text(made.scores.score)} ± {unit.number(made.scores.ci95)}{families}"
     rest = "" if len(done) == len(cells) else f"; {duration(seconds_left(cells, done, left))} of one process left"
+    if left and all(record.get("train_seconds") is None for record in done.values()):  # no training was timed yet
+        rest += f", and {counted(len(left), 'training run')}"
     # Names are those of files, which hold every digit of a ratio.
     shown = re.sub(r"\b0\.\d{5,}", lambda found: amount_text(float(found[0])), name)
     return f"{len(done)}/{len(cells)} {shown}: {said}{rest}"
