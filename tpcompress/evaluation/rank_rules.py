@@ -146,6 +146,7 @@ def _placed(parts: Parts, pruner: Pruner) -> int | str:
 
 
 def _paper_layer(pruner: Pruner) -> int:
-    """Layer of the first stage of the rule's paper plan; 2, as most papers have it, without one."""
+    """Layer of the rule's first stage in its paper plan; 2, as most papers have it, without one."""
     plans = plans_of(type(pruner))
-    return PruningPlan.from_yaml(plans[pruner.name]).stages[0].layer if pruner.name in plans else 2
+    stages = PruningPlan.from_yaml(plans[pruner.name]).stages if pruner.name in plans else []
+    return next((stage.layer for stage in stages if stage.pruner.name == pruner.name), 2)
