@@ -25,7 +25,8 @@ def offloaded(folder: Path) -> Any:
     """The decoder layers on disk, from where hooks of accelerate read them for each call; the rest on the CPU."""
     whole = tp.load(folder)
     layers = next(name for name, module in whole.named_modules() if module is resolve(whole).layers)
-    names = {name for name, _ in whole.named_parameters()} | {name for name, _ in whole.named_buffers()}
+    names = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in whole.named_buffers()}
     places = {name: "cpu" for name in names if not name.startswith(f"{layers}.")} | {layers: "disk"}
     return tp.load(folder, device_map=places, offload_folder=folder.parent / "offload")
 
