@@ -12,9 +12,9 @@ import yaml
 
 EXTRAS = {
     "accelerate": "train", "datasets": "train", "deepspeed": "train", "lightning": "train", "peft": "train",
-    "tensorboard": "train", "torchmetrics": "train", "xxhash": "train", "matplotlib": "eval", "av": "media",
-    "num2words": "media", "torchvision": "media", "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
-    "pydantic": "serve", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx",
+    "tensorboard": "train", "torchmetrics": "train", "xxhash": "train", "matplotlib": "eval", "openpyxl": "eval",
+    "av": "media", "num2words": "media", "torchvision": "media", "fastapi": "serve", "uvicorn": "serve",
+    "openai": "serve", "pydantic": "serve", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx",
 }  # fmt: skip
 """Packages outside the core, by the extra of tpcompress that installs them."""
 

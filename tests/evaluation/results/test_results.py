@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pytest
 import yaml
 from rich.console import Console
@@ -172,7 +173,6 @@ TABLES = {
 def test_score_files_of_vlmevalkit(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"mine_MMBench_DEV_EN_acc.{ending}"
     if ending == "xlsx":
-        openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install 'tpcompress[lmms]'")
         book = openpyxl.Workbook()
         for row in (["split", "Overall", "AR"], ["none", 0.625, 0.5]):
             book.active.append(row)

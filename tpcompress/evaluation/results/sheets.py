@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from tpcompress.errors import first_line
 
@@ -56,15 +57,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 
 def _of_sheet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from openpyxl import load_workbook
-    except ImportError as error:
-        raise ImportError(
-            "openpyxl is not installed; it reads .xlsx files. Install it with: pip install 'tpcompress[lmms]', or save "
-            "the file as .csv.",
-            name="openpyxl",
-        ) from error
-    from zipfile import BadZipFile
+    from openpyxl import load_workbook  # of the extra `eval`; its absence is named by `errors.missing_extra`
 
     try:
         book = load_workbook(path, read_only=True, data_only=True)
