@@ -11,7 +11,7 @@ from pruners.test_mmr import loop
 from support import answer_labels, batch, gradients, make_pruner, make_view, tiny_model
 
 import tpcompress as tp
-from tpcompress.insertion.attach import attach, detach, mode
+from tpcompress.insertion.attach import attach, attachment_of, detach, mode
 from tpcompress.insertion.attachment import requires_grad
 from tpcompress.insertion.plan import PruningPlan, Stage
 from tpcompress.pruners import Pruner, TokenView, create, list_pruners
@@ -21,6 +21,7 @@ from tpcompress.pruners.merging import nearest_kept
 from tpcompress.pruners.registry import list_parts
 from tpcompress.pruners.topk import keep_topk, rank
 from tpcompress.training.diagnostics.callback import estimators_of
+from tpcompress.training.diagnostics.probe import random_selection
 
 D, COUNTS = 16, torch.tensor([4, 9, 30])
 OUTER = [name for name, cls in list_pruners().items() if issubclass(cls, Composed)]
@@ -141,7 +142,7 @@ def test_inside_a_model(model: Any, config: dict[str, Any], exact: bool, layer: 
     attach(model, PruningPlan([Stage(config, layer, keep_tokens=13)]))
     losses = {}
     try:
-        cuts = tp.insertion.attach.attachment_of(model).pruners[0].trainable_when_cut  # type: ignore[attr-defined]
+        cuts = attachment_of(model).pruners[0].trainable_when_cut
         for how in ("drop", "mask"):
             for train in (False, True):
                 model.train(train)
@@ -178,3 +179,22 @@ def test_controls_and_estimators_of_a_gate_inside() -> None:
         [("soft_topk", "gather")],
     ]
     assert requires_grad(make_pruner(composed("merged")))
+
+
+def test_the_random_control_of_diagnostics_merges_as_the_gate_does(model: Any) -> None:
+    inputs = batch([(5, 2, 7)])
+    stages = [Stage(composed("merged", proportional=True), 0, keep_tokens=13), Stage(composed("mmr"), 2, keep_tokens=9)]
+    attach(model, PruningPlan(stages))
+    try:
+        own = list(attachment_of(model).pruners)
+        with torch.no_grad(), tp.record(model.eval()) as trace, random_selection(model):
+            model(**inputs)
+            control = [pruner.config() for pruner in attachment_of(model).pruners]
+        assert list(attachment_of(model).pruners) == own
+    finally:
+        detach(model)
+    assert [config["type"] for config in control] == ["merged", "random"]
+    assert control[0]["pruner"]["type"] == "random"
+    assert control[0]["proportional"]
+    assert [stage.vision_out for stage in trace.stages] == [[13, 13], [9, 9]]
+    assert trace.stages[0].selection.size_BV.sum() > 26

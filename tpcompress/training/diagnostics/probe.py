@@ -18,6 +18,7 @@ from tpcompress.inference import inference
 from tpcompress.insertion.attach import attachment_of, mode
 from tpcompress.insertion.trace import Trace
 from tpcompress.pruners import Pruner, Selection, TokenView, create
+from tpcompress.pruners.combinators import Composed
 from tpcompress.training.context import StepContext
 from tpcompress.training.losses.entropy import gate_entropy
 from tpcompress.training.losses.kl import kl_to_teacher
@@ -183,6 +184,8 @@ class RandomOfSameSize(Pruner):
 def random_selection(model: nn.Module, trace: Trace | None = None) -> Iterator[None]:
     """Run a block in which every pruner that retains tokens is replaced by a random selection of equally many tokens.
 
+    A combinator that merges still does, around a random choice: what is compared is the choice.
+
     Args:
         model: model with a plan.
         trace: trace of a call on the same batch, for the counts of pruners with a variable budget.
@@ -193,12 +196,20 @@ def random_selection(model: nn.Module, trace: Trace | None = None) -> Iterator[N
         if not pruner.exact_count and number in stages:
             pruners[number] = RandomOfSameSize(stages[number].vision_out, number).eval()
         elif not pruner.keeps_none:
-            pruners[number] = create({"type": "random", "seed": number}).eval()
+            pruners[number] = _random_like(pruner, number).eval()
     try:
         yield
     finally:
         for number, pruner in enumerate(own):
             pruners[number] = pruner
+
+
+def _random_like(pruner: nn.Module, seed: int) -> Pruner:
+    """A random pruner; one that merges as the given combinator does, if that is one."""
+    chance = {"type": "random", "seed": seed}
+    if isinstance(pruner, Composed) and pruner.merges:
+        return create(pruner.config() | {name: dict(chance) for name in pruner.part_names})
+    return create(chance)
 
 
 def _retained(trace: Trace | None) -> Tensor:
