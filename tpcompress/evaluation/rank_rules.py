@@ -75,9 +75,10 @@ def rules_for(
             raise ValueError(f"No pruner '{name}'; see tpcompress pruners.{did_you_mean(name, known)}")
     if len(set(names or ())) < len(names or ()):
         raise ValueError(f"rules names one twice: {', '.join(names or ())}; leave it out.")
-    rules, refused = [], []
+    rules: list[Rule] = []
+    refused: list[Refusal] = []
     for name in names or known:
-        found = _placed(parts, create(name))
+        found: Rule | int | str = _placed(parts, create(name))
         if isinstance(found, int):
             rule = Rule(name, found)
             reason = not_servable(rule.plan(Budget(keep_tokens=1)), parts.model.config) if servable else None

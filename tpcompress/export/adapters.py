@@ -159,9 +159,9 @@ def check_ties(model: nn.Module) -> None:
             )
 
 
-def _outermost(base: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, nn.Module]]:
+def _outermost(base: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
     """Modules of these kinds that no other such module holds."""
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, Any]] = []
     for name, module in base.named_modules(remove_duplicate=False):
         if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer, _ in found):
             found.append((name, module))

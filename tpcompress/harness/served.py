@@ -91,10 +91,15 @@ class Served:
         """
         path = model_path(settings.pretrained)
         exported = is_export(path)
-        placed = {"device_map": settings.device_map} if settings.device_map else {}
+        placed: dict[str, Any] = {"device_map": settings.device_map} if settings.device_map else {}
         if exported:
-            kept = {"keep_tokens": _counts(settings.keep_tokens), "keep_ratio": _ratios(settings.keep_ratio)}
-            more = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+            kept: dict[str, Any] = {
+                "keep_tokens": _counts(settings.keep_tokens),
+                "keep_ratio": _ratios(settings.keep_ratio),
+            }
+            more: dict[str, Any] = (
+                {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+            )
             model: Any = load(path, dtype=settings.dtype, **kept, **placed, **more)
             if (settings.dense or settings.plan) and is_attached(model):
                 detach(model)
@@ -154,7 +159,9 @@ def with_pixels(processor: Any, least: int | None, most: int | None) -> Any:
         return processor
     images = processor.image_processor
     size = getattr(images, "size", None) or {}
-    limits = {name: getattr(size, "get", lambda key: None)(name) for name in ("shortest_edge", "longest_edge")}
+    limits: dict[str, Any] = {
+        name: getattr(size, "get", lambda key: None)(name) for name in ("shortest_edge", "longest_edge")
+    }
     if not all(limits.values()) or not getattr(images, "merge_size", None):
         raise ValueError(
             f"min_pixels and max_pixels are for processors that keep the size of an image (Qwen-VL); "

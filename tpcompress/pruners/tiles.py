@@ -77,7 +77,7 @@ def _axis(place_BV: Tensor, over_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor, 
         high_B1 = place_BV.masked_fill(~inside_BV, -1).amax(1, keepdim=True)
         starts.append(low_B1.masked_fill(high_B1 < 0, 0))
         counts.append((high_B1 - starts[-1] + 1).clamp(min=1))
-    from_BV = (place_BV - torch.where(over_BV, *starts)).masked_fill(~valid_BV, 0)
+    from_BV = (place_BV - torch.where(over_BV, starts[0], starts[1])).masked_fill(~valid_BV, 0)
     return from_BV, counts[0], counts[1]
 
 

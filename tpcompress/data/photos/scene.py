@@ -110,10 +110,10 @@ def draw_scene(rng: Random, photographs: Photographs, evidence: Evidence | None 
         if box is None:
             continue
         image.paste(cutout.convert("RGB"), box[:2], cutout.getchannel("A"))
-        shape = Image.new("L", (SIDE, SIDE))
-        shape.paste(cutout.getchannel("A"), box[:2])
-        items.append(Item(name, box, _patches(shape)))
-        shapes.append(np.asarray(shape))
+        mask = Image.new("L", (SIDE, SIDE))
+        mask.paste(cutout.getchannel("A"), box[:2])
+        items.append(Item(name, box, _patches(mask)))
+        shapes.append(np.asarray(mask))
     for number, shape in enumerate(shapes):  # after all items, so that none hides a dot
         if items[number].area >= evidence.group[0] ** 2 and colours and rng.random() < 0.75:
             dot = _put_dot(image, shape, colours.pop(), rng.uniform(*evidence.dot), rng)

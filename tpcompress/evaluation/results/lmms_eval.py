@@ -132,7 +132,9 @@ def _measured(
         "limit": [run.get("limit"), run.get("offset") or 0],
         "number of samples": (values.get("n-samples", {}).get(task) or {}).get("effective"),
     }
-    settings = {key: ADDRESS.sub("", str(config[key])) for key in SETTINGS if config.get(key) is not None}
+    settings: dict[str, Any] = {
+        key: ADDRESS.sub("", str(config[key])) for key in SETTINGS if config.get(key) is not None
+    }
     settings |= {"shots": values.get("n-shot", {}).get(task), "gen_kwargs": run.get("gen_kwargs") or None}
     settings |= {
         "way of prompts": _kind(run.get("model_backend")),

@@ -41,7 +41,7 @@ class SimpleRequests:
 
     def _read(self, name: str, task: str, context: str, visuals: Any) -> Prompt:
         try:
-            turns = self.turns(context, visuals)
+            turns = self.turns(context, visuals)  # type: ignore[attr-defined]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         found: Prompt = self._prompt(name, task, turns)  # type: ignore[attr-defined]

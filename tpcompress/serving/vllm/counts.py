@@ -133,12 +133,12 @@ def prompt_positions(length: int, items: Sequence[tuple[int, Sequence[bool], Seq
     for start, embeds, rows in items:
         left = [row for row in rows for _ in range(row.kept)]
         seen = 0
-        column = start
+        column, base = start, 0
         for embed in embeds:
             if embed:
                 row = left[seen]
                 first = seen == 0 or left[seen - 1] is not row
-                base = int(position_T[column]) if first else base  # noqa: F821
+                base = int(position_T[column]) if first else base
                 position_T[column] = base
                 seen += 1
                 if seen == len(left) or left[seen] is not row:
