@@ -50,13 +50,13 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
     [
         ("hook", "dispatch first"),
         ("cpu", "attach first"),
+        ("disk", "attach first"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ("hook", "attach first"),
                 ("cpu", "dispatch first"),
                 ("disk", "dispatch first"),
-                ("disk", "attach first"),
             )
         ),
     ],

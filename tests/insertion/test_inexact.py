@@ -86,13 +86,16 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     yield from lent((request.param, list_families()[request.param].tiny.variants[0]))
 
 
+QUICK = [("above", "original"), ("empty", "original"), ("then exact", "original"), ("then two", "compact")]
+"""At the first layer, inside, before exact stages, and several of these."""
+
 SAMPLES = [(5, 1, 7), (3, 2, 8), (4, 0, 9), (6, 3, 4)]
 
 
 @pytest.mark.parametrize(
     ("name", "positions"),
     [
-        pytest.param(name, positions, marks=() if positions == "original" or name == "then two" else pytest.mark.slow)
+        pytest.param(name, positions, marks=() if (name, positions) in QUICK else pytest.mark.slow)
         for name in PLANS
         for positions in ("original", "compact")
     ],
@@ -105,7 +108,9 @@ def test_equals_the_reference(subject: Subject, name: str, positions: str) -> No
         detach(subject.model)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("empty", "then two") else pytest.mark.slow) for n in PLANS]
+)
 def test_each_sample_equals_the_sample_alone(subject: Subject, name: str) -> None:
     inputs = subject.batch(*SAMPLES)
     attach(subject.model, subject.plan(PLANS[name]))

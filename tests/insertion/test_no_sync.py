@@ -46,17 +46,21 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> NoSync:
     return guard
 
 
-@pytest.mark.parametrize(
-    ("with_mask", "positions"),
-    [
-        (True, "compact"),
-        (False, "original"),
-        pytest.param(True, "original", marks=pytest.mark.slow),
-        pytest.param(False, "compact", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("positions", ["compact", pytest.param("original", marks=pytest.mark.slow)])
 @every_placed(2, 0)
 def test_prefill_and_decode_never_wait(
+    model: Any, guarded: NoSync, config: dict[str, Any], layer: int, positions: str
+) -> None:
+    never_waits(model, guarded, config, layer, True, positions)
+
+
+@pytest.mark.parametrize("positions", ["original", pytest.param("compact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("config", "layer"), [("uniform", 0), ("dart", 2), ("fastv", 2), ("merged", 0)])
+def test_without_a_mask_nothing_waits(model: Any, guarded: NoSync, config: str, layer: int, positions: str) -> None:
+    never_waits(model, guarded, {"type": config}, layer, False, positions)
+
+
+def never_waits(
     model: Any, guarded: NoSync, config: dict[str, Any], layer: int, with_mask: bool, positions: str
 ) -> None:
     stages = [Stage("uniform", 0, keep_tokens=40)] * (layer > 0) + [Stage(config, layer, keep_tokens=9)]

@@ -79,7 +79,9 @@ def nothing_left(model: Any) -> bool:
     return attachment.request is None and attachment.settings is attachment.defaults and not attachment.tower.is_open
 
 
-@pytest.mark.parametrize("family", PLANS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name == "gemma3" else ()) for name in PLANS]
+)
 def test_threads_equal_one_thread(family: str) -> None:
     model, inputs = attached(family)
     logits = [forward(model, one) for one in inputs]
@@ -249,9 +251,16 @@ def failing(error: type[BaseException]) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Stop])
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [
+        # What interrupts is no Exception; how it leaves a call does not depend on the call.
+        pytest.param(error, call, marks=() if error is RuntimeError or call == "generate" else pytest.mark.slow)
+        for error in (RuntimeError, KeyboardInterrupt, Stop)
+        for call in ("forward", "generate", "core", "encoder")
+    ],
+)
 @pytest.mark.parametrize("place", ["tower", "projector", "pruner", "layer", "head", "encoder note"])
-@pytest.mark.parametrize("call", ["forward", "generate", "core", "encoder"])
 def test_a_call_that_fails_leaves_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException], call: str
 ) -> None:

@@ -33,7 +33,7 @@ def backward(loss: Tensor, elsewhere: bool) -> None:
 @pytest.mark.parametrize("how", ["drop", "mask"])
 @pytest.mark.parametrize("reentrant", [True, False, None], ids=["reentrant", "non-reentrant", "no checkpointing"])
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_checkpointed_layers_are_recomputed_elsewhere(family: str, plan: str, reentrant: bool | None, how: str) -> None:
     """Other budgets and another mode than those of `attach`, in a block that is over before the backward pass."""
     model = tiny_model(family)

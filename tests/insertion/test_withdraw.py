@@ -29,7 +29,7 @@ from tpcompress.insertion.plan import Budget, PruningPlan, Stage
 
 QUICK = ("llava-clip_vision_model", "qwen2_vl", "qwen3_vl", "gemma3", "internvl-qwen2")
 """Plain, M-RoPE, DeepStack, blocks and windows, tiles."""
-quick_plans = ("stage 0, original", "layer 2, compact", "last, compact")
+quick_plans = ("stage 0, original", "last, compact")
 PLANS = {
     "stage 0": [Stage("vtw", 0, keep_tokens=0)],
     "layer 2": [Stage("vtw", 2, keep_tokens=0)],

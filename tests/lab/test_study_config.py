@@ -9,7 +9,7 @@ import pytest
 import yaml
 from lab.small_study import SHIPPED, place, small
 
-from tpcompress.lab.study.cells import CONTROL, FREE, cells_of, merged
+from tpcompress.lab.study.cells import CONTROL, FREE, StudyCell, cells_of, merged
 from tpcompress.lab.study.config import Ablation, Contender, Study
 from tpcompress.training.recipe.run import RecipeCLI
 
@@ -21,8 +21,13 @@ def shipped() -> Study:
     return Study.from_file(SHIPPED)
 
 
-def test_the_shipped_study_has_all_it_promises(shipped):
-    cells = cells_of(shipped)
+@pytest.fixture(scope="module")
+def shipped_cells(shipped: Study) -> list[StudyCell]:
+    return cells_of(shipped)
+
+
+def test_the_shipped_study_has_all_it_promises(shipped, shipped_cells):
+    cells = shipped_cells
     pruners, budgets, ways, seeds = map(len, (shipped.contenders, shipped.budgets, shipped.ways, shipped.seeds))
     assert (pruners, budgets, ways, seeds) == (9, 3, 2, 3)
     assert len({cell.name for cell in cells}) == len(cells)
@@ -38,8 +43,8 @@ def test_the_shipped_study_has_all_it_promises(shipped):
     assert len(runs) == pruners * budgets * ways * seeds + seeds + len(shipped.ablations) * seeds
 
 
-def test_the_grid_comes_first_then_seed_by_seed_the_matrices_and_the_ablations(shipped):
-    order = [(cell.labels["table"], cell.labels["seed"]) for cell in cells_of(shipped)]
+def test_the_grid_comes_first_then_seed_by_seed_the_matrices_and_the_ablations(shipped_cells):
+    order = [(cell.labels["table"], cell.labels["seed"]) for cell in shipped_cells]
     ranks = [
         {"base": 0, "grid": 1 + s, "budgets": 4 + 2 * s, "pruners": 4 + 2 * s, "ablations": 5 + 2 * s}[t]
         for t, s in order
@@ -48,17 +53,15 @@ def test_the_grid_comes_first_then_seed_by_seed_the_matrices_and_the_ablations(s
     assert len(set(ranks)) == 10
 
 
-def test_a_run_needs_nothing_that_comes_later(shipped):
+def test_a_run_needs_nothing_that_comes_later(shipped_cells):
     """Matrices reuse the runs of the grid: none trains anything that the grid has not trained."""
-    grid = {run.name for cell in cells_of(shipped) if cell.labels["table"] == "grid" for run in cell.runs}
-    other = {
-        run.name for cell in cells_of(shipped) if cell.labels["table"] in ("budgets", "pruners") for run in cell.runs
-    }
+    grid = {run.name for cell in shipped_cells if cell.labels["table"] == "grid" for run in cell.runs}
+    other = {run.name for cell in shipped_cells if cell.labels["table"] in ("budgets", "pruners") for run in cell.runs}
     assert other <= grid
 
 
-def test_arms_differ_by_what_they_say_alone(shipped):
-    runs = {run.name: run for cell in cells_of(shipped) for run in cell.runs}
+def test_arms_differ_by_what_they_say_alone(shipped, shipped_cells):
+    runs = {run.name: run for cell in shipped_cells for run in cell.runs}
     plain, taught = runs["in-the-loop-pool-16-seed1"], runs["in-the-loop-KL-pool-16-seed1"]
     dense = runs["dense-seed1"]
     assert plain.recipe == dense.recipe == shipped.recipe
@@ -67,10 +70,8 @@ def test_arms_differ_by_what_they_say_alone(shipped):
     assert plain.plan.to_dict() == taught.plan.to_dict()
 
 
-def test_a_learned_pruner_is_tested_with_its_own_weights_and_stands_in_untrained(shipped):
-    cells = {
-        place(c, "way", "table", "pruner", "tested", "budget", "tested_budget", "seed"): c for c in cells_of(shipped)
-    }
+def test_a_learned_pruner_is_tested_with_its_own_weights_and_stands_in_untrained(shipped_cells):
+    cells = {place(c, "way", "table", "pruner", "tested", "budget", "tested_budget", "seed"): c for c in shipped_cells}
     free = cells[FREE, "grid", "gate", "gate", None, 16, 0]
     control = cells[CONTROL, "grid", "gate", "gate", None, 16, 0]
     assert free.gate is None
@@ -83,8 +84,8 @@ def test_a_learned_pruner_is_tested_with_its_own_weights_and_stands_in_untrained
 
 
 @pytest.mark.parametrize("table", ["grid", pytest.param("ablations", marks=pytest.mark.slow)])
-def test_every_recipe_of_the_shipped_study_is_one(table, shipped, tmp_path):
-    runs = [run for cell in cells_of(shipped) if cell.labels["table"] == table for run in cell.runs]
+def test_every_recipe_of_the_shipped_study_is_one(table, shipped_cells, tmp_path):
+    runs = [run for cell in shipped_cells if cell.labels["table"] == table for run in cell.runs]
     recipes = {json.dumps(run.recipe): run for run in runs}
     assert len(recipes) >= 4
     for run in recipes.values():

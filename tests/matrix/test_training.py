@@ -150,6 +150,7 @@ def lora(subject: Subject, model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False)).eval()
 
 
+@pytest.mark.slow  # by default on LLaVA, in tests/insertion/test_attach.py
 def test_lora_before_and_after(subject: Subject) -> None:
     inputs, plan = subject.batch(*SAMPLES), subject.plan(STAGES)
     before, after = copy.deepcopy(subject.base), copy.deepcopy(subject.base)
@@ -202,6 +203,7 @@ def check_independent(original: Any, other: Any, inputs: dict[str, Any]) -> None
     assert logits(other, inputs).shape[1] == inputs["input_ids"].shape[1]
 
 
+@pytest.mark.slow  # by default on LLaVA, in tests/insertion/test_attach.py
 def test_deepcopy(subject: Subject) -> None:
     model, inputs = subject.model, subject.batch(*SAMPLES)
     attach(model, subject.plan(merging(subject)))
@@ -212,6 +214,7 @@ def test_deepcopy(subject: Subject) -> None:
     assert torch.equal(logits(other, inputs), expected)
 
 
+@pytest.mark.slow  # by default on LLaVA, in tests/insertion/test_attach.py
 def test_save_and_load_of_the_whole_object(subject: Subject) -> None:
     # Unused so far: hooks that transformers adds in use cannot be pickled, with or without us.
     model = tiny_model(subject.case[0], *subject.case[1])

@@ -155,7 +155,7 @@ def test_a_teacher_whom_no_loss_imitates_is_refused(work):
 @pytest.mark.parametrize(
     "model",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"train": ["projector"]},
         {"plan": GATE},
         {"lora": LORA, "train": ["projector"], **TAUGHT},
@@ -201,7 +201,7 @@ def test_the_scorer_learns_which_tokens_matter(work):
 @pytest.mark.parametrize(
     "model",
     [
-        {"plan": {"pruner": "pool", "keep_tokens": 16}},
+        pytest.param({"plan": {"pruner": "pool", "keep_tokens": 16}}, marks=pytest.mark.slow),
         {"plan": GATE},
         {
             "plan": {"pruner": "dart", "layer": 2, "keep_tokens": 16},

@@ -12,6 +12,7 @@ from tpcompress.cli import quickstart as quickstart_module
 from tpcompress.cli.quickstart import CONFIG, run_quickstart
 from tpcompress.evaluation.compare.config import Comparison
 from tpcompress.evaluation.compare.run import run_comparison
+from tpcompress.export import verify
 
 ROW_KEYS = {"arm", "pruner", "keep_tokens", "vision_tokens", "seed", "score", "ci95", "families", "learnt"}
 
@@ -39,7 +40,9 @@ def config(tmp_path_factory) -> str:
 def done(config, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("quickstart")
     console = Console(record=True, width=160)
-    assert run_quickstart(folder, console, config) == 0
+    with pytest.MonkeyPatch.context() as patch:  # the README's commands verify in a fresh process
+        patch.setattr(quickstart_module, "verify_in_fresh_process", verify)
+        assert run_quickstart(folder, console, config) == 0
     return folder, console.export_text()
 
 

@@ -112,6 +112,7 @@ print("norm works")
 """
 
 
+@pytest.mark.slow  # by default with the other kinds, in tests/one_file
 def test_a_new_view_is_one_field_and_one_file(tmp_path: Path) -> None:
     """What the README shows, in a copy of the package."""
     line, file = re.findall(r"```python\n# (?:tpcompress/\S+?)(?:, in TokenView)?\n(.*?)```", README, re.DOTALL)

@@ -107,6 +107,7 @@ def fit(args: list[str], said: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background job of a shell ignores
         code = 1
         try:
             code = main(["fit", *args])

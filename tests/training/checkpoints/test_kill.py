@@ -127,6 +127,16 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(run, kind, batch, wh
     run.goes_on("stopped", kind)
 
 
+def test_sigint_saves_says_how_to_go_on_and_exits_with_130(run):
+    breaks = [callback(Kill, batch=3, where="backward", number=int(signal.SIGINT))]
+    code, said = run("interrupted", "full", breaks=breaks)
+    assert code == 130, said
+    (line,) = [line for line in said.splitlines() if "Interrupted" in line]
+    assert line == f"error: Interrupted; resume with the same command and --ckpt_path {run.work.last('interrupted')}."
+    assert "Traceback" not in said
+    run.goes_on("interrupted", "full")
+
+
 def test_a_full_disk_ends_the_run_and_costs_no_checkpoint(run):
     code, said = run("full", "full", breaks=[callback(Room, batch=3, size=20_000)])
     assert code == 2

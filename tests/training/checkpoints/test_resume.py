@@ -70,7 +70,8 @@ def wholes(base_folder, chat_folder, tmp_path_factory):
 
 
 QUICK = (
-    "pool, full, before a batch", "gate, between the phases", "LoRA with dropout, random budgets"
+    "pool, full, before a batch", "gate, between the phases", "LoRA with dropout, random budgets",
+    "between accumulated batches",
 )  # fmt: skip
 
 

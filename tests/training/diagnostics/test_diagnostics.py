@@ -61,7 +61,6 @@ def test_runs_without_anything_to_see(work, how, monkeypatch):
     assert all(one["never_kept"] is None for one in found)
 
 
-@pytest.mark.slow
 def test_random_choice_is_random_and_goes_away(work):
     run = work.fit(model={"plan": {"pruner": "divprune", "keep_tokens": 16}})
     own = list(attachment_of(run.model.model).pruners)
