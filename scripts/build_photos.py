@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/photos"), help="downloads and checkpoints")
     parser.add_argument("--train", action="store_true", help="train the base instead of taking the weights that ship")
     parser.add_argument("--scenes", type=int, default=6000, help="training scenes")
-    parser.add_argument("--steps", type=int, default=1700, help="steps of the joint stage, of 24 scenes each")
+    parser.add_argument("--steps", type=int, default=850, help="steps of the joint stage, of 24 scenes each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--asset", type=Path, default=ASSET, help="where the trained weights that ship lie")
     arguments = parser.parse_args()

@@ -36,8 +36,8 @@ def write_standins(folder: Path) -> Path:
     return folder
 
 
-def tiny_tower(side: int = 224) -> Dinov2Model:
-    """A DINOv2 of two layers, of the width that the base expects."""
+def tiny_tower(side: int = 280) -> Dinov2Model:
+    """A DINOv2 of two layers, of the width that the base expects, trained on larger pictures than scenes."""
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=2, num_attention_heads=6, image_size=side, patch_size=14, mlp_ratio=1

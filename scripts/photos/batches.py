@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from photos.model import BOS_ID, PAD_ID, VISION_TOKENS, WORD_IDS, Reader
+from photos.model import BOS_ID, EOS_ID, PAD_ID, VISION_TOKENS, WORD_IDS, Reader
 from tpcompress.data.photos.catalogue import CELLS, COLOURS, OBJECTS, PLACES
 from tpcompress.data.photos.questions import FAMILIES, Question, cell_of
 from tpcompress.data.photos.scene import GRID, PATCH, Layout
@@ -39,6 +39,7 @@ class Pack:
     """All questions about B scenes, each tensor (B, T): ids, positions, number of the question (0: padding), targets.
 
     Attributes:
+        targets: the word to predict from each place: the answer from the last word before it, <eos> from the answer.
         families: index of the question's family.
     """
 
@@ -81,13 +82,13 @@ def pack_questions(asked: Sequence[Sequence[Question]]) -> Pack:
         row: tuple[list[int], ...] = ([], [], [], [], [])
         for number, question in enumerate(questions, start=1):
             prompt = [BOS_ID, *(WORD_IDS[word] for word in question.text.split())]
-            answer = [WORD_IDS[question.answer]]
-            length = len(prompt) + len(answer)
-            row[0].extend(prompt + answer)
+            answer = WORD_IDS[question.answer]
+            length = len(prompt) + 1
+            row[0].extend([*prompt, answer])
             row[1].extend(range(length))
             row[2].extend([number] * length)
             row[3].extend([FAMILIES.index(question.family)] * length)
-            row[4].extend([IGNORED] * len(prompt) + answer)
+            row[4].extend([IGNORED] * (len(prompt) - 1) + [answer, EOS_ID])
         rows.append(row)
     longest = max(len(row[0]) for row in rows)
     fills = (PAD_ID, 0, 0, 0, IGNORED)
@@ -119,20 +120,18 @@ def answer_logits(reader: Reader, vision: Tensor, pack: Pack) -> Tensor:
 
 def answer_loss(logits: Tensor, pack: Pack) -> Tensor:
     """Cross entropy per answer word, the mean within each family, then over the families of the batch."""
-    targets = pack.targets[:, 1:]
-    labelled = targets != IGNORED
-    loss = F.cross_entropy(logits[:, :-1][labelled].float(), targets[labelled], reduction="none")
-    families = pack.families[:, 1:][labelled]
+    labelled = pack.targets != IGNORED
+    loss = F.cross_entropy(logits[labelled].float(), pack.targets[labelled], reduction="none")
+    families = pack.families[labelled]
     return torch.stack([loss[families == family].mean() for family in families.unique()]).mean()
 
 
 def exact_matches(logits: Tensor, pack: Pack) -> dict[str, list[bool]]:
     """For every family, whether all words of each answer have the highest logit, as in greedy decoding."""
-    targets = pack.targets[:, 1:]
-    right = (logits[:, :-1].argmax(-1) == targets) | (targets == IGNORED)
+    right = (logits.argmax(-1) == pack.targets) | (pack.targets == IGNORED)
     matches: dict[str, list[bool]] = {family: [] for family in FAMILIES}
-    segments, families = pack.segments[:, 1:], pack.families[:, 1:]
-    for row in range(len(targets)):
+    segments, families = pack.segments, pack.families
+    for row in range(len(segments)):
         for number in range(1, int(segments[row].max()) + 1):
             own = segments[row] == number
             matches[FAMILIES[int(families[row][own][0])]].append(bool(right[row][own].all()))

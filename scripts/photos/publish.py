@@ -59,7 +59,7 @@ def build_processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE.replace(" <eos>", ""),  # answers are one word: no token ends them
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -107,7 +107,8 @@ def assemble(
     states the size and the count of tokens that the base has.
     """
     config = base_config() if layers is None else base_config(layers)
-    table = tower.embeddings.interpolate_pos_encoding(torch.zeros(1, (SIDE // PATCH) ** 2 + 1, 1), SIDE, SIDE)
+    patches = torch.zeros(1, (SIDE // PATCH) ** 2 + 1, tower.config.hidden_size)
+    table = tower.embeddings.interpolate_pos_encoding(patches, SIDE, SIDE)
     config.vision_config = type(tower.config)(**(tower.config.to_dict() | {"image_size": SIDE}))
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").float().eval()
     resized = tower.state_dict() | {"embeddings.position_embeddings": table}
@@ -123,7 +124,7 @@ def assemble(
 def publish(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Save everything that `from_pretrained` needs, in fp16: 50 MB."""
     model.generation_config = GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False, max_new_tokens=1
+        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False, max_new_tokens=4
     )
     model.half().save_pretrained(folder)
     build_processor().save_pretrained(folder)

@@ -11,9 +11,6 @@ from typing import Final
 from tpcompress.data.photos.catalogue import CELLS, COLOURS, COUNTS, OBJECTS, PLACES, SIDES
 from tpcompress.data.photos.scene import GRID, SIDE, Item, Layout
 
-_MOST = 2
-"""Questions of one family about one scene."""
-
 _MARGIN = 8
 """Pixels between a centre and the next cell from which on a position is asked for: nearer ones are debatable."""
 
@@ -43,12 +40,12 @@ class Question:
     leaks: bool
 
 
-def ask(layout: Layout, rng: Random) -> list[Question]:
-    """Questions about a scene, family by family: at most two of each, drawn by `rng` from all that are possible."""
+def ask(layout: Layout, rng: Random, most: int = 2) -> list[Question]:
+    """Questions about a scene, family by family: at most `most` of each, drawn by `rng` from all that are possible."""
     asked: list[Question] = []
     for family in _ASK.values():
         possible = list(family(layout, rng))
-        asked += possible if len(possible) <= _MOST else rng.sample(possible, _MOST)
+        asked += possible if len(possible) <= most else rng.sample(possible, most)
     return asked
 
 
