@@ -79,6 +79,7 @@ EXPORT = {
     "task": None,
     "stock": None,
     "max_shard_size": "5GB",
+    "onnx": None,
 }
 
 

@@ -19,6 +19,9 @@ __all__ = [
     "read_manifest", "write_json",
 ]  # fmt: skip
 
+ONNX = "tpcompress-onnx"
+"""`format` of the manifest beside an ONNX graph."""
+
 
 @contextmanager
 def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
@@ -71,7 +74,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not any(out.iterdir()):
         return
     try:
-        if read_json(out / MANIFEST).get("format") != DENSE:
+        if read_json(out / MANIFEST).get("format") not in (DENSE, ONNX):
             read_manifest(out)
     except (ValueError, OSError) as error:
         raise FileExistsError(

@@ -232,12 +232,13 @@ def _attention_by_part(config: Any) -> dict[str, str | None]:
     return {name: part._attn_implementation for name, part in found.items()}
 
 
-def default_inputs(processor: Any, side: int = 224) -> dict[str, Tensor]:
+def default_inputs(processor: Any, side: int = 224, image: Any = None) -> dict[str, Tensor]:
     """Process a synthetic image and a question, through the chat template if the processor has one.
 
     Args:
         processor: of the model.
         side: height and width of the image.
+        image: another image, as PIL reads it.
 
     Raises:
         ValueError: the processor does not accept them.
@@ -247,7 +248,7 @@ def default_inputs(processor: Any, side: int = 224) -> dict[str, Tensor]:
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(processor(images=[_image(side)], text=[text], return_tensors="pt"))
+        return dict(processor(images=[_image(side) if image is None else image], text=[text], return_tensors="pt"))
     except Exception as error:
         raise ValueError(
             f"The processor does not accept the built-in probe ({first_line(error)}); pass probe_inputs=processor(...)."

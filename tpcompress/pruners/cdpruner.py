@@ -122,10 +122,12 @@ class _Volume(Criterion):
         return torch.where(self.left_BV > EXPLAINED, gain_BV, self.relevance_BV - 2)
 
     def take(self, pick_B1: Tensor) -> None:
-        done_BTV = self.factor_BTV[:, : self.step]
-        own_BT1 = done_BTV.gather(2, pick_B1[:, None].expand(-1, self.step, -1))
-        # In fp64 and no product of matrices, so that neither padding nor the batch separates equal tokens.
-        known_BV = (own_BT1 * done_BTV).sum(1, dtype=torch.float64).float()
+        known_BV = torch.zeros_like(self.left_BV)
+        if self.step:  # ONNX has no gather from nothing
+            done_BTV = self.factor_BTV[:, : self.step]
+            own_BT1 = done_BTV.gather(2, pick_B1[:, None].expand(-1, self.step, -1))
+            # In fp64 and no product of matrices, so that neither padding nor the batch separates equal tokens.
+            known_BV = (own_BT1 * done_BTV).sum(1, dtype=torch.float64).float()
         rest_BV = row_of(self.similar_BVV, pick_B1) - known_BV
         left_B1 = self.left_BV.gather(1, pick_B1)
         row_BV = torch.where(left_B1 > EXPLAINED, rest_BV * left_B1.clamp(min=EXPLAINED).rsqrt(), 0.0)
