@@ -36,13 +36,15 @@ class Case:
 
 MIXED = ((64, 64), (96, 40), (40, 80), (64, 48))
 
+VIDEO_DIFFERS = ("qwen2_5_vl",)
+"""Families whose videos vLLM 0.32 answers otherwise than transformers without pruning, too: counts are compared."""
+
 CASES = [
     Case("llava", "divprune:16@0", "original"),
     Case("qwen2_5_vl", "divprune:0.5@0", "original", MIXED, frames=4),
     Case("qwen3_vl", "divprune:0.5@0", "original", MIXED),
     Case("internvl", "divprune:0.25@0", "original", ((24, 24), (48, 24), (72, 24), (24, 48))),
     Case("llava_onevision", "divprune:0.25@0", "original", MIXED, frames=4, several=False),
-    Case("gemma3", "divprune:16@0", "original"),
     Case("llava", "divprune:16@0", "original", chunk=40),
     Case("llava", "pool:16@0", "compact"),
     Case("llava", GATE, "original"),
@@ -77,31 +79,34 @@ def test_same_answers(case: Case, tmp_path: Path) -> None:
             where = f"batch {batch}, request {number}: {our} against {their}"
             print(where)
             assert their["prompt_tokens"] == our["prompt_tokens"], where
+            if case.family in VIDEO_DIFFERS and batches[batch][number]["video"]:
+                continue
             assert their["ids"] == our["ids"], where
             assert their["logprobs"] == pytest.approx(our["logprobs"], abs=2e-3), where
-    if case.family != "gemma3":  # the second request shares the image and the words after it with the first
-        assert found[1][0]["cached_tokens"] >= 32
+    # The second request shares the image and the words after it with the first.
+    assert found[1][0]["cached_tokens"] >= 32
     assert expected[0][0]["prompt_tokens"] < expected[0][0]["unpruned_tokens"]
 
 
-REFUSED = {
-    "divprune:0.5@0,divprune:8@2": "stage 1 acts at layer 2, inside the language model",
-    "cdpruner:16@0": "'cdpruner' reads the prompt",
-    "tome:16@0": "'tome' returns sizes or positions",
-    "fastervlm:16@0": "'fastervlm' reads tower_cls",
-}
+REFUSED = [
+    ("llava", "divprune:0.5@0,divprune:8@2", "stage 1 acts at layer 2, inside the language model"),
+    ("llava", "cdpruner:16@0", "'cdpruner' reads the prompt"),
+    ("llava", "tome:16@0", "'tome' returns sizes or positions"),
+    ("llava", "fastervlm:16@0", "'fastervlm' reads tower_cls"),
+    ("gemma3", "divprune:16@0", "which vLLM's CPU backend ignores"),
+]
 
 
 def test_refusals_at_load(tmp_path: Path) -> None:
-    folders = [export("llava", plan, tmp_path / str(i), "original") for i, plan in enumerate(REFUSED)]
+    folders = [export(family, plan, tmp_path / str(i), "original") for i, (family, plan, _) in enumerate(REFUSED)]
     code = (
         "import sys\nfrom vllm.engine.arg_utils import EngineArgs\n"
         "for folder in sys.argv[1:]:\n"
-        "    try:\n        EngineArgs(model=folder).create_model_config(); print('LOADED')\n"
-        "    except ValueError as error:\n        print(str(error).replace(chr(10), ' '))\n"
+        "    try:\n        EngineArgs(model=folder).create_model_config(); print('ANSWER loaded')\n"
+        "    except ValueError as error:\n        print('ANSWER', str(error).replace(chr(10), ' '))\n"
     )
     run = run_vllm(["-c", code, *map(str, folders)])
-    lines = [line for line in run.stdout.splitlines() if "vLLM cannot serve" in line or line == "LOADED"]
+    lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWER")]
     assert len(lines) == len(REFUSED), run.stdout + run.stderr[-3000:]
-    for line, reason in zip(lines, REFUSED.values(), strict=True):
+    for line, (_, _, reason) in zip(lines, REFUSED, strict=True):
         assert reason in line

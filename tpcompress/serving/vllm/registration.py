@@ -39,6 +39,8 @@ def check_model(model_config: Any) -> None:
     Raises:
         ValueError: why, and what would fit.
     """
+    from vllm.platforms import current_platform
+
     config, multimodal = model_config.hf_config, model_config.multimodal_config
     plan = stored_plan(config, allow_outside=False)
     reason = list_runtimes()["vllm"].refuses(plan, config)
@@ -55,6 +57,11 @@ def check_model(model_config: Any) -> None:
     if plan.positions == "original" and family.positions == "1d":
         config.rope_parameters = dict(ONE_POSITION)
     if family.blocks is not None:  # vLLM knows it by stock model types
+        if current_platform.is_cpu():
+            raise ValueError(
+                f"Image tokens of {family.name} attend to each other in both directions, which vLLM's CPU backend "
+                f"ignores; serve it on a GPU, or with transformers."
+            )
         config.is_mm_prefix_lm = True
         model_config.model_arch_config = model_config.get_model_arch_config()
 
