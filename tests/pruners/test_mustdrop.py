@@ -32,7 +32,7 @@ def judged(view: TokenView, b: int, share: float, peak: float) -> tuple[list[flo
     return score, stays.tolist()
 
 
-@pytest.mark.parametrize(("keys", "share", "peak"), [(0.08, 0.011, 0.01), (0.3, 0.05, 0.2), (0.0, 0.03, 0.1)])
+@pytest.mark.parametrize(("keys", "share", "peak"), [(0.08, 0.011, 0.01), (0.3, 0.03, 0.06), (0.0, 0.03, 0.1)])
 def test_mustdrop_against_a_loop(keys: float, share: float, peak: float) -> None:
     exact = make_pruner({"type": "mustdrop", "keys": keys, "share": share, "peak": peak})
     counting = make_pruner({"type": "mustdrop", "keys": keys, "share": share, "peak": peak, "threshold": True})
