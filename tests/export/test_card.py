@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import tpcompress as tp
 from tpcompress.export.budgets import CurvePoint
 from tpcompress.export.card import card
+from tpcompress.export.license import license_of
 
 LOOK = {"step": 40, "behind_random": -0.3, "behind_random_error": 0.05, "accuracy": 0.61, "random_accuracy": 0.42}
 POINT = CurvePoint("9 tokens", 9.0, 0.5, 0.02, 0.6, 1.25, 640, 320, "some questions", 0, False)
@@ -71,3 +74,15 @@ def test_accuracy_by_budget(manifest: dict[str, Any]) -> None:
     assert "* outside of the trained range." in text
     assert 'tp.load("out", keep_tokens=[16, 16])' in text
     assert "| 32 of 64 | 16 to 64 |" in text
+
+
+def test_the_license_of_the_base_is_kept(base: Any, processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    card = "---\nlicense: other\nlicense_name: own-terms\nlicense_link: LICENSE.txt\n---\n# Base\n"
+    (tmp_path / "base" / "README.md").write_text(card)
+    base.config.name_or_path = str(tmp_path / "base")
+    out = tp.export(tp.attach(base, "divprune:8@0"), processor, tmp_path / "out")
+    head = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
+    assert (head["license"], head["license_name"], head["license_link"]) == ("other", "own-terms", "LICENSE.txt")
+    assert head["pipeline_tag"] == "image-text-to-text"
+    assert license_of(None) == license_of(str(tmp_path / "gone")) == license_of("no one/else") == {}

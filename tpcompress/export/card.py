@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
+from tpcompress.export.license import KEYS
 from tpcompress.export.runtimes import report
 from tpcompress.insertion.budget import amount_text
 
@@ -33,7 +36,9 @@ def card(manifest: dict[str, Any], name: str) -> str:
         name: name of the folder.
     """
     base = manifest["base"]["model"]
-    head = HEAD + (f"base_model: {base}\n" if base and "/" in base else "") + "---\n"
+    known = {"base_model": base} if base and "/" in base else {}
+    known |= {key: manifest["base"][key] for key in KEYS if key in manifest["base"]}
+    head = HEAD + "".join(yaml.safe_dump({key: value}) for key, value in known.items()) + "---\n"
     parts = [_title(manifest, name), _usage(manifest, name), _plan(manifest), _curve(manifest), _training(manifest)]
     parts += [_findings(manifest.get("trained_with", {}).get("diagnostics")), _caveats(manifest)]
     return head + "\n" + "\n\n".join(part for part in parts if part) + "\n"

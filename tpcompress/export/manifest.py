@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tpcompress.export.budgets import Range, as_dict, describe_ranges
 from tpcompress.export.classes import stock_class
 from tpcompress.export.folder import FORMAT, MANIFEST, SCHEMA
+from tpcompress.export.license import license_of
 from tpcompress.export.probe import Probe
 from tpcompress.export.runtimes import runtimes_of
 from tpcompress.families import family_of, resolve
@@ -37,7 +38,12 @@ def describe(
         "format": FORMAT,
         "schema": SCHEMA,
         "versions": {"tpcompress": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "base": {"model": _base_name(base), "model_type": model_type, "class": stock_class(model_type).__name__},
+        "base": {
+            "model": _base_name(base),
+            "model_type": model_type,
+            "class": stock_class(model_type).__name__,
+            **license_of(base.config.name_or_path),
+        },
         "dtype": probe.about["dtype"],
         "vision_tokens": total,
         "tokens_per_image": family_of(config).tokens_per_image(config),
