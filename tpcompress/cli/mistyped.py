@@ -40,7 +40,7 @@ def check_options(given: Sequence[str]) -> None:
 
 
 def check_recipe(args: Sequence[str]) -> None:
-    """Check the paths of recipes and of the settings given beside them.
+    """Check the paths of recipes and of the settings given beside them; not of a recipe that is only printed.
 
     Args:
         args: arguments of `fit` or `validate`.
@@ -48,6 +48,8 @@ def check_recipe(args: Sequence[str]) -> None:
     Raises:
         FileNotFoundError: a recipe, or a path in it, does not exist.
     """
+    if any(argument.startswith("--print") for argument in map(underscored, args)):
+        return
     values: dict[str, Any] = {}
     settings: dict[str, str] = {}
     for name, value in _pairs(args):
