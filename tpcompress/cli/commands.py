@@ -85,7 +85,7 @@ def compare(
         tpcompress compare my.yaml --base runs/my_model --data held_out.json --metric anls --out runs/mine
 
     Example:
-        tpcompress compare recipes/photo_llava/free.yaml --task photos --base photo_llava
+        tpcompress compare recipes/photo_llava/free.yaml --task photos
 
     Example:
         tpcompress compare recipes/eval/compare.yaml
