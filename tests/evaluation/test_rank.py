@@ -170,6 +170,13 @@ def test_of_equal_scores_the_cheaper_rule_is_better() -> None:
             ranking.best(budget)
 
 
+def test_a_rule_that_hardly_prunes_is_not_the_best() -> None:
+    late, early = (replace(row_of(*about), layer_average=each) for *about, each in (("a", 0.9, 14.0), ("b", 0.5, 4.0)))
+    assert ranking_of([late, early]).best(4).rule == "b"
+    assert ranking_of([late, replace(early, layer_average=7.0)]).best(4).rule == "a"
+    assert ranking_of([late]).best(4).rule == "a"
+
+
 # -------------------------------------------------------------------------------------------------------- mistakes
 
 

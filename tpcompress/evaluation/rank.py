@@ -213,6 +213,7 @@ class RankRun:
         learnt = bench.learnt(self.dense, self.blind) or None
         dense, blind = dense.with_learnt(learnt), blind.with_learnt(learnt)
         measured = bench.record(self.cost) or {}
+        depth = bench.model.config.get_text_config().num_hidden_layers
         rows, refused = [], list(self.refused)
         for (rule, label), cell in self.cells.items():
             found = bench.record(cell) or {}
@@ -226,7 +227,8 @@ class RankRun:
                 RankRow(
                     rule=rule.name, layer=rule.layer, budget=label, plan=cell.plan, score=answers.score,
                     ci95=answers.ci95, gain=answers.difference(dense), vision_tokens=found["vision_tokens"],
-                    retained_tokens=found["retained_tokens"], cost=measured.get("costs", {}).get(cell.name),
+                    retained_tokens=found["retained_tokens"], layer_average=_layer_average(rule.layer, found, depth),
+                    cost=measured.get("costs", {}).get(cell.name),
                     served=not_servable(cell.plan, bench.model.config) is None,
                 )
             )  # fmt: skip
@@ -280,3 +282,9 @@ def _per_prompt(trace: Trace) -> list[tuple[int, int]]:
         before, after = sums.get(owner, (0, 0))
         sums[owner] = (before + total, after + kept)
     return list(sums.values())
+
+
+def _layer_average(layer: int, found: Mapping[str, Any], depth: int) -> float | None:
+    """Vision tokens averaged over the decoder layers, with one stage."""
+    total, retained = found["vision_tokens"], found["retained_tokens"]
+    return None if total is None else (layer * total + (depth - layer) * retained) / depth

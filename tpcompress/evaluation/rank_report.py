@@ -18,6 +18,9 @@ from tpcompress.insertion.plan import PruningPlan
 
 HEADER = ["rule@layer", "score", "to dense [95 %]", "tokens", "time", "FLOPs", "served"]
 
+LATE = 2.0
+"""How many times the layer average of the earliest rule the best rule may have."""
+
 
 @dataclass(frozen=True)
 class RankRow:
@@ -33,6 +36,7 @@ class RankRow:
         vision_tokens, retained_tokens: vision tokens of a prompt before and after pruning, mean over prompts.
         cost: cost relative to dense: `time`, `time_low`, `time_high`, `flops`; None if it could not be measured.
         served: a serving engine can run it on this model.
+        layer_average: vision tokens averaged over the decoder layers, which a late stage lowers by little.
     """
 
     rule: str
@@ -46,6 +50,7 @@ class RankRow:
     retained_tokens: float | None = None
     cost: Mapping[str, Any] | None = None
     served: bool = False
+    layer_average: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -111,6 +116,9 @@ class Ranking:
     def best(self, budget: float | str, served: bool = False) -> RankRow:
         """The rule with the highest score at a budget; of equal scores, the one with fewer FLOPs.
 
+        A rule that acts so late that the layers see more than `LATE` times the tokens of the earliest rule is passed
+        over: it scores like the dense model because it hardly prunes.
+
         Args:
             budget: as it was given.
             served: only rules that a serving engine can run.
@@ -122,7 +130,7 @@ class Ranking:
         if not found:
             what = "rule that can be served" if served else "rule"
             raise ValueError(f"No {what} ran at budget {budget}; {'; '.join(map(str, self.refused[:2]))}.")
-        return found[0]
+        return next(row for row in found if not _is_late(row, found))
 
     @property
     def table(self) -> Table:
@@ -153,6 +161,17 @@ class Ranking:
             lines.append(
                 f"On blank images the base scores {blind}: no question family shows that it needs the image, so these "
                 f"rows say little about pruning."
+            )
+        late = {
+            f"{row.rule}@{row.layer}"
+            for budget in self.budgets
+            for row in self.at(budget)
+            if _is_late(row, self.at(budget))
+        }
+        if late:
+            lines.append(
+                f"{', '.join(sorted(late))}: the layers see more than {LATE:g} times the tokens of the earliest rule, so "
+                f"it is not chosen."
             )
         count = len({row.rule for row in self.rows})
         if count > 1:
@@ -211,6 +230,12 @@ def write_ranking(ranking: Ranking, folder: Path) -> None:
     if (folder / "retained.png").is_file():
         lines += ["![retained tokens](retained.png)", ""]
     write_atomic(folder / "rank.md", "\n".join(lines))
+
+
+def _is_late(row: RankRow, rows: Sequence[RankRow]) -> bool:
+    """Whether the layers see more than `LATE` times as many vision tokens as with the earliest of some rules."""
+    averages = [each.layer_average for each in rows if each.layer_average is not None]
+    return row.layer_average is not None and row.layer_average > LATE * min(averages)
 
 
 def _merit(row: RankRow) -> tuple[float, float, str]:
