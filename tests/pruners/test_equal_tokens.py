@@ -19,7 +19,8 @@ RULES = (
     "dart", "mix", "divprune", "cdpruner", "scope", "tops", "eadp", "sieve", "dtd", "novelty", "mmr", "vidcom2",
     "hired", "globalcom2", "mustdrop",
 )  # fmt: skip
-CONFIGS = [config for config in pruner_configs() if config["type"] in RULES]
+CONFIGS = [config for config in pruner_configs() if config["type"] in RULES and "learned_gate" not in str(config)]
+"""Without learned gates, whose scorer sees where a token stands."""
 
 
 def view_of(config: dict[str, Any], kinds: Tensor, seed: int) -> TokenView:

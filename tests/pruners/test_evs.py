@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tpcompress.pruners import TokenView, create
 from tpcompress.pruners.evs import retained_count
-from tpcompress.pruners.vidcom2 import WIDTHS
 
 SHAPES = [(4, 3, 5), (5, 2, 2), (3, 1, 7), (1, 3, 4)]
 """(frames, rows, columns)."""
@@ -127,7 +126,7 @@ def vidcom2(x_VD: Tensor, frames: int, temperature: float = 0.01) -> tuple[list[
     split = [z[t * n : (t + 1) * n] for t in range(frames)]
 
     def gauss(a: Tensor, c: Tensor) -> float:
-        return sum(math.exp(-float((a - c).square().sum()) / (2 * width)) for width in WIDTHS)
+        return sum(math.exp(-float((a - c).square().sum()) / (2 * width)) for width in (1 / 8, 1 / 4, 1 / 2, 1, 2))
 
     whole = torch.stack(z).mean(0)
     centre = [torch.stack(one).mean(0) for one in split]

@@ -103,11 +103,12 @@ def likeness(x_BVD: Tensor, frame_BV: Tensor, valid_BV: Tensor) -> tuple[Tensor,
         frame_BV: number of each token's frame, from 0 without gaps.
         valid_BV: bool (B, V).
     """
-    z_BVC = F.normalize(take_channels(x_BVD.float(), valid_BV), dim=-1)
+    # In fp64 and rounded in the end, where tokens of equal numbers tie wherever they stand.
+    z_BVC = F.normalize(take_channels(x_BVD.double(), valid_BV), dim=-1)
     whole_BVC, _ = frame_mean(z_BVC, torch.zeros_like(frame_BV), valid_BV)
     frame_BVC, _ = frame_mean(z_BVC, frame_BV, valid_BV)
     video_BV = gaussians(z_BVC, whole_BVC[:, :1])
-    return video_BV + gaussians(z_BVC, take(frame_BVC, frame_BV)), video_BV
+    return (video_BV + gaussians(z_BVC, take(frame_BVC, frame_BV))).float(), video_BV.float()
 
 
 def take_channels(x_BVD: Tensor, valid_BV: Tensor) -> Tensor:
@@ -124,6 +125,6 @@ def take_channels(x_BVD: Tensor, valid_BV: Tensor) -> Tensor:
 
 
 def gaussians(z_BVC: Tensor, centre_BVC: Tensor) -> Tensor:
-    """Sum of Gaussians of the distance to a centre, one per width, fp32 (B, V)."""
+    """Sum of Gaussians of the distance to a centre, one per width, (B, V) in the dtype of `z_BVC`."""
     apart_BV = (z_BVC - centre_BVC).square().sum(-1)
     return torch.stack([(-apart_BV / (2 * width)).exp() for width in WIDTHS]).sum(0)
