@@ -170,8 +170,8 @@ class Ranking:
         }
         if late:
             lines.append(
-                f"{', '.join(sorted(late))}: the layers see more than {LATE:g} times the tokens of the earliest rule, so "
-                f"it is not chosen."
+                f"{', '.join(sorted(late))}: the layers see more than {LATE:g} times the tokens of the earliest rule, "
+                f"so it is not chosen."
             )
         count = len({row.rule for row in self.rows})
         if count > 1:

@@ -82,7 +82,7 @@ def test_rows_are_found_and_replaced_by_their_key(report):
 
 
 def test_wrong_input_is_one_line():
-    with pytest.raises(ValueError, match="A row has no arm 'free'; choose one of dense, downsample, dense_ft"):
+    with pytest.raises(ValueError, match="A row has no arm 'free'; choose one of dense, downsample, oracle, dense_ft"):
         Row("free")
     with pytest.raises(ValueError, match="This is not a report"):
         Report.from_json("[")
