@@ -32,8 +32,8 @@ and tower do not ship. `python scripts/build_photos.py` fetches them from packag
 Trained with `python scripts/build_photos.py --train --scenes {scenes} --steps {steps} --seed {seed}`: {steps} steps of
 24 scenes. The language model meets all 256 tokens in every step. Exact match in percent, one question at a time: "test"
 on 320 scenes of cut-outs and backgrounds that no training scene shows, "validation" on 200 new scenes of the training
-photographs, "blind" on test scenes with every token replaced by the mean token. *: the answer rests on a dot of about
-one patch.
+photographs, "blind" on test scenes with every token replaced by the mean token, which the model never met: below chance
+where it then answers with no word of the family. *: the answer rests on a dot of about one patch.
 
 | family | test | validation | blind |
 |---|---:|---:|---:|
