@@ -84,13 +84,13 @@ def test_the_server_loads_the_attached_model(chatty: Path) -> None:
 def test_choice_of_the_engine(chatty: Path, monkeypatch: Any) -> None:
     manifest = chatty / "manifest.json"
     text, values = manifest.read_text(), json.loads(manifest.read_text())
-    monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+    monkeypatch.setattr(serve.shutil, "which", lambda name, path=None: None)
     assert serve.choose_engine(chatty) == "transformers"
     try:
         manifest.write_text(json.dumps(values | {"runtimes": {"vllm": None}}))
         with pytest.raises(ModuleNotFoundError, match="vLLM is not installed"):
             serve.choose_engine(chatty, "vllm")
-        monkeypatch.setattr(serve.shutil, "which", lambda name: f"/bin/{name}")
+        monkeypatch.setattr(serve.shutil, "which", lambda name, path=None: None if path else f"/bin/{name}")
         assert [serve.choose_engine(chatty, e) for e in serve.ENGINES] == ["vllm", "transformers", "vllm"]
         called: list[Any] = []
         monkeypatch.setattr(serve.os, "execv", lambda *args: called.append(args))

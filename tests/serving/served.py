@@ -34,7 +34,15 @@ def vllm_python() -> Path:
     return found
 
 
-def export(family: str, plan: str | Mapping[str, Any], out: Path, positions: str) -> Path:
+def export(
+    family: str,
+    plan: str | Mapping[str, Any],
+    out: Path,
+    positions: str,
+    scope: str = "image",
+    max_positions: int | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
     """A tiny random model of a family with attention heads of 32 dimensions, exported with a plan."""
     tiny = list_families()[family].tiny
     config = tiny.config(*tiny.variants[0])
@@ -42,6 +50,7 @@ def export(family: str, plan: str | Mapping[str, Any], out: Path, positions: str
         config.vision_aspect_ratio = "anyres_max_9"
     text = config.get_text_config()
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2, 1, 32
+    text.max_position_embeddings = max_positions or text.max_position_embeddings
     if family == "gemma3":
         text.query_pre_attn_scalar, text.vocab_size = 32, 160
     if "mrope_section" in text.rope_parameters:
@@ -50,11 +59,11 @@ def export(family: str, plan: str | Mapping[str, Any], out: Path, positions: str
     model = AutoModelForImageTextToText.from_config(config).eval()
     scramble(model, 1)
     chosen = tp.PruningPlan.of(plan)
-    tp.attach(model, tp.PruningPlan(chosen.stages, positions=positions))
+    tp.attach(model, tp.PruningPlan(chosen.stages, positions=positions, scope=scope))
     processor = tiny.processor(config)
     if family == "gemma3":  # vLLM looks these up
         processor.tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
-    return tp.export(model, processor, out)
+    return tp.export(model, processor, out, max_shard_size=max_shard_size)
 
 
 def pictures(out: Path, sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[str]:
@@ -136,7 +145,12 @@ def of_vllm(
     return found
 
 
-def run_vllm(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command of the vLLM environment's Python."""
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([str(vllm_python()), *arguments], capture_output=True, text=True, env=env, timeout=900)
+def vllm_environment() -> dict[str, str]:
+    """Variables of a process of vLLM."""
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run_vllm(arguments: Sequence[str], command: str = "python") -> subprocess.CompletedProcess[str]:
+    """Run a command of the vLLM environment to its end."""
+    line = [str(vllm_python().with_name(command)), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=vllm_environment(), timeout=900)

@@ -28,19 +28,24 @@ from tpcompress.serving.vllm.counts import (
 
 ITEMS = {"qwen2_5_vl": ("image", "video"), "internvl": ("wide", "image"), "llava_onevision": ("wide", "video")}
 """What the prompt of a family holds; two images elsewhere."""
-PLANS = {"ratio": {"keep_ratio": 0.3}, "count": {"keep_tokens": 7}}
+PLANS: dict[str, tuple[dict[str, Any], str]] = {
+    "ratio": ({"keep_ratio": 0.3}, "image"),
+    "count": ({"keep_tokens": 7}, "image"),
+    "tiles": ({"keep_tokens": 3}, "tile"),
+}
+"""Budget and scope."""
 
 
 class Seen:
     """One prefill of an attached tiny model: its input, features and positions, and what it retained."""
 
-    def __init__(self, family: str, pruner: Any, budget: dict[str, Any]) -> None:
+    def __init__(self, family: str, pruner: Any, budget: dict[str, Any], scope: str = "image") -> None:
         self.adapter, kinds = list_adapters()[family], ITEMS.get(family, ("image", "image"))
         self.model = tiny_model(family)
         self.inputs = batch([(5, kinds, 4)], family=family)
         self.positions: Any = None
         stages = [tp.Stage(pruner, 0, **budget)]
-        self.plan = tp.PruningPlan(stages)
+        self.plan = tp.PruningPlan(stages, scope=scope)
         tp.attach(self.model, self.plan)
         language_model = self.model.get_submodule(list_families()[family].language_model)
         handle = language_model.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -87,19 +92,19 @@ def placeholder_runs(seen: Seen) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("budget", PLANS)
 @pytest.mark.parametrize("family", list_adapters())
 def test_counts_tokens_and_positions_are_those_of_transformers(family: str, budget: str) -> None:
-    seen = Seen(family, "divprune", PLANS[budget])
+    seen = Seen(family, "divprune", *PLANS[budget])
     config, plan, runs = seen.model.config, seen.plan, placeholder_runs(seen)
     ids = seen.inputs["input_ids"][0].tolist()
-    shared: Any = {"plan": plan, "adapter": seen.adapter, "config": config}
+    shared: Any = {"adapter": seen.adapter, "config": config}
     items, offsets, short, layouts = [], [], [], []
     done = 0
     for number, (start, length) in enumerate(runs):
         own: Any = {"modality": seen.modalities[number], "fields": seen.fields(number), "total": length}
-        rows = item_rows(**shared, **own)
+        rows = item_rows(plan, **shared, **own)
         layouts.append(item_layouts(**shared, **own))
         short += ids[done:start]
         kept = shortened(ids[start : start + length], [True] * length, rows)
-        items.append((len(short), [True] * len(kept), rows))
+        items.append((len(short), torch.ones(len(kept), dtype=torch.bool), rows))
         short += kept
         done = start + length
         offsets.append((rows, own))
@@ -109,7 +114,7 @@ def test_counts_tokens_and_positions_are_those_of_transformers(family: str, budg
     places = torch.cat([torch.arange(start, start + length) for start, length in runs])
     features = unpruned_inputs(seen)[0, places]
     stage = plan.stages[0]
-    index, tokens = prune_features(stage.pruner, stage.budget, "image", features, sum(layouts, []))
+    index, tokens = prune_features(stage.pruner, stage.budget, plan.scope, features, sum(layouts, []))
     assert torch.equal(tokens[index], seen.hidden[0, torch.isin(torch.tensor(short), torch.tensor(ids)[places])])
 
     position, delta = prompt_positions(len(short), items)
@@ -147,7 +152,7 @@ def test_features_of_merging_pruners_are_those_of_transformers() -> None:
     seen = Seen("llava", "pool", {"keep_tokens": 9})
     (start, length), *_ = placeholder_runs(seen)
     features = unpruned_inputs(seen)[0, start : start + length]
-    layouts = item_layouts(seen.plan, seen.adapter, seen.model.config, "image", seen.fields(0), length)
+    layouts = item_layouts(seen.adapter, seen.model.config, "image", seen.fields(0), length)
     index, tokens = prune_features(seen.plan.stages[0].pruner, seen.plan.stages[0].budget, "image", features, layouts)
     assert len(index) == 9
     assert torch.equal(tokens[index], seen.hidden[0, start : start + 9])
@@ -165,10 +170,12 @@ def test_text_between_the_rows_of_an_item_keeps_its_place() -> None:
     tokens = [9, 5, 5, 5, 5, 8, 5, 5, 5]
     short = shortened(tokens, [token == 5 for token in tokens], rows)
     assert short == [9, 5, 5, 8, 5]
-    position, delta = prompt_positions(8, [(1, [token == 5 for token in short], rows)])
+    position, delta = prompt_positions(8, [(1, torch.tensor(short) == 5, rows)])
     #                               word 9  row 0  8  row 1  words
     assert position[0].tolist() == [0, 1, 2, 2, 6, 7, 10, 11]
     assert delta == 4
+    # A prompt that ends with its image goes on after the end of the unpruned image.
+    assert prompt_positions(3, [(1, torch.ones(2, dtype=torch.bool), [ItemRow(4, 2, 4)])])[1] == 2
 
 
 def test_a_layout_that_vllm_counts_otherwise_is_an_error() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,7 @@ def choose_engine(folder: Path, engine: str = "auto") -> str:
     )
     if engine == "vllm" and reason is not None:
         raise ValueError(f"vLLM cannot serve {folder}: {reason}. Use --engine transformers.")
-    present = shutil.which("vllm") is not None
+    present = vllm_command() is not None
     if engine == "vllm" and not present:
         raise ModuleNotFoundError("vLLM is not installed; install it (pip install vllm), or use --engine transformers.")
     if engine == "vllm" or (engine == "auto" and present and reason is None):
@@ -88,9 +89,14 @@ def serve_transformers(
 
 def serve_vllm(folder: str, host: str, port: int, dtype: str = "auto") -> None:
     """Replace this process by `vllm serve`, which loads our plug-in by itself."""
-    command = shutil.which("vllm")
+    command = vllm_command()
     assert command is not None
     os.execv(command, ["vllm", "serve", folder, "--host", host, "--port", str(port), "--dtype", dtype])
+
+
+def vllm_command() -> str | None:
+    """The `vllm` of this Python's environment, which need not be activated, or the first one on the path."""
+    return shutil.which("vllm", path=str(Path(sys.executable).parent)) or shutil.which("vllm")
 
 
 def register_with_server(folder: Path) -> str:

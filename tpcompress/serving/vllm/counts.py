@@ -1,6 +1,7 @@
 """Counts and positions of an item's placeholders before and after pruning, from the size of the image alone.
 
-R budget rows of an item, P placeholders of an item before pruning, T tokens of a prompt after it.
+R rows of an item (runs of placeholders without text between them), P placeholders of an item before pruning, L tokens
+of an item and T of a prompt after it, N retained placeholders.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHANNELS = 6
 
 @dataclass(frozen=True)
 class ItemRow:
-    """One budget row of an image or video.
+    """One run of placeholders of an image or video, without text between them.
 
     Attributes:
         placeholders: vision tokens and separators before pruning.
@@ -40,7 +41,7 @@ class ItemRow:
 def item_rows(
     plan: PruningPlan, adapter: Adapter, config: Any, modality: str, fields: Fields, total: int
 ) -> list[ItemRow]:
-    """The budget rows of one image or video, in the order of the sequence.
+    """The rows of one image or video, in the order of the sequence.
 
     Args:
         plan: whose first stage acts before the language model.
@@ -53,22 +54,22 @@ def item_rows(
     Raises:
         ValueError: the layouts do not have that many placeholders, so that vLLM counts otherwise than transformers.
     """
-    layouts = item_layouts(plan, adapter, config, modality, fields, total)
+    layouts = item_layouts(adapter, config, modality, fields, total)
     positions = None if adapter.positions is None else adapter.positions(config, modality, fields)
+    budget = plan.stages[0].budget
     rows, first = [], 0
     for layout in layouts:
         last = first + layout.placeholders
         span = layout.placeholders if positions is None else int(positions[:, first:last].max()) + 1
-        kept = plan.stages[0].budget.count(layout.count) + layout.placeholders - layout.count
+        parts = layout.pieces if plan.scope == "tile" else (layout,)
+        kept = sum(budget.count(part.count) for part in parts) + layout.placeholders - layout.count
         rows.append(ItemRow(layout.placeholders, kept, span))
         first = last
     return rows
 
 
-def item_layouts(
-    plan: PruningPlan, adapter: Adapter, config: Any, modality: str, fields: Fields, total: int
-) -> list[Layout]:
-    """One layout per budget row of an image or video.
+def item_layouts(adapter: Adapter, config: Any, modality: str, fields: Fields, total: int) -> list[Layout]:
+    """The layouts of one image or video, one per run of placeholders without text between them.
 
     Raises:
         ValueError: see `item_rows`.
@@ -79,8 +80,6 @@ def item_layouts(
         raise ValueError(
             f"vLLM counts {total} tokens for this {modality}, its layout has {counted}; serve it with transformers."
         )
-    if plan.scope == "tile" and adapter.positions is None:
-        return [piece for layout in layouts for piece in layout.pieces]
     return layouts
 
 
@@ -90,7 +89,7 @@ def shortened(tokens: Sequence[int], embeds: Sequence[bool], rows: Sequence[Item
     Args:
         tokens: the replacement before pruning.
         embeds: which of its tokens are placeholders.
-        rows: the item's budget rows; text may stand between them, not within one.
+        rows: of the item; text may stand between them, not within one.
     """
     kept = [place < row.kept for row in rows for place in range(row.placeholders)]
     left = iter(kept)
@@ -102,13 +101,13 @@ def row_offsets(index_N: Tensor, rows: Sequence[ItemRow], positions_3P: Tensor |
 
     Args:
         index_N: their indices among the placeholders of the item.
-        rows: its budget rows.
+        rows: of the item.
         positions_3P: positions of all placeholders on three axes; None with one position per token.
     """
     if positions_3P is None:
-        starts = [start for row, start in zip(rows, _starts(rows), strict=True) for _ in range(row.placeholders)]
-        place_P = torch.arange(len(starts)) - torch.tensor(starts)
-        positions_3P = place_P.expand(3, -1)
+        length_R = torch.tensor([row.placeholders for row in rows])
+        start_P = (length_R.cumsum(0) - length_R).repeat_interleave(length_R)
+        positions_3P = (torch.arange(len(start_P)) - start_P).expand(3, -1)
     offset_3N = positions_3P.to(index_N.device)[:, index_N]
     return torch.cat([offset_3N // BASE, offset_3N % BASE]).T
 
@@ -119,38 +118,21 @@ def read_offsets(digits_NC: Tensor) -> Tensor:
     return digits_CN[:3] * BASE + digits_CN[3:]
 
 
-def prompt_positions(length: int, items: Sequence[tuple[int, Sequence[bool], Sequence[ItemRow]]]) -> tuple[Tensor, int]:
+def prompt_positions(length: int, items: Sequence[tuple[int, Tensor, Sequence[ItemRow]]]) -> tuple[Tensor, int]:
     """Positions of a shortened prompt: text as in the unpruned prompt, placeholders at the start of their row.
 
     Args:
         length: T, tokens of the shortened prompt.
-        items: start, placeholder mask and budget rows of each image or video, in the order of the prompt.
+        items: start, placeholder mask (bool, (L,)) and rows of each image or video, in the order of the prompt.
 
     Returns:
         Positions (3, T), and what is added to the index of a later token to get its position.
     """
-    position_T = torch.arange(length)
-    for start, embeds, rows in items:
-        left = [row for row in rows for _ in range(row.kept)]
-        seen = 0
-        column, base = start, 0
-        for embed in embeds:
-            if embed:
-                row = left[seen]
-                first = seen == 0 or left[seen - 1] is not row
-                base = int(position_T[column]) if first else base
-                position_T[column] = base
-                seen += 1
-                if seen == len(left) or left[seen] is not row:
-                    position_T[column + 1 :] = torch.arange(length - column - 1) + base + row.span
-            column += 1
-    delta = int(position_T[-1]) + 1 - length if length else 0
-    return position_T.expand(3, -1).clone(), delta
-
-
-def _starts(rows: Sequence[ItemRow]) -> list[int]:
-    starts, first = [], 0
-    for row in rows:
-        starts.append(first)
-        first += row.placeholders
-    return starts
+    step_T = torch.ones(length, dtype=torch.int64)  # from the position of a token to that of the next
+    for start, embed_L, rows in items:
+        column_N = start + embed_L.nonzero()[:, 0]
+        step_T[column_N] = 0
+        last_R = torch.tensor([row.kept for row in rows]).cumsum(0) - 1
+        step_T[column_N[last_R]] = torch.tensor([row.span for row in rows])
+    end_T = step_T.cumsum(0)
+    return (end_T - step_T).expand(3, -1).clone(), int(step_T.sum()) - length

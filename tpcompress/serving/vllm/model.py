@@ -1,6 +1,6 @@
 """Model side: vLLM's own class of the family, whose encoder outputs go through the plan's pruner.
 
-With original positions, retained tokens carry their offset from the start of their budget row in further columns.
+With original positions, retained tokens carry their offset from the start of their row in further columns.
 vLLM's runner gives the position of that start (through its interface for M-RoPE models, which also serves models with
 one position per token); the offsets are added in `forward`. No part of this depends on the prompt.
 
@@ -39,11 +39,6 @@ class PrunedModel:
         pruner.build(config.get_text_config().hidden_size)
         setattr(self, PRUNERS, nn.ModuleList([pruner.float().eval()]))
         self.keeps_positions = self.plan.positions == "original"
-        if self.keeps_positions and vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise ValueError(
-                "Original positions of retained tokens are known on the first pipeline rank only; serve with "
-                "--pipeline-parallel-size 1, or export with positions: compact."
-            )
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self.offsets_3N = torch.zeros(3, most + 1, dtype=torch.int64)
 
@@ -68,8 +63,7 @@ class PrunedModel:
             for i in range(len(features))
         ]
         layouts = [
-            item_layouts(self.plan, adapter, config, modality, each, len(x))
-            for each, x in zip(fields, features, strict=True)
+            item_layouts(adapter, config, modality, each, len(x)) for each, x in zip(fields, features, strict=True)
         ]
         stage, width = self.plan.stages[0], config.get_text_config().hidden_size
         joined_SD = torch.cat(list(features))
@@ -93,12 +87,12 @@ class PrunedModel:
     # ---------------------------------------------------------------------------------------------- positions
 
     def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
-        """Positions of a prompt, in which a retained token has that of the start of its budget row."""
+        """Positions of a prompt, in which a retained token has that of the start of its row."""
         items = []
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
             place = feature.mm_position
-            embeds = [True] * place.length if place.is_embed is None else place.is_embed.tolist()
-            items.append((place.offset, embeds, read_rows(feature.data[ROWS].data)))
+            embed_L = torch.ones(place.length, dtype=torch.bool) if place.is_embed is None else place.is_embed
+            items.append((place.offset, embed_L, read_rows(feature.data[ROWS].data)))
         return prompt_positions(len(input_tokens), items)
 
     def embed_input_ids(

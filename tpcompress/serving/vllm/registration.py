@@ -27,6 +27,10 @@ def register_adapters() -> None:
         def verify_and_update_model_config(model_config: Any) -> None:
             check_model(model_config)
 
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            check_engine(vllm_config)
+
     for model_type in list_adapters():
         name = f"TPCompress{MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]}"
         ModelRegistry.register_model(name, f"tpcompress.serving.vllm.classes:{name}")
@@ -64,6 +68,27 @@ def check_model(model_config: Any) -> None:
             )
         config.is_mm_prefix_lm = True
         model_config.model_arch_config = model_config.get_model_arch_config()
+
+
+def check_engine(config: Any) -> None:
+    """Refuse settings of the engine under which original positions would be lost.
+
+    Raises:
+        ValueError: which, and what would fit.
+    """
+    if stored_plan(config.model_config.hf_config, allow_outside=False).positions != "original":
+        return
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "Original positions of retained tokens are known on the first pipeline rank only; serve with "
+            "--pipeline-parallel-size 1, or export with positions: compact."
+        )
+    speculative = config.speculative_config
+    if speculative is not None:
+        raise ValueError(
+            f"Speculative decoding ({speculative.method}) is not supported with original positions; leave "
+            f"--speculative-config out, or export with positions: compact."
+        )
 
 
 @cache
