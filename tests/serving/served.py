@@ -96,14 +96,16 @@ def never(config: Any) -> list[int]:
     return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
-def of_transformers(folder: Path, batches: Sequence[Sequence[Request]]) -> list[list[dict[str, Any]]]:
+def of_transformers(
+    folder: Path, batches: Sequence[Sequence[Request]], tokens: int = TOKENS
+) -> list[list[dict[str, Any]]]:
     """Greedy answers of the export in transformers, one request at a time."""
     model, processor = tp.load(folder), tp.load_processor(folder)
     model.generation_config.eos_token_id = None
-    return [[_answer(model, processor, each) for each in batch] for batch in batches]
+    return [[_answer(model, processor, each, tokens) for each in batch] for batch in batches]
 
 
-def _answer(model: Any, processor: Any, asked: Request) -> dict[str, Any]:
+def _answer(model: Any, processor: Any, asked: Request, tokens: int) -> dict[str, Any]:
     images, frames = ([Image.open(path).convert("RGB") for path in asked[kind]] for kind in ("images", "video"))
     media: dict[str, Any] = {"images": images} if images else {}
     if frames:
@@ -113,7 +115,7 @@ def _answer(model: Any, processor: Any, asked: Request) -> dict[str, Any]:
     inputs = processor(text=asked["prompt"], return_tensors="pt", **media)
     with tp.record(model) as trace:
         output = model.generate(
-            **inputs, max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            **inputs, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True,
             suppress_tokens=never(model.config),
         )  # fmt: skip
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
@@ -128,12 +130,17 @@ def _answer(model: Any, processor: Any, asked: Request) -> dict[str, Any]:
 
 
 def of_vllm(
-    folder: Path, batches: Sequence[Sequence[Request]], out: Path, processes: bool = False, **engine: Any
+    folder: Path,
+    batches: Sequence[Sequence[Request]],
+    out: Path,
+    processes: bool = False,
+    tokens: int = TOKENS,
+    **engine: Any,
 ) -> list[list[dict[str, Any]]]:
     """Greedy answers of the export in vLLM, a batch at a time, from one engine in a process of its own."""
     config = json.loads((folder / "config.json").read_text())
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    asked = {"engine": engine, "tokens": TOKENS, "never": [config[n] for n in names if n in config], "batches": batches}
+    asked = {"engine": engine, "tokens": tokens, "never": [config[n] for n in names if n in config], "batches": batches}
     (out / "requests.json").write_text(json.dumps(asked))
     run = run_vllm(
         [str(ANSWERS), str(folder), str(out / "requests.json"), str(out / "answers.json"), *["--processes"] * processes]

@@ -59,6 +59,18 @@ CASES = [
 ]  # fmt: skip
 
 
+def test_an_answer_may_reach_positions_past_the_last(tmp_path: Path) -> None:
+    folder = export("llava", "divprune:16@0", tmp_path / "export", "original", max_positions=160)
+    processor = tp.load_processor(folder)
+    words = "look at the whole image and say what it is"
+    batches = [[request(processor, words, pictures(tmp_path, ((48, 48),)))]]
+    ((our,),) = of_transformers(folder, batches, 80)
+    ((their,),) = of_vllm(folder, batches, tmp_path, tokens=80, max_model_len=160)
+    assert our["unpruned_tokens"] + 80 > 160 + 8
+    assert their["ids"] == our["ids"]
+    assert their["logprobs"] == pytest.approx(our["logprobs"], abs=2e-3)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_answers(case: Case, tmp_path: Path) -> None:
     folder = export(case.family, case.plan, tmp_path / "export", case.positions, case.scope, max_shard_size=case.shard)

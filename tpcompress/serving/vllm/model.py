@@ -22,6 +22,7 @@ from tpcompress.insertion.features import prune_features
 from tpcompress.serving.vllm.adapter import Adapter, adapter_of
 from tpcompress.serving.vllm.counts import CHANNELS, item_layouts, prompt_positions, read_offsets, row_offsets
 from tpcompress.serving.vllm.processor import ROWS, read_rows
+from tpcompress.serving.vllm.rotary import extend_rotary
 
 
 class PrunedModel:
@@ -39,6 +40,11 @@ class PrunedModel:
         pruner.build(config.get_text_config().hidden_size)
         setattr(self, PRUNERS, nn.ModuleList([pruner.float().eval()]))
         self.keeps_positions = self.plan.positions == "original"
+        if self.keeps_positions:
+            # The prompt ends at most at the model's last position, before pruning, and an answer may fill what pruning
+            # left free of the context.
+            last = config.get_text_config().max_position_embeddings + vllm_config.model_config.max_model_len
+            extend_rotary(self.get_language_model(), last)  # type: ignore[attr-defined]
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self.offsets_3N = torch.zeros(3, most + 1, dtype=torch.int64)
 
@@ -73,15 +79,15 @@ class PrunedModel:
             [layout for each in layouts for layout in each],
         )  # fmt: skip
         kept_ND = torch.cat([tokens_SD, joined_SD[:, width:]], 1)[index_N]
-        counts, found, first, start = [len(x) for x in features], [], 0, 0
-        for count, rows, each in zip(counts, map(read_rows, given), fields, strict=True):
-            kept = sum(row.kept for row in rows)
-            here_N, x_ND = index_N[first : first + kept] - start, kept_ND[first : first + kept]
-            if self.keeps_positions:
-                positions = None if adapter.positions is None else adapter.positions(config, modality, each)
-                x_ND = torch.cat([x_ND, row_offsets(here_N, rows, positions).to(x_ND.dtype)], 1)
-            found.append(x_ND)
-            first, start = first + kept, start + count
+        rows = [read_rows(each) for each in given]
+        counts = [sum(row.kept for row in each) for each in rows]
+        found, start = list(kept_ND.split(counts)), 0
+        if self.keeps_positions:
+            for i, item_N in enumerate(index_N.split(counts)):
+                positions = None if adapter.positions is None else adapter.positions(config, modality, fields[i])
+                digits_NC = row_offsets(item_N - start, rows[i], positions)
+                found[i] = torch.cat([found[i], digits_NC.to(found[i].dtype)], 1)
+                start += len(features[i])
         return tuple(found)
 
     # ---------------------------------------------------------------------------------------------- positions
