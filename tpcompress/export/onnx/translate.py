@@ -14,7 +14,9 @@ OPSET = 18
 def translations() -> dict[Any, Callable[..., Any]]:
     """Translations by torch operator, for `custom_translation_table`."""
     from onnx import TensorProto
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types name no unions of tensor types
 
     def sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         """ONNX breaks ties of TopK by the lower index, so that it is stable in both directions."""
