@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import tpcompress
-from tpcompress.cli import commands
+from tpcompress.cli import look_up
 from tpcompress.cli import main as cli
 from tpcompress.families import Family, list_families
 from tpcompress.families.catalogue import (
@@ -36,7 +36,7 @@ families = pytest.mark.parametrize("name", list_families())
 def wide(monkeypatch: pytest.MonkeyPatch) -> Console:
     """A terminal of 100 columns that remembers."""
     console = Console(width=100, record=True, quiet=False)
-    monkeypatch.setattr(commands, "console", console)
+    monkeypatch.setattr(look_up, "console", console)
     return console
 
 

@@ -76,5 +76,5 @@ def test_exact_and_independent_of_the_batch(subject: Subject, name: str) -> None
 def test_most_rules_work_on_any_family(subject: Subject) -> None:
     """What a family without a tower to look into lacks are the rules that read the tower, and no others."""
     lost = {name for name in NAMES if placed(subject, name) is None}
-    tower = {"fastervlm", "vispruner", "visionzip", "prumerge", "holov", "hiprune"}
+    tower = {"fastervlm", "vispruner", "visionzip", "prumerge", "holov", "hiprune", "hired", "globalcom2"}
     assert lost <= (tower if subject.family.tower is None else {"prumerge"})

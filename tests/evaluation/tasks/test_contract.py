@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from photo_standins import write_standins
 from PIL import Image
 
 from tpcompress.evaluation.scoring.metrics import list_metrics
@@ -16,8 +17,15 @@ from tpcompress.evaluation.tasks import Task, create_task, list_tasks
 SMALL = {"num_images": 6}
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in place of the photographs, which a script fetches."""
+    return write_standins(tmp_path_factory.mktemp("photographs"))
+
+
 @pytest.fixture(params=list_tasks())
-def task(request: pytest.FixtureRequest, tmp_path: Path) -> Task:
+def task(request: pytest.FixtureRequest, tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    monkeypatch.setenv("TPCOMPRESS_PHOTOS", str(photographs))
     known = inspect.signature(list_tasks()[request.param]).parameters
     config: dict[str, Any] = {"type": request.param} | {name: SMALL[name] for name in SMALL if name in known}
     if "data" in known:
