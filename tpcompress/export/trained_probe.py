@@ -52,7 +52,8 @@ def record_trained(model: nn.Module, inputs: Mapping[str, Any], precision: str =
         inputs: processor outputs for one prompt with an image.
         precision: precision of the trainer.
     """
-    inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    # Some processors make labels; the loss is not asked for.
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
     base: Any = base_of(model)
     devices = [base.device] if base.device.type == "cuda" else []
     with ExitStack() as stack:
