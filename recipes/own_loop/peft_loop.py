@@ -28,4 +28,4 @@ for what, rate in (("pruner", 1e-3), ("rest", 1e-4)):  # full length with gates,
         optimizer.zero_grad()
         losses.append(loss.item())
 tp.save_pretrained(model.eval(), f"{folder}/export", processor=processor, overwrite=True)
-print(tp.summary(tp.from_pretrained(f"{folder}/export", verify=True)))
+print(tp.verify(f"{folder}/export"))

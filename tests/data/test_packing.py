@@ -13,8 +13,8 @@ from tpcompress.families import list_families
 
 ROWS = [ONE, WORDS, TURNS, TWO]
 REFUSED = {
-    "aya_vision", "cohere2_vision", "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v", "got_ocr2", "lfm2_vl",
-    "paddleocr_vl", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl",
+    "aya_vision", "cohere2_vision", "ernie4_5_vl_moe", "gemma3", "gemma4", "gemma4_unified", "glm4v", "got_ocr2",
+    "lfm2_vl", "paddleocr_vl", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl",
 }  # fmt: skip
 PACKED = [
     pytest.param(name, marks=() if name in MAIN_FAMILIES else pytest.mark.slow)

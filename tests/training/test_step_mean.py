@@ -17,7 +17,8 @@ CASES = {
     "KL": {**KL, "losses": ["KL"], "lora": {"r": 4, "init_lora_weights": False}, "train": []},
     "hidden, packed": {**KL, "losses": ["Hidden", "JSD"], "train": ["projector", "language_model"]},
     "label, at full length": {
-        "plan": {"pruner": {"type": "learned_gate", "applier": "gather_value"}, "keep_tokens": 9}
+        "plan": {"pruner": {"type": "learned_gate", "applier": "gather_value"}, "keep_tokens": 9},
+        "pruner_phase": {"steps": 1},
     },
 }
 
