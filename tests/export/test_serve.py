@@ -22,6 +22,7 @@ from export.helpers import ROOT, make_base
 import tpcompress as tp
 from tpcompress.cli.main import main
 from tpcompress.export import load, load_processor, serve
+from tpcompress.export.serve import unreadable_images
 from tpcompress.families.llava import tiny_processor
 
 QUESTION = "t7 t8 t9"
@@ -176,3 +177,19 @@ def _wait(server: Any, port: int) -> None:
         except OSError:
             time.sleep(0.5)
     raise AssertionError("the server did not start")
+
+
+def test_a_torchvision_that_cannot_read_images_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision = pytest.importorskip("torchvision")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("Couldn't load the image extension\nmore")
+
+    monkeypatch.setattr(torchvision.io, "encode_png", lambda image: image)
+    monkeypatch.setattr(torchvision.io, "decode_image", lambda data: data)
+    assert unreadable_images() is None
+    monkeypatch.setattr(torchvision.io, "decode_image", broken)
+    said = unreadable_images() or ""
+    assert "Couldn't load the image extension" in said
+    assert "\n" not in said
+    assert "install the torchvision of the same release" in said

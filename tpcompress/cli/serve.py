@@ -33,7 +33,7 @@ def serve(
         attention: attention implementation of transformers.
     """
     from tpcompress.export.contents import read_manifest
-    from tpcompress.export.serve import choose_engine, serve_transformers, serve_vllm
+    from tpcompress.export.serve import choose_engine, serve_transformers, serve_vllm, unreadable_images
 
     path = Path(folder).expanduser()
     chosen = choose_engine(path, engine)
@@ -49,5 +49,8 @@ def serve(
     )
     if chosen == "vllm":
         serve_vllm(str(path), host, port, dtype)
+    problem = unreadable_images()
+    if problem is not None:
+        console.print(escape(f"warning: {problem}"), soft_wrap=True, highlight=False)
     serve_transformers(str(path), host, port, device, dtype, attention)
     return 0

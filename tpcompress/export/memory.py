@@ -11,6 +11,9 @@ from typing import Any
 
 STATUS = Path("/proc/self/status")
 
+SMALL = 100_000_000
+"""Bytes of weights from which the peak is compared with them."""
+
 
 class PeakMemory:
     """Highest resident memory of this process above what it had when the object was made, in bytes.
@@ -42,11 +45,16 @@ class PeakMemory:
     def line(self, model_bytes: int) -> str | None:
         """`peak memory 16.2 GB, 1.08 x the model`; None where the system does not tell.
 
+        Without the ratio for a model below `SMALL`, where the peak is that of the libraries.
+
         Args:
             model_bytes: size of the written weights.
         """
         above = self.above_start
-        return None if above is None else f"peak memory {above / 1e9:.1f} GB, {above / model_bytes:.2f} x the model"
+        if above is None:
+            return None
+        ratio = f", {above / model_bytes:.2f} x the model" if model_bytes >= SMALL else " (a small model)"
+        return f"peak memory {above / 1e9:.1f} GB{ratio}"
 
 
 def weight_bytes(folder: Path) -> int:

@@ -11,10 +11,12 @@ import shutil
 import socket
 import sys
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tpcompress.errors import first_line
 from tpcompress.export.classes import stock_class
 from tpcompress.export.contents import check_contents, read_manifest
 from tpcompress.export.folder import exported_type
@@ -85,6 +87,26 @@ def serve_transformers(
             force_model=folder, host=host, port=port, device=device, dtype=dtype, attn_implementation=attention,
             log_level="error",
         )  # fmt: skip
+
+
+def unreadable_images() -> str | None:
+    """Why transformers' server could not read the images of requests, in one line; None if it can.
+
+    With torchvision installed it reads them with `torchvision.io`, whose binaries must fit the installed torch.
+    """
+    if find_spec("torchvision") is None:
+        return None
+    import torch
+
+    try:
+        images = import_module("torchvision.io")  # optional, and imported by transformers
+        images.decode_image(images.encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)))
+    except (ImportError, RuntimeError) as error:
+        return (
+            f"Requests with images will fail: torchvision does not fit torch {torch.__version__} "
+            f"({first_line(error)}); install the torchvision of the same release and build."
+        )
+    return None
 
 
 def serve_vllm(folder: str, host: str, port: int, dtype: str = "auto") -> None:
