@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_base.publish import CHAT_TEMPLATE
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
     Dinov2Model,
     GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from word_processor import llava_processor, word_tokenizer
 
 from photos.model import BOS, BOS_ID, EOS, EOS_ID, IMAGE, PAD, PAD_ID, UNKNOWN, VOCABULARY, Reader, base_config
 from photos.tower import IMAGE_MEAN, IMAGE_STD, PATCH, SIDE
@@ -30,37 +30,13 @@ READER = "reader.safetensors"
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[IMAGE],
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
+    split = pre_tokenizers.WhitespaceSplit()
+    return word_tokenizer(VOCABULARY, split, PAD, BOS, EOS, UNKNOWN, IMAGE)
 
 
 def build_processor() -> LlavaProcessor:
-    """Build the processor; its image processor does not require torchvision."""
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
-    return LlavaProcessor(
-        images,
-        build_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    """Build the processor."""
+    return llava_processor(build_tokenizer(), SIDE, PATCH, IMAGE_MEAN, IMAGE_STD, CHAT_TEMPLATE)
 
 
 def reader_weights(reader: Reader, mean: Tensor, std: Tensor) -> dict[str, Tensor]:

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
-    CLIPImageProcessorPil,
     GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from word_processor import llava_processor, word_tokenizer
 
 from tiny_base.batches import IMAGE_MEAN, IMAGE_STD
 from tiny_base.model import BOS_ID, EOS_ID, PAD_ID
@@ -46,39 +46,15 @@ CHAT_TEMPLATE = """
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer that splits off question marks."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?]"), behavior="isolated")]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[IMAGE],
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
+    return word_tokenizer(WORDS, split, PAD, BOS, EOS, UNKNOWN, IMAGE)
 
 
 def build_processor() -> LlavaProcessor:
-    """Build the processor; its image processor does not require torchvision."""
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
-    return LlavaProcessor(
-        images,
-        build_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    """Build the processor."""
+    return llava_processor(build_tokenizer(), IMAGE_SIZE, PATCH, IMAGE_MEAN, IMAGE_STD, CHAT_TEMPLATE)
 
 
 def publish(model: LlavaForConditionalGeneration, folder: Path) -> None:
